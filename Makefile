@@ -1,0 +1,77 @@
+# `make bench`, `make demo`, `make test` work in a fresh clone: they use the virtual environment or conda
+# environment that is active, else make one in .venv, install torch where there is none, and build.
+
+# What to install where there is no torch. A CPU build is enough; on a machine with an NVIDIA GPU
+# install the torch you want beforehand, it is left alone.
+TORCH ?= torch==2.13.0
+# Used only to create .venv.
+PYTHON ?= python3
+# Arguments for memeff-bench, memeff-demo, pytest:  make bench ARGS="--model gemma-2-2b"
+ARGS ?=
+
+ENVIRONMENT := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+BIN := $(ENVIRONMENT)/bin
+# A stamp per set of extras, newer than every file whose change asks for a new build.
+STAMP := $(ENVIRONMENT)/.memeff
+BUILT_FROM := $(shell find csrc buildtools -type f -not -name '*.pyc') setup.py pyproject.toml
+
+# Two targets at once would be two pip processes in one environment.
+.NOTPARALLEL:
+.PHONY: help bench demo test ctest sanitize lint format clean
+
+help:
+	@echo "make bench      the loss of this library against the standard way, on this machine"
+	@echo "make demo       train a small language model with both"
+	@echo "make test       every test"
+	@echo "make ctest      the C++ tests only;  make sanitize: the same with ASan and UBSan"
+	@echo "make lint       what CI checks about style and types;  make format: mend what can be mended"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(ENVIRONMENT)
+
+# $(STAMP)-x: memeff is installed with the extra x, built from the sources as they are.
+$(STAMP)-%: $(BUILT_FROM) | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)"
+	@echo "Building memeff into $(ENVIRONMENT), about a minute"
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+bench: $(STAMP)-bench
+	$(BIN)/memeff-bench $(ARGS)
+
+demo: $(STAMP)-bench
+	$(BIN)/memeff-demo $(ARGS)
+
+test: $(STAMP)-test
+	@if command -v cmake > /dev/null; then $(MAKE) ctest; else echo "no cmake: C++ tests left out"; fi
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(STAMP)-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+CPP_FILES = $(shell find csrc tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp')
+
+CMAKE_FLAGS ?= -DMEMEFF_WERROR=ON
+JOBS ?= $(shell nproc)
+
+ctest:
+	cmake -S . -B build/cmake $(CMAKE_FLAGS)
+	cmake --build build/cmake --parallel $(JOBS)
+	ctest --test-dir build/cmake --output-on-failure
+	@ln -sf build/cmake/compile_commands.json compile_commands.json
+
+sanitize:
+	cmake -S . -B build/sanitize $(CMAKE_FLAGS) -DMEMEFF_SANITIZE=address,undefined
+	cmake --build build/sanitize --parallel $(JOBS)
+	ctest --test-dir build/sanitize --output-on-failure
+
+clean:
+	rm -rf build *.egg-info memeff/*.so compile_commands.json $(STAMP)-*

@@ -1,0 +1,1 @@
+"""How memeff is compiled: used by setup.py and pip, never installed."""

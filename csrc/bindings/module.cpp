@@ -1,0 +1,153 @@
+// The Python module memeff._C: what the build is and what the planner would do. Loading it
+// registers the operators (schema.cpp, ops.cpp), which is how tensors reach the kernels.
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "bindings/request.h"
+#include "core/planner.h"
+#include "core/problem.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/features.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace memeff {
+namespace {
+
+// memeff/_library.py looks for this text in the file when the file does not load; "used" keeps it
+// whole there, though the code needs its end only.
+[[gnu::used]] constexpr char kTorchStamp[] = "memeff was built with torch=" MEMEFF_TORCH_VERSION;
+constexpr size_t kTorchStampPrefix = sizeof("memeff was built with torch=") - 1;
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = kTorchStamp + kTorchStampPrefix;
+#ifdef __clang__
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "GCC " __VERSION__;
+#endif
+  info["flags"] = MEMEFF_CXX_FLAGS;
+  info["cpu_capability"] = cpu_capability();
+  info["cuda"] = false;
+  return info;
+}
+
+DType parse_dtype(const std::string& name) {
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  throw py::value_error("dtype='" + name +
+                        "': expected 'bfloat16', 'float16', 'float32' or 'float64'");
+}
+
+const char* name_of(PlanKind kind) {
+  switch (kind) {
+    case PlanKind::kStatistics: return "statistics";
+    case PlanKind::kTokenChunks: return "token_chunks";
+    case PlanKind::kVocabSlices: return "vocab_slices";
+  }
+  return "";
+}
+
+const char* name_of(Accumulation accumulation) {
+  switch (accumulation) {
+    case Accumulation::kExact: return "exact";
+    case Accumulation::kFloat32: return "float32";
+    case Accumulation::kNative: return "native";
+  }
+  return "";
+}
+
+Plan plan_or_throw(const PlanRequest& request) {
+  Plan plan;
+  const std::string problem = make_plan(request, &plan);
+  if (!problem.empty()) throw py::value_error(problem);
+  return plan;
+}
+
+/// The plan of a whole call, forward and backward. Where backward is an operator of its own
+/// (per-token losses, float16), shape and chunks are its plan's, bytes the larger and FLOPs the sum
+/// of the two.
+Plan plan_call(PlanRequest request, Reduction reduction) {
+  const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
+  if (!wants_gradient || gradient_in_forward(reduction, request.dtype)) {
+    return plan_or_throw(request);
+  }
+
+  PlanRequest forward_request = request;
+  forward_request.grad_input = forward_request.grad_weight = forward_request.grad_bias = false;
+  const Plan forward = plan_or_throw(forward_request);
+  request.statistics_known = true;
+  Plan plan = plan_or_throw(request);
+  plan.workspace_bytes = std::max(plan.workspace_bytes, forward.workspace_bytes);
+  plan.flops += forward.flops;
+  plan.floor_flops += forward.floor_flops;
+  return plan;
+}
+
+py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string& dtype,
+              const std::string& backend, const std::string& reduction_name, bool input_grad,
+              bool weight_grad, bool bias_grad, bool special, int64_t memory_budget,
+              int64_t chunk_size, const std::string& grad_accumulation) {
+  if (backend != "cpu") {
+    throw py::value_error("backend='" + backend + "': expected 'cpu', the only one compiled in");
+  }
+  const Reduction reduction = parse_reduction(reduction_name);
+
+  Problem problem;
+  problem.dtype = parse_dtype(dtype);
+  if (special) problem.softcap = problem.label_smoothing = 0.5;  // any values, but not 0
+
+  PlanRequest request;
+  request.tokens = tokens;
+  request.features = features;
+  request.vocab = vocab;
+  request.dtype = problem.dtype;
+  request.bf16_kernels = uses_bf16_kernels(problem);
+  request.grad_input = input_grad;
+  request.grad_weight = weight_grad;
+  request.grad_bias = bias_grad;
+  request.partials = count_partials(problem);
+  request.threads = max_threads();
+  request.memory_budget = memory_budget;
+  request.chunk_size = chunk_size;
+  request.accumulation = parse_accumulation(grad_accumulation);
+
+  const Plan chosen = plan_call(request, reduction);
+  py::dict result;
+  result["kind"] = name_of(chosen.kind);
+  result["kernels"] = request.bf16_kernels ? "avx512_bf16" : "blas";
+  result["tokens_per_chunk"] = chosen.chunk_tokens > 0 ? chosen.chunk_tokens : chosen.token_block;
+  result["num_chunks"] = chosen.num_chunks;
+  result["vocab_per_slice"] = chosen.slice_vocab;
+  result["num_slices"] = chosen.num_slices;
+  result["stored_in_gradient"] = chosen.stored_in_gradient;
+  result["accumulation"] = name_of(chosen.accumulation);
+  result["workspace_bytes"] = chosen.workspace_bytes;
+  result["floor_bytes"] = chosen.floor_bytes;
+  result["flops"] = chosen.flops;
+  result["floor_flops"] = chosen.floor_flops;
+  return result;
+}
+
+}  // namespace
+}  // namespace memeff
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.doc() = "Build information and planner of memeff; loading it registers its operators.";
+  module.def("build_info", &memeff::build_info,
+             "What the extension was compiled with, and what it uses on this processor.");
+  module.def("plan", &memeff::plan,
+             "The plan of a call, see memeff.plan. Raises ValueError when no plan fits the budget.",
+             py::arg("tokens"), py::arg("features"), py::arg("vocab"), py::arg("dtype"),
+             py::arg("backend"), py::arg("reduction"), py::arg("input_grad"),
+             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("special"),
+             py::arg("memory_budget"), py::arg("chunk_size"), py::arg("grad_accumulation"));
+}

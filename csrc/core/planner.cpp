@@ -1,0 +1,321 @@
+#include "core/planner.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "core/tiling.h"
+
+namespace memeff {
+namespace {
+
+// Without a budget: enough tokens per chunk that a pass over grad_weight (8 bytes per element) costs
+// little beside the chunk's 2 * tokens FLOPs per element, in at most this much score storage.
+constexpr int64_t kPreferredChunkBytes = int64_t{128} << 20;
+constexpr int64_t kPreferredChunkTokens = 1024;
+constexpr int64_t kLeastChunkTokens = 256;
+constexpr int64_t kPreferredBlock = 1024;
+constexpr int64_t kLeastBlock = kPanel;
+// A slice ends in a barrier between threads: large ones wait less, and pack hidden states less often. The
+// sums of a slice should stay near the last-level cache.
+constexpr int64_t kPreferredSliceBytes = int64_t{16} << 20;
+constexpr int64_t kMostSlice = 16 * kTileVocab;
+constexpr int64_t kLeastEfficientSlice = 4 * kTileVocab;
+constexpr int64_t kAlignment = 64;  // a cache line keeps arrays apart
+
+bool writes_input_directly(const PlanRequest& r) { return !is_16_bit(r.dtype); }
+
+bool wants_gradient(const PlanRequest& r) { return r.grad_input || r.grad_weight || r.grad_bias; }
+
+class Cursor {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t at = offset_;
+    offset_ += round_up(bytes, kAlignment);
+    return at;
+  }
+  int64_t offset() const { return offset_; }
+  void rewind(int64_t offset) { offset_ = offset; }
+
+ private:
+  int64_t offset_ = 0;
+};
+
+void count_work(const PlanRequest& r, Plan* plan) {
+  const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
+  const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
+  const bool recomputes = plan->kind == PlanKind::kVocabSlices;
+  plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
+  double score_products = 1;
+  if (recomputes && !r.statistics_known) {
+    const int64_t stored = std::min(r.tokens, plan->stored_in_gradient + plan->stored_chunks * plan->chunk_tokens);
+    const double fresh = r.tokens == 0 ? 0.0 : 1.0 - static_cast<double>(stored) / r.tokens;
+    score_products += fresh * (plan->separate_sweeps ? 2 : 1);
+  } else if (recomputes && plan->separate_sweeps) {
+    score_products = 2;
+  }
+  plan->flops = product * (score_products + gradients);
+  const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +
+                           (r.grad_weight ? r.vocab * r.features : 0) + (r.grad_bias ? r.vocab : 0);
+  plan->floor_bytes = elements * size_of(r.dtype);
+  plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
+  const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
+  const int64_t per_chunk = plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
+  plan->num_chunks = (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
+  plan->workspace_bytes = layout_workspace(r, *plan).total;
+}
+
+/// Shrinks token_block, then slice_vocab, until the plan fits; false when it cannot.
+bool shrink_to_fit(const PlanRequest& r, int64_t budget, Plan* plan) {
+  for (;;) {
+    if (layout_workspace(r, *plan).total <= budget) return true;
+    if (plan->slice_vocab > kLeastEfficientSlice) {
+      plan->slice_vocab = round_up(plan->slice_vocab / 2, kTileVocab);
+    } else if (plan->token_block > kLeastChunkTokens) {
+      plan->token_block = std::max(kLeastChunkTokens, round_up(plan->token_block / 2, kPanel));
+    } else if (plan->slice_vocab > kTileVocab) {
+      plan->slice_vocab = kTileVocab;
+    } else if (plan->token_block > kLeastBlock) {
+      plan->token_block = std::max(kLeastBlock, round_up(plan->token_block / 2, kPanel));
+    } else {
+      return false;
+    }
+  }
+}
+
+/// The largest chunk_tokens in [least, most] that fits, with smaller blocks if need be and allowed; 0
+/// when none does.
+int64_t largest_chunk(const PlanRequest& r, int64_t budget, int64_t least, int64_t most, bool may_shrink,
+                      const Plan& plan) {
+  const auto fits = [&](int64_t chunk) {
+    Plan trial = plan;
+    trial.chunk_tokens = chunk;
+    if (may_shrink) return shrink_to_fit(r, budget, &trial);
+    return layout_workspace(r, trial).total <= budget;
+  };
+  if (most < least || !fits(least)) return 0;
+  int64_t low = least, high = most;
+  while (low < high) {  // sizes are multiples of the panel
+    const int64_t middle = round_up((low + high + 1) / 2, kPanel);
+    const int64_t probe = std::min(middle, high);
+    if (fits(probe)) {
+      if (probe == low) break;
+      low = probe;
+    } else {
+      high = std::max(low, probe - kPanel);
+    }
+  }
+  return low;
+}
+
+struct Limits {
+  int64_t budget;
+  int64_t least_chunk;
+  int64_t most_chunk;
+};
+
+/// Chunk sizes to consider: what the caller fixed, or what the budget (if any) leaves free.
+Limits chunk_limits(const PlanRequest& r) {
+  const int64_t padded = round_up(std::max<int64_t>(1, r.tokens), kPanel);
+  Limits limits;
+  limits.budget = r.memory_budget < 0 ? INT64_MAX : r.memory_budget;
+  if (r.chunk_size > 0) {
+    limits.least_chunk = limits.most_chunk = std::min(r.chunk_size, padded);
+    return limits;
+  }
+  const int64_t row = std::max<int64_t>(1, r.vocab * score_bytes(r));
+  int64_t most = kPreferredChunkBytes / row / kPanel * kPanel;
+  most = std::clamp(most, kLeastChunkTokens, kPreferredChunkTokens);
+  limits.most_chunk = std::min(most, padded);
+  limits.least_chunk = std::min(r.memory_budget < 0 ? limits.most_chunk : kPanel, padded);
+  return limits;
+}
+
+Plan base_plan(const PlanRequest& r, PlanKind kind) {
+  Plan plan;
+  plan.kind = kind;
+  plan.token_block = std::min(kPreferredBlock, round_up(std::max<int64_t>(1, r.tokens), kPanel));
+  const int64_t slice = kPreferredSliceBytes / (sum_stride(r.features) * 4) / kTileVocab * kTileVocab;
+  plan.slice_vocab = std::min(std::clamp(slice, kLeastEfficientSlice, kMostSlice),
+                              round_up(std::max<int64_t>(1, r.vocab), kTileVocab));
+  if (r.chunk_size > 0) plan.token_block = std::min(plan.token_block, round_up(r.chunk_size, kPanel));
+  return plan;
+}
+
+int64_t first_chunk(const PlanRequest& r) {
+  if (!r.grad_weight || r.statistics_known) return 0;
+  int64_t most = tokens_per_gradient_row(r);
+  if (r.chunk_size > 0) most = std::min(most, r.chunk_size);
+  return std::min(r.tokens, most);
+}
+
+bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Limits& limits, Plan* out) {
+  Plan plan = base_plan(r, PlanKind::kTokenChunks);
+  plan.stored_in_gradient = first_chunk(r);
+  plan.accumulation = accumulation;
+  const int64_t rest = r.tokens - plan.stored_in_gradient;
+  if (rest > 0) {
+    const int64_t most = std::min(limits.most_chunk, round_up(rest, kPanel));
+    plan.chunk_tokens =
+        largest_chunk(r, limits.budget, std::min(limits.least_chunk, most), most, true, plan);
+    if (plan.chunk_tokens == 0) return false;
+  }
+  if (!r.grad_weight || plan.stored_in_gradient == r.tokens || r.tokens <= plan.chunk_tokens) {
+    plan.accumulation = Accumulation::kExact;
+  }
+  if (!shrink_to_fit(r, limits.budget, &plan)) return false;
+  *out = plan;
+  return true;
+}
+
+bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits& limits, Plan* out) {
+  Plan plan = base_plan(r, PlanKind::kVocabSlices);
+  plan.stored_in_gradient = separate_sweeps ? 0 : first_chunk(r);
+  plan.separate_sweeps = separate_sweeps;
+  if (!shrink_to_fit(r, limits.budget, &plan)) return false;
+  const int64_t rest = r.tokens - plan.stored_in_gradient;
+  if (!r.statistics_known && !separate_sweeps && rest > 0 && r.memory_budget >= 0) {
+    Plan more = plan;  // what the budget leaves over keeps more scores from being computed again
+    more.stored_chunks = 1;
+    more.chunk_tokens = largest_chunk(r, limits.budget, kPanel, round_up(rest, kPanel), false, more);
+    if (more.chunk_tokens > 0) plan = more;
+  }
+  *out = plan;
+  return true;
+}
+
+/// Sets the plan that suits the request best among those that fit, most wanted first.
+bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
+  if (!wants_gradient(r)) {
+    *plan = base_plan(r, PlanKind::kStatistics);
+    return shrink_to_fit(r, limits.budget, plan);
+  }
+  const bool both = r.grad_input && r.grad_weight;
+  if (r.statistics_known) {
+    return plan_vocab_slices(r, false, limits, plan) || (both && plan_vocab_slices(r, true, limits, plan));
+  }
+  if (r.accumulation == GradAccumulation::kNative) {
+    return plan_token_chunks(r, Accumulation::kNative, limits, plan);
+  }
+  Limits efficient = limits;  // fp32 sums cost a pass over grad_weight per chunk: not for tiny chunks
+  if (r.chunk_size == 0) efficient.least_chunk = std::min(limits.most_chunk, kLeastChunkTokens);
+  if (plan_token_chunks(r, Accumulation::kFloat32, r.grad_weight ? efficient : limits, plan)) return true;
+  if (!r.grad_weight) return false;
+  return plan_vocab_slices(r, false, limits, plan) || (both && plan_vocab_slices(r, true, limits, plan)) ||
+         (both && plan_token_chunks(r, Accumulation::kFloat32, limits, plan));
+}
+
+}  // namespace
+
+int64_t score_bytes(const PlanRequest& r) {
+  return r.bf16_kernels ? 2 : size_of(accumulation_dtype(r.dtype));
+}
+
+int64_t tokens_per_gradient_row(const PlanRequest& r) {
+  return r.features * size_of(r.dtype) / score_bytes(r);
+}
+
+WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
+  const int64_t sum_bytes = size_of(accumulation_dtype(r.dtype));
+  const int64_t tiles = ceil_div(r.vocab, kTileVocab);
+  const int64_t block = plan.token_block;
+  const int64_t features = round_up(r.features, kPanel);
+  const int64_t sum_row = sum_stride(r.features);
+  const int64_t slice = plan.slice_vocab;
+  const bool chunks = plan.kind == PlanKind::kTokenChunks;
+  const bool slices = plan.kind == PlanKind::kVocabSlices;
+  const bool upcasts = !r.bf16_kernels && is_16_bit(r.dtype);
+  const int64_t input_bytes = block * (r.bf16_kernels ? features * 2 : r.features * sum_bytes);
+  const int64_t upcast_bytes = upcasts ? slice * r.features * sum_bytes : 0;
+
+  Cursor cursor;
+  WorkspaceLayout at;
+  at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
+  at.class_arrays = cursor.take(2 * r.vocab * sum_bytes);
+  at.thread_scratch = cursor.take(r.threads * kThreadScratchBytes);
+
+  const int64_t free_chunk = round_up(plan.stored_in_gradient, kPanel);
+  const int64_t paid_chunk = round_up(plan.chunk_tokens, kPanel);
+  const bool pays = plan.stored_chunks > 0 || (chunks && plan.stored_in_gradient < r.tokens);
+  if (r.bf16_kernels) {
+    const int64_t kept = chunks ? std::max(free_chunk, paid_chunk)
+                                : free_chunk + plan.stored_chunks * paid_chunk;
+    at.kept_maxima = cursor.take(tiles * kept * sum_bytes);
+  }
+  if (pays) at.scores = cursor.take(r.vocab * paid_chunk * score_bytes(r));
+  if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight) {
+    at.remainder = cursor.take(r.vocab * r.features * 2);
+  }
+  const bool discards = !chunks && !r.bf16_kernels;  // bf16 kernels discard scores tile by tile
+  if (slices || discards) at.score_slice = cursor.take(slice * block * score_bytes(r));
+
+  const int64_t steps = cursor.offset();
+  at.score_step.input_block = cursor.take(input_bytes);
+  at.score_step.weight_block = cursor.take(upcast_bytes);
+  at.score_step.partials = cursor.take(r.partials * tiles * block * sum_bytes);
+  int64_t end = cursor.offset();
+
+  const int64_t sweeps = cursor.offset();
+  if (r.grad_input) {
+    if (chunks) cursor.rewind(steps);
+    if (!writes_input_directly(r)) {
+      // A slice adds to every token's sum; a chunk or a sweep of its own finishes block by block.
+      const bool all_tokens = slices && r.grad_weight && !plan.separate_sweeps;
+      at.input_step.sum = cursor.take((all_tokens ? r.tokens : block) * sum_row * sum_bytes);
+    }
+    at.input_step.weight_block = cursor.take(r.bf16_kernels ? slice * features * 2 : upcast_bytes);
+    if (r.bf16_kernels) {
+      at.input_step.gradient_block = cursor.take(slice * round_up(block, kTokenTile) * 2);
+    }
+    end = std::max(end, cursor.offset());
+    if (plan.separate_sweeps) cursor.rewind(sweeps);
+  }
+  if (r.grad_weight) {
+    if (chunks) cursor.rewind(steps);
+    at.weight_step.input_block = cursor.take(input_bytes);
+    at.weight_step.sum = cursor.take(slice * sum_row * sum_bytes);
+    end = std::max(end, cursor.offset());
+  }
+  at.total = end;
+  return at;
+}
+
+namespace {
+
+std::string megabytes(int64_t bytes) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%lld bytes (%.1f MiB)", static_cast<long long>(bytes),
+                static_cast<double>(bytes) / (1 << 20));
+  return text;
+}
+
+/// The least budget for which choose() finds a plan. More memory never hurts, so bisection finds it.
+int64_t least_budget(PlanRequest r) {
+  const auto fits = [&](int64_t budget) {
+    Plan plan;
+    r.memory_budget = budget;
+    return choose(r, chunk_limits(r), &plan);
+  };
+  int64_t high = 1 << 16;
+  while (high < (int64_t{1} << 50) && !fits(high)) high *= 2;
+  int64_t low = high / 2;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (fits(middle) ? high : low) = middle;
+  }
+  return high;
+}
+
+}  // namespace
+
+std::string make_plan(const PlanRequest& request, Plan* plan) {
+  if (!choose(request, chunk_limits(request), plan)) {
+    return "memory_budget=" + megabytes(request.memory_budget) + " is too small for " +
+           std::to_string(request.tokens) + " tokens, " + std::to_string(request.features) +
+           " features and " + std::to_string(request.vocab) + " classes: the least that works is " +
+           megabytes(least_budget(request));
+  }
+  count_work(request, plan);
+  return "";
+}
+
+}  // namespace memeff

@@ -1,0 +1,113 @@
+// Decides, before anything is allocated, how a call runs and how many bytes of workspace it takes.
+//
+// Two plans (docs/design.md has the pictures):
+//   token chunks   scores of a chunk of tokens are kept (16 bits each) until the chunk's softmax
+//                  statistics are known, then turned into gradients in place.          6 N D V FLOPs
+//   vocab slices   statistics first; then, slice by slice of the vocabulary, scores are
+//                  computed again and all tokens contribute to that slice of grad_weight
+//                  in one go, so it is rounded once and needs no accumulator.          8 N D V FLOPs
+//
+// grad_weight's own memory serves as storage: row v of it has room for the scores of D tokens (for a
+// 16-bit score), and is read back just before the row's gradient overwrites it. Up to D tokens are
+// therefore kept for free in either plan; vocab slices then recompute only the rest.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/dtype.h"
+
+namespace memeff {
+
+enum class PlanKind {
+  kStatistics,   // no gradient wanted
+  kTokenChunks,
+  kVocabSlices,
+};
+
+/// How contributions of several token chunks to grad_weight add up.
+enum class GradAccumulation {
+  kAuto,
+  kFloat32,  // an fp32 sum (for bf16: the gradient itself holds the upper 16 bits of it)
+  kNative,   // rounded to the gradient's dtype after each chunk
+};
+
+enum class Accumulation { kExact /* each element written once */, kFloat32, kNative };
+
+struct PlanRequest {
+  int64_t tokens = 0;
+  int64_t features = 0;
+  int64_t vocab = 0;
+  DType dtype = DType::kFloat32;
+  bool bf16_kernels = false;   // scores come from the fused bf16 kernels (16 bits each)
+  bool grad_input = false;
+  bool grad_weight = false;
+  bool grad_bias = false;
+  bool statistics_known = false;  // the backward op: lse is an input
+  int partials = 2;               // per-tile partial sums: max, sum [, smoothing] [, entropy, argmax]
+  int threads = 1;
+  int64_t memory_budget = -1;  // bytes; -1: none given
+  int64_t chunk_size = 0;      // tokens; 0: the planner's choice
+  GradAccumulation accumulation = GradAccumulation::kAuto;
+};
+
+struct Plan {
+  PlanKind kind = PlanKind::kStatistics;
+  Accumulation accumulation = Accumulation::kExact;
+  int64_t stored_in_gradient = 0;  // tokens whose scores live in grad_weight's memory (the first chunk)
+  int64_t chunk_tokens = 0;        // tokens of every other stored chunk
+  int64_t stored_chunks = 0;       // vocab slices: chunks of chunk_tokens kept in the workspace (0 or 1)
+  int64_t token_block = 0;         // tokens that pass through the matrix products together
+  int64_t slice_vocab = 0;         // vocabulary rows that do
+  bool separate_sweeps = false;    // vocab slices: one sweep for grad_input, one for grad_weight
+  int64_t num_chunks = 0;
+  int64_t num_slices = 0;
+  int64_t workspace_bytes = 0;
+  int64_t floor_bytes = 0;  // the gradients themselves
+  double flops = 0;
+  double floor_flops = 0;   // 2 N D V per product that any implementation needs
+};
+
+/// Byte offsets of everything a plan keeps in its one workspace allocation.
+///
+/// What a step needs only while it runs is grouped by step. Under token chunks the steps follow one
+/// another and share memory; under vocab slices they alternate and each has its own.
+struct WorkspaceLayout {
+  int64_t token_arrays = 0;    // kTokenArrays arrays of 8-byte numbers [N]
+  int64_t class_arrays = 0;    // class weights and sum of the bias gradient, [2, V]
+  int64_t thread_scratch = 0;  // [threads, kThreadScratchBytes]
+  int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)
+  int64_t scores = 0;          // stored scores [V, chunk_tokens]
+  int64_t remainder = 0;       // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
+  int64_t score_slice = 0;     // vocab slices: scores of one slice [slice_vocab, token_block]
+  struct {
+    int64_t input_block = 0;   // packed (bf16 kernels) or gathered hidden states of a token block
+    int64_t weight_block = 0;  // upcast rows of the classifier
+    int64_t partials = 0;      // per-tile partial sums [partials, tiles, token_block]
+  } score_step;
+  struct {
+    int64_t sum = 0;             // fp32 sums, when grad_input itself has 16 bits
+    int64_t weight_block = 0;    // packed or upcast rows of the classifier
+    int64_t gradient_block = 0;  // packed dlogits of a token block
+  } input_step;
+  struct {
+    int64_t input_block = 0;  // as above
+    int64_t sum = 0;          // one slice of grad_weight [slice_vocab, D]
+  } weight_step;
+  int64_t total = 0;
+};
+
+constexpr int kTokenArrays = 14;
+constexpr int64_t kThreadScratchBytes = 512 * 1024;
+
+/// Bytes of one stored score.
+int64_t score_bytes(const PlanRequest& request);
+/// Tokens whose scores fit a row of grad_weight.
+int64_t tokens_per_gradient_row(const PlanRequest& request);
+
+WorkspaceLayout layout_workspace(const PlanRequest& request, const Plan& plan);
+
+/// Returns an empty string and fills `plan`, or says why no plan fits (and the least budget that would).
+std::string make_plan(const PlanRequest& request, Plan* plan);
+
+}  // namespace memeff

@@ -1,0 +1,71 @@
+// What one call computes: shapes, options and plain pointers. No torch, no CUDA.
+//
+// N tokens, D features, V classes of the vocabulary.
+//
+//   u[n,v] = sum_d input[n,d] weight[v,d] + bias[v]
+//   z[n,v] = logit_scale * u                                    (softcap == 0)
+//            softcap * tanh(logit_scale * u / softcap)          (softcap > 0)
+//   lse[n] = log sum_v exp z[n,v]
+//
+// With class weights w (1 when absent), eps = label_smoothing and target y the loss of a token is
+//
+//   token_weight * ( (1-eps) w_y (lse - z_y) + eps/V sum_v w_v (lse - z_v) + z_loss lse^2 )
+//
+// and with a probability target q the first two terms are  sum_v w_v ((1-eps) q_v + eps/V) (lse - z_v).
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace memeff {
+
+enum class Reduction { kNone, kSum, kMean };
+
+struct Problem {
+  int64_t tokens = 0;    // N
+  int64_t features = 0;  // D
+  int64_t vocab = 0;     // V
+
+  DType dtype = DType::kFloat32;   // of input, weight, bias and their gradients
+  const void* input = nullptr;     // [N, D], rows input_stride elements apart, features adjacent
+  int64_t input_stride = 0;
+  const void* weight = nullptr;    // [V, D], rows weight_stride elements apart, features adjacent
+  int64_t weight_stride = 0;
+  const void* bias = nullptr;      // [V] or null
+
+  // Exactly one of the two targets is set.
+  const int64_t* target = nullptr;         // [N] class indices, ignore_index where the token is left out
+  const void* probabilities = nullptr;     // [N, V] class probabilities
+  DType probabilities_dtype = DType::kFloat32;
+  int64_t probabilities_token_stride = 0;
+  int64_t probabilities_class_stride = 0;
+
+  const double* class_weight = nullptr;  // [V] or null (all ones)
+  const double* token_weight = nullptr;  // [N] or null (all ones)
+
+  Reduction reduction = Reduction::kMean;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0;
+  double softcap = 0.0;  // 0: off
+  double logit_scale = 1.0;
+  double z_loss = 0.0;
+  double num_items = 0.0;  // > 0: denominator of the mean, in place of the counts
+
+  bool statistics = false;  // also loss, target logit, entropy, max, argmax of every token
+
+  // Upstream gradient: null means 1 (gradients computed in the forward pass).
+  const double* grad_loss = nullptr;  // [N] when reduction is none, else [1]
+
+  // Outputs. Floating [N] outputs are fp32, or fp64 when dtype is fp64.
+  void* loss = nullptr;        // [N] when reduction is none, else [1]
+  double* lse = nullptr;       // [N]; read instead of written by the backward pass. fp64, because
+                               // exp(z - lse) would inherit the rounding of a large lse
+  void* statistics_out = nullptr;  // [4, N]: loss, target logit, entropy, max logit; null unless statistics
+  int64_t* argmax = nullptr;   // [N]; null unless statistics
+  void* grad_input = nullptr;  // [N, D] contiguous, or null when not wanted
+  void* grad_weight = nullptr; // [V, D] contiguous, or null
+  void* grad_bias = nullptr;   // [V], or null
+};
+
+}  // namespace memeff

@@ -1,0 +1,23 @@
+// Tile sizes that the planner must know to count workspace bytes, and the CPU kernels to use it.
+#pragma once
+
+#include <cstdint>
+
+namespace memeff {
+
+/// Vocabulary rows that share one maximum per token (and one partial sum of exponentials).
+/// 224 = 16 micro-tiles of 14 rows; partials then cost 2 * 4 / 224 bytes per score.
+constexpr int64_t kTileVocab = 224;
+/// Tokens are padded to whole panels: two AVX-512 registers of fp32 accumulators.
+constexpr int64_t kPanel = 32;
+
+/// Tokens of one group of packed dlogits: the rows of a micro-tile.
+constexpr int64_t kTokenTile = 14;
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/// Row stride of the sums of gradients, in elements: whole panels, and a cache line more so that rows
+/// do not fall into the same sets of the first-level cache when D is a power of two.
+constexpr int64_t sum_stride(int64_t features) { return round_up(features, kPanel) + 16; }
+
+}  // namespace memeff

@@ -1,0 +1,253 @@
+#include "cpu/bf16_backend.h"
+
+#include <algorithm>
+
+#include "core/tiling.h"
+#include "cpu/number.h"
+#include "cpu/parallel.h"
+
+namespace memeff {
+namespace {
+
+static_assert(kTileVocab * kTileStride * 4 + kTileVocab * kCopyStride * 2 <= kThreadScratchBytes,
+              "a tile of scores and a copy of its weight rows fit the thread's scratch");
+
+/// Columns of a gradient that one task computes; several tasks share the rows of A they copy.
+constexpr int64_t kTaskColumns = 512;
+
+}  // namespace
+
+Bf16Backend::Bf16Backend(const CpuContext& context)
+    : CpuBackend<float>(context),
+      kernels_(bf16_kernels_avx512bf16()),
+      input_(static_cast<const uint16_t*>(problem_.input)),
+      weight_(static_cast<const uint16_t*>(problem_.weight)) {}
+
+ScoreBlock Bf16Backend::part(const ScoreBlock& block, int64_t classes, int64_t tokens) const {
+  ScoreBlock result = block;
+  result.data = static_cast<uint16_t*>(block.data) + classes * block.stride + tokens;
+  result.maxima =
+      static_cast<float*>(block.maxima) + classes / kTileVocab * block.maxima_stride + tokens;
+  return result;
+}
+
+const uint16_t* Bf16Backend::pack_input(Range tokens, Packing packing) {
+  const bool along_features = packing == Packing::kAlongFeatures;
+  uint16_t* panels =
+      at<uint16_t>(along_features ? layout_.score_step.input_block : layout_.weight_step.input_block);
+  Range& packed = along_features ? packed_along_features_ : packed_along_tokens_;
+  if (packed.begin == tokens.begin && packed.end == tokens.end) return panels;
+  if (plan_.kind == PlanKind::kTokenChunks) forget_packed_input();  // the steps share memory
+  packed = tokens;
+  const int64_t* rows = rows_ + tokens.begin;
+  const int64_t features = problem_.features;
+  if (along_features) {
+    const int64_t panel_stride = round_up(features, 2) * kPanel;
+    parallel_for(ceil_div(tokens.size(), kPanel), 1, [&](int64_t panel, int64_t end, int) {
+      for (; panel < end; ++panel) {
+        const int64_t first = panel * kPanel;
+        kernels_.pack_transposed(input_, problem_.input_stride, rows + first,
+                                 std::min(kPanel, tokens.size() - first), features,
+                                 panels + panel * panel_stride);
+      }
+    });
+  } else {
+    const int64_t panel_stride = round_up(tokens.size(), 2) * kPanel;
+    parallel_for(ceil_div(features, kPanel), 1, [&](int64_t panel, int64_t end, int) {
+      for (; panel < end; ++panel) {
+        const int64_t first = panel * kPanel;
+        kernels_.interleave_rows(input_ + first, problem_.input_stride, rows, tokens.size(),
+                                 std::min(kPanel, features - first), kPanel,
+                                 panels + panel * panel_stride);
+      }
+    });
+  }
+  return panels;
+}
+
+void Bf16Backend::scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) {
+  const uint16_t* panels = pack_input(tokens, Packing::kAlongFeatures);
+  const int64_t tiles = ceil_div(classes.size(), kTileVocab);
+  const int64_t strips = ceil_div(tokens.size(), kTileTokens);
+  parallel_for(tiles * strips, 1, [&](int64_t task, int64_t end, int thread) {
+    float* scratch = at<float>(layout_.thread_scratch + thread * kThreadScratchBytes);
+    for (; task < end; ++task) {
+      const int64_t v = classes.begin + task / strips * kTileVocab;
+      const int64_t t = task % strips * kTileTokens;
+      const ScoreBlock part = block == nullptr ? ScoreBlock{} : this->part(*block, v - classes.begin, t);
+      score_task({v, std::min(v + kTileVocab, classes.end)}, tokens,
+                 {t, std::min(t + kTileTokens, tokens.size())}, panels,
+                 block == nullptr ? nullptr : &part, statistics, scratch);
+    }
+  });
+}
+
+void Bf16Backend::score_task(Range classes, Range tokens, Range columns, const uint16_t* panels,
+                             const ScoreBlock* block, bool statistics, float* scratch) {
+  float bias[kTileVocab];
+  ScoreTile tile;
+  tile.weight = weight_ + classes.begin * problem_.weight_stride;
+  tile.weight_stride = problem_.weight_stride;
+  tile.classes = classes.size();
+  tile.features = problem_.features;
+  tile.panel_stride = round_up(problem_.features, 2) * kPanel;
+  tile.panels = panels + columns.begin / kPanel * tile.panel_stride;
+  tile.tokens = columns.size();
+  tile.transform.scale = static_cast<float>(problem_.logit_scale);
+  tile.transform.softcap = static_cast<float>(problem_.softcap);
+  tile.transform.class_weight = class_weight(classes.begin);
+  if (problem_.bias != nullptr) {
+    for (int64_t v = 0; v < classes.size(); ++v) {
+      bias[v] = static_cast<float>(load(problem_.dtype, problem_.bias, classes.begin + v));
+    }
+    tile.transform.bias = bias;
+  }
+  float maxima[kTileTokens];
+  if (statistics) {
+    tile.partials = tile_partials(classes.begin / kTileVocab, columns.begin);
+  } else {
+    tile.partials.maximum = maxima;
+  }
+  tile.exponentials = nullptr;
+  tile.exponentials_stride = 0;
+  if (block != nullptr) {
+    tile.exponentials = static_cast<uint16_t*>(block->data);
+    tile.exponentials_stride = block->stride;
+  }
+  tile.scratch = scratch;
+  kernels_.score_tile(tile);
+  if (block != nullptr) {
+    std::copy_n(tile.partials.maximum, columns.size(), static_cast<float*>(block->maxima));
+  }
+  const Range strip{tokens.begin + columns.begin, tokens.begin + columns.end};
+  for_each_target(classes, strip, [&](int64_t row, int64_t i) {
+    target_logit_[strip.begin + i] = scratch[row * kTileStride + i];
+  });
+}
+
+void Bf16Backend::to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+  const Coefficients& coefficients = this->coefficients(tokens);
+  auto* const data = static_cast<uint16_t*>(block.data);
+  float* const sums = add_bias ? bias_sum() : nullptr;
+  // Tasks are parts of tiles: as many classes as one worker likes, all sharing the tile's maxima.
+  constexpr int64_t kTaskClasses = kTileVocab / 4;
+  parallel_for(ceil_div(classes.size(), kTaskClasses), 1, [&](int64_t task, int64_t end, int thread) {
+    float* factors = at<float>(layout_.thread_scratch + thread * kThreadScratchBytes);
+    for (; task < end; ++task) {
+      const int64_t first = task * kTaskClasses;
+      const Range rows{classes.begin + first, std::min(classes.begin + first + kTaskClasses, classes.end)};
+      GradientTile tile;
+      tile.data = data + first * block.stride;
+      tile.stride = block.stride;
+      tile.classes = rows.size();
+      tile.tokens = tokens.size();
+      tile.maxima = static_cast<const float*>(block.maxima) + first / kTileVocab * block.maxima_stride;
+      tile.shift = coefficients.shift.data();
+      tile.scale_p = coefficients.scale_p.data();
+      tile.scale_w = problem_.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
+      tile.class_weight = class_weight(rows.begin);
+      tile.factors = factors;
+      tile.bias_sum = sums == nullptr ? nullptr : sums + rows.begin;
+      // Targets get their exact value afterwards; until then their exponential counts as 0, so that
+      // the sum of the bias gradient needs no difference of large numbers.
+      for_each_target(rows, tokens, [&](int64_t row, int64_t i) { tile.data[row * tile.stride + i] = 0; });
+      kernels_.gradient_tile(tile);
+      for_each_target(rows, tokens, [&](int64_t row, int64_t i) {
+        const float exact = static_cast<float>(target_gradient(tokens.begin + i));
+        tile.data[row * tile.stride + i] = bf16_bits(exact);
+        if (sums == nullptr) return;
+        float so_far = 0;
+        if (tile.scale_w != nullptr) {
+          so_far = -tile.scale_w[i] * (tile.class_weight == nullptr ? 1.0f : tile.class_weight[row]);
+        }
+        tile.bias_sum[row] += exact - so_far;
+      });
+    }
+  });
+}
+
+void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) {
+  if (plan_.kind == PlanKind::kTokenChunks) forget_packed_input();
+  const int64_t features = problem_.features;
+  const int64_t padded = round_up(features, kPanel);
+  const int64_t panels = padded / kPanel;
+  const int64_t groups = ceil_div(tokens.size(), kTokenTile);
+  auto* const weight_panels = at<uint16_t>(layout_.input_step.weight_block);
+  auto* const gradient_pairs = at<uint16_t>(layout_.input_step.gradient_block);
+  float* const sums = input_sum(tokens);
+  const int64_t padded_inner = round_up(classes.size(), 2);
+  parallel_for(panels + groups, 1, [&](int64_t task, int64_t end, int) {
+    for (; task < end; ++task) {
+      if (task < panels) {
+        const int64_t d = task * kPanel;
+        kernels_.interleave_rows(weight_ + classes.begin * problem_.weight_stride + d,
+                                 problem_.weight_stride, nullptr, classes.size(),
+                                 std::min(kPanel, features - d), kPanel,
+                                 weight_panels + task * padded_inner * kPanel);
+      } else {
+        const int64_t t = (task - panels) * kTokenTile;
+        kernels_.interleave_rows(static_cast<const uint16_t*>(block.data) + t, block.stride, nullptr,
+                                 classes.size(), std::min(kTokenTile, tokens.size() - t), kTokenTile,
+                                 gradient_pairs + (task - panels) * padded_inner * kTokenTile);
+      }
+    }
+  });
+  // A task: groups of tokens whose pairs stay in the second-level cache, by kTaskColumns.
+  const int64_t row_tasks = ceil_div(groups * kTokenTile, kTileVocab);
+  const int64_t task_groups = ceil_div(groups, row_tasks);
+  const int64_t column_tasks = ceil_div(padded, kTaskColumns);
+  parallel_for(ceil_div(groups, task_groups) * column_tasks, 1, [&](int64_t task, int64_t end, int) {
+    for (; task < end; ++task) {
+      const int64_t group = task / column_tasks * task_groups;
+      const int64_t t = group * kTokenTile;
+      const int64_t d = task % column_tasks * kTaskColumns;
+      Product product;
+      product.a = gradient_pairs + group * padded_inner * kTokenTile;
+      product.a_stride = padded_inner * kTokenTile;
+      product.rows = std::min(task_groups * kTokenTile, tokens.size() - t);
+      product.panels = weight_panels + d / kPanel * padded_inner * kPanel;
+      product.panel_stride = padded_inner * kPanel;
+      product.columns = std::min(kTaskColumns, padded - d);
+      product.inner = classes.size();
+      product.c = sums + t * input_sum_stride() + d;
+      product.c_stride = input_sum_stride();
+      product.accumulate = !first;
+      product.scratch = nullptr;
+      kernels_.multiply_pairs(product);
+    }
+  });
+}
+
+void Bf16Backend::add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) {
+  const int64_t padded = round_up(problem_.features, kPanel);
+  const int64_t stride = sum_stride(problem_.features);
+  if (tokens.size() == 0) {
+    if (first) std::fill_n(weight_sum(), classes.size() * stride, 0.0f);
+    return;
+  }
+  const uint16_t* panels = pack_input(tokens, Packing::kAlongTokens);
+  const int64_t panel_stride = round_up(tokens.size(), 2) * kPanel;
+  const int64_t column_tasks = ceil_div(padded, kTaskColumns);
+  const int64_t row_tasks = ceil_div(classes.size(), kTileVocab);
+  parallel_for(row_tasks * column_tasks, 1, [&](int64_t task, int64_t end, int thread) {
+    for (; task < end; ++task) {
+      const int64_t v = task / column_tasks * kTileVocab;
+      const int64_t d = task % column_tasks * kTaskColumns;
+      Product product;
+      product.a = static_cast<const uint16_t*>(block.data) + v * block.stride;
+      product.a_stride = block.stride;
+      product.rows = std::min(kTileVocab, classes.size() - v);
+      product.panels = panels + d / kPanel * panel_stride;
+      product.panel_stride = panel_stride;
+      product.columns = std::min(kTaskColumns, padded - d);
+      product.inner = tokens.size();
+      product.c = weight_sum() + v * stride + d;
+      product.c_stride = stride;
+      product.accumulate = !first;
+      product.scratch = at<uint16_t>(layout_.thread_scratch + thread * kThreadScratchBytes);
+      kernels_.multiply_rows(product);
+    }
+  });
+}
+
+}  // namespace memeff

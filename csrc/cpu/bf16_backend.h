@@ -1,0 +1,38 @@
+// CPU backend for bf16 on AVX512-BF16: handwritten products (bf16_kernels.h) with the softmax
+// statistics in the epilogue of the first one.
+//
+// Scores are kept as fp16 exp(z - max of tile and token), 2^-12 relative error, and turned into bf16
+// dlogits in place, so grad_weight's rows have room for the scores of D tokens.
+#pragma once
+
+#include "cpu/bf16_kernels.h"
+#include "cpu/cpu_backend.h"
+
+namespace memeff {
+
+class Bf16Backend final : public CpuBackend<float> {
+ public:
+  explicit Bf16Backend(const CpuContext& context);
+
+  void scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) override;
+  void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override;
+  void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override;
+  void add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) override;
+  ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override;
+
+ private:
+  enum class Packing { kAlongFeatures, kAlongTokens };
+  /// Hidden states of a block, packed unless they still are.
+  const uint16_t* pack_input(Range tokens, Packing packing);
+  void forget_packed_input() { packed_along_features_ = packed_along_tokens_ = {-1, -1}; }
+  void score_task(Range classes, Range tokens, Range columns, const uint16_t* panels,
+                  const ScoreBlock* block, bool statistics, float* scratch);
+
+  const Bf16Kernels kernels_;
+  const uint16_t* const input_;
+  const uint16_t* const weight_;
+  Range packed_along_features_ = {-1, -1};
+  Range packed_along_tokens_ = {-1, -1};
+};
+
+}  // namespace memeff

@@ -1,0 +1,193 @@
+// Packing, tiles and epilogues around the bf16 micro-tile. See bf16_kernels.h.
+#include "cpu/bf16_kernels.h"
+
+#if defined(__x86_64__)
+
+#include "cpu/bf16_microkernel.h"
+#include "cpu/column_kernels_impl.h"
+
+namespace memeff {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// Low n bits set, n <= 32.
+inline uint32_t lane_mask(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+/// Transposes 16 x 16 32-bit elements held in 16 registers: 4 rounds of exchanges of halves.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+      r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + 2 + j]);
+    }
+  }
+  // Register 4i+j now holds, in each 128-bit lane l, rows 4i..4i+3 of column 4l+j.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+    t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    t[8 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    t[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+void pack_transposed(const uint16_t* source, int64_t stride, const int64_t* rows, int64_t count,
+                     int64_t inner, uint16_t* panel) {
+  for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t k = 0; k < inner; k += 32) {
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; ++i) {
+        const int64_t row = half * 16 + i;
+        r[i] = row < count ? _mm512_maskz_loadu_epi16(lane_mask(inner - k), source + rows[row] * stride + k)
+                           : _mm512_setzero_si512();
+      }
+      transpose(r);
+      const int64_t pairs = smaller(16, (inner - k + 1) / 2);
+      for (int64_t i = 0; i < pairs; ++i) {
+        _mm512_storeu_si512(panel + (k / 2 + i) * 64 + half * 32, r[i]);
+      }
+    }
+  }
+}
+
+void interleave_rows(const uint16_t* source, int64_t stride, const int64_t* rows, int64_t inner,
+                     int64_t columns, int64_t width, uint16_t* out) {
+  for (int64_t k = 0; k < inner; k += 2) {
+    const uint16_t* even = source + (rows != nullptr ? rows[k] : k) * stride;
+    const bool paired = k + 1 < inner;
+    const uint16_t* odd = paired ? source + (rows != nullptr ? rows[k + 1] : k + 1) * stride : even;
+    uint16_t* to = out + k * width;
+    for (int64_t j = 0; j < width; j += 16) {
+      const __mmask16 valid = static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
+      const __mmask16 second = paired ? valid : 0;
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, even + j));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, odd + j));
+      const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+      _mm512_mask_storeu_epi32(to + 2 * j, static_cast<__mmask16>(lane_mask(smaller(16, width - j))), pairs);
+    }
+  }
+}
+
+/// Copies rows [rows, inner] of A next to each other, an odd last element paired with 0.
+void copy_rows(const uint16_t* a, int64_t stride, int64_t rows, int64_t inner, uint16_t* to) {
+  for (int64_t i = 0; i < rows; ++i) {
+    std::memcpy(to + i * kCopyStride, a + i * stride, static_cast<size_t>(inner) * 2);
+    if (inner % 2 != 0) to[i * kCopyStride + inner] = 0;
+  }
+}
+
+/// C += A B for one block of the inner dimension, panel by panel (B stays in the first-level cache).
+template <bool kPacked>
+void multiply_block(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panels,
+                    int64_t panel_stride, int64_t columns, int64_t inner, float* c, int64_t c_stride,
+                    bool accumulate) {
+  const int64_t steps = (inner + 1) / 2;
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    const uint16_t* panel = panels + j / kPanel * panel_stride;
+    for (int64_t i = 0; i < rows; i += kMicroRows) {
+      const int64_t height = smaller(kMicroRows, rows - i);
+      const uint16_t* left = kPacked ? a + i / kTokenTile * a_stride + i % kTokenTile * 2 : a + i * a_stride;
+      MicroTiles<kPacked>::kByRows[height](left, a_stride, panel, steps, c + i * c_stride + j, c_stride,
+                                           accumulate);
+    }
+  }
+}
+
+void multiply_rows(const Product& p) {
+  for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
+    const int64_t inner = smaller(kInnerBlock, p.inner - k);
+    copy_rows(p.a + k, p.a_stride, p.rows, inner, p.scratch);
+    multiply_block<false>(p.scratch, kCopyStride, p.rows, p.panels + k * kPanel, p.panel_stride, p.columns,
+                          inner, p.c, p.c_stride, p.accumulate || k > 0);
+  }
+}
+
+void multiply_pairs(const Product& p) {
+  for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
+    multiply_block<true>(p.a + k * kTokenTile, p.a_stride, p.rows, p.panels + k * kPanel, p.panel_stride,
+                         p.columns, smaller(kInnerBlock, p.inner - k), p.c, p.c_stride,
+                         p.accumulate || k > 0);
+  }
+}
+
+inline void store_half(uint16_t* to, __m512 value, int64_t count) {
+  const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lane_mask(smaller(16, count))), half);
+}
+
+void score_tile(const ScoreTile& tile) {
+  float* z = tile.scratch;
+  Product product;
+  product.a = tile.weight;
+  product.a_stride = tile.weight_stride;
+  product.rows = tile.classes;
+  product.panels = tile.panels;
+  product.panel_stride = tile.panel_stride;
+  product.columns = (tile.tokens + kPanel - 1) / kPanel * kPanel;
+  product.inner = tile.features;
+  product.c = z;
+  product.c_stride = kTileStride;
+  product.accumulate = false;
+  product.scratch = reinterpret_cast<uint16_t*>(z + kTileVocab * kTileStride);
+  multiply_rows(product);
+
+  const float inverse_cap = tile.transform.softcap > 0 ? 1 / tile.transform.softcap : 0;
+  for (int64_t t = 0; t < tile.tokens; t += 16) {
+    const int64_t count = smaller(16, tile.tokens - t);
+    // Statistics see whole strips (the scratch is padded); partial ones are stored with `count`.
+    finish_strip(z + t, kTileStride, tile.classes, count, t, tile.transform, tile.partials,
+                 [&](int64_t v, Vec<float> score, Vec<float> e) {
+                   if (tile.exponentials == nullptr) return;
+                   if (inverse_cap > 0) {
+                     const Vec<float> ratio = score * inverse_cap;
+                     e *= 1 - ratio * ratio;
+                   }
+                   store_half(tile.exponentials + v * tile.exponentials_stride + t, (__m512)e, count);
+                 });
+  }
+}
+
+void gradient_tile(const GradientTile& tile) {
+  for (int64_t t = 0; t < tile.tokens; t += 16) {
+    const int64_t count = smaller(16, tile.tokens - t);
+    const Vec<float> shift = load_strip(tile.maxima + t, count) - load_vector(tile.shift + t);
+    store_vector(tile.factors + t, exp_vector<float>(shift) * load_vector(tile.scale_p + t));
+  }
+  for (int64_t v = 0; v < tile.classes; ++v) {
+    uint16_t* row = tile.data + v * tile.stride;
+    const __m512 w = _mm512_set1_ps(tile.class_weight != nullptr ? tile.class_weight[v] : 1.0f);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t t = 0; t < tile.tokens; t += 16) {
+      const __mmask16 mask = static_cast<__mmask16>(lane_mask(smaller(16, tile.tokens - t)));
+      const __m512 e = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + t));
+      __m512 gradient = _mm512_mul_ps(e, _mm512_loadu_ps(tile.factors + t));
+      if (tile.scale_w != nullptr) {
+        gradient = _mm512_fnmadd_ps(_mm512_loadu_ps(tile.scale_w + t), w, gradient);
+      }
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(gradient);
+      _mm256_mask_storeu_epi16(row + t, mask, rounded);
+      sum = _mm512_mask_add_ps(sum, mask, sum, gradient);
+    }
+    if (tile.bias_sum != nullptr) tile.bias_sum[v] += _mm512_reduce_add_ps(sum);
+  }
+}
+
+}  // namespace
+
+Bf16Kernels bf16_kernels_avx512bf16() {
+  return {pack_transposed, interleave_rows, score_tile, gradient_tile, multiply_rows, multiply_pairs};
+}
+
+}  // namespace memeff
+
+#endif  // __x86_64__

@@ -1,0 +1,235 @@
+#include "cpu/blas_backend.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/tiling.h"
+#include "cpu/gemm.h"
+#include "cpu/number.h"
+#include "cpu/parallel.h"
+
+namespace memeff {
+namespace {
+
+/// Copies `rows` rows of `columns` numbers of any dtype to dense rows of T.
+template <class T, class RowIndex>
+void convert_rows(DType dtype, const void* from, int64_t stride, int64_t rows, int64_t columns,
+                  const RowIndex& row_index, T* to) {
+  dispatch(dtype, [&](auto* type) {
+    const auto* source = static_cast<decltype(type)>(const_cast<void*>(from));
+    parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto* row = source + row_index(i) * stride;
+        for (int64_t d = 0; d < columns; ++d) to[i * columns + d] = static_cast<T>(to_arithmetic(row[d]));
+      }
+    });
+  });
+}
+
+template <class T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+}
+
+}  // namespace
+
+template <class T>
+ScoreBlock BlasBackend<T>::part(const ScoreBlock& block, int64_t classes, int64_t tokens) const {
+  ScoreBlock result = block;
+  result.data = static_cast<T*>(block.data) + classes * block.stride + tokens;
+  return result;
+}
+
+template <class T>
+typename BlasBackend<T>::Rows BlasBackend<T>::input_rows(Range tokens, int64_t workspace_offset) {
+  const Problem& p = this->problem_;
+  const int64_t* rows = this->rows_ + tokens.begin;
+  if (p.dtype == dtype_of<T>() && tokens.size() > 0 && this->contiguous_rows(tokens)) {
+    return {static_cast<const T*>(p.input) + rows[0] * p.input_stride, p.input_stride};
+  }
+  T* gathered = this->template at<T>(workspace_offset);
+  convert_rows(p.dtype, p.input, p.input_stride, tokens.size(), p.features,
+               [&](int64_t i) { return rows[i]; }, gathered);
+  return {gathered, p.features};
+}
+
+template <class T>
+typename BlasBackend<T>::Rows BlasBackend<T>::weight_rows(Range classes, int64_t workspace_offset) {
+  const Problem& p = this->problem_;
+  if (p.dtype == dtype_of<T>()) {
+    return {static_cast<const T*>(p.weight) + classes.begin * p.weight_stride, p.weight_stride};
+  }
+  T* upcast = this->template at<T>(workspace_offset);
+  convert_rows(p.dtype, p.weight, p.weight_stride, classes.size(), p.features,
+               [&](int64_t i) { return classes.begin + i; }, upcast);
+  return {upcast, p.features};
+}
+
+template <class T>
+void BlasBackend<T>::scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) {
+  const Problem& p = this->problem_;
+  const Rows x = input_rows(tokens, this->layout_.score_step.input_block);
+  const ScoreBlock discarded = this->slice_block();
+  for (int64_t begin = classes.begin; begin < classes.end; begin += this->plan_.slice_vocab) {
+    const Range slice{begin, std::min(begin + this->plan_.slice_vocab, classes.end)};
+    const Rows w = weight_rows(slice, this->layout_.score_step.weight_block);
+    T* z = block == nullptr ? static_cast<T*>(discarded.data)
+                            : static_cast<T*>(block->data) + (begin - classes.begin) * block->stride;
+    const int64_t stride = block == nullptr ? discarded.stride : block->stride;
+    gemm<T>(false, true, slice.size(), tokens.size(), p.features, w.data, w.stride, x.data, x.stride,
+            false, z, stride);
+    // One task is a tile of classes by a range of tokens: enough of them for many threads.
+    const int64_t tiles = ceil_div(slice.size(), kTileVocab);
+    const int64_t columns = 4 * kPanel;
+    const int64_t strips = ceil_div(tokens.size(), columns);
+    parallel_for(tiles * strips, 1, [&](int64_t task, int64_t end, int) {
+      for (; task < end; ++task) {
+        const int64_t first = task / strips * kTileVocab;
+        const Range tile{slice.begin + first, std::min(slice.begin + first + kTileVocab, slice.end)};
+        const int64_t t = task % strips * columns;
+        finish_tile(z + first * stride, stride, tile, tokens,
+                    {t, std::min(t + columns, tokens.size())}, statistics);
+      }
+    });
+  }
+}
+
+template <class T>
+void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range tokens, Range columns,
+                                 bool statistics) {
+  const Problem& p = this->problem_;
+  T bias[kTileVocab];
+  ScoreTransform<T> transform;
+  transform.scale = static_cast<T>(p.logit_scale);
+  transform.softcap = static_cast<T>(p.softcap);
+  transform.class_weight = this->class_weight(classes.begin);
+  if (p.bias != nullptr) {
+    for (int64_t v = 0; v < classes.size(); ++v) {
+      bias[v] = static_cast<T>(load(p.dtype, p.bias, classes.begin + v));
+    }
+    transform.bias = bias;
+  }
+  TilePartials<T> partials;
+  const int64_t tile = classes.begin / kTileVocab;
+  if (statistics) partials = this->tile_partials(tile, columns.begin);
+  T* part = z + columns.begin;
+  column_kernels<T>().finish_scores(part, stride, classes.size(), columns.size(), transform, partials);
+  const Range range{tokens.begin + columns.begin, tokens.begin + columns.end};
+  if (p.probabilities != nullptr) {
+    if (statistics) probability_partials(part, stride, classes, range, columns.begin);
+    return;
+  }
+  this->for_each_target(classes, range, [&](int64_t row, int64_t i) {
+    this->target_logit_[range.begin + i] = part[row * stride + i];
+  });
+}
+
+template <class T>
+double BlasBackend<T>::probability(int64_t token, int64_t v) const {
+  const Problem& p = this->problem_;
+  return load(p.probabilities_dtype, p.probabilities,
+              this->rows_[token] * p.probabilities_token_stride + v * p.probabilities_class_stride);
+}
+
+template <class T>
+void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range classes, Range tokens,
+                                          int64_t at) {
+  using Base = CpuBackend<T>;
+  const int64_t tile = classes.begin / kTileVocab;
+  const T* w = this->class_weight(classes.begin);
+  for (int64_t i = 0; i < tokens.size(); ++i) {
+    double dot = 0, mass = 0, plain = 0;
+    for (int64_t v = 0; v < classes.size(); ++v) {
+      const double q = probability(tokens.begin + i, classes.begin + v);
+      const double weighted = w == nullptr ? q : q * w[v];
+      const double score = z[v * stride + i];
+      mass += weighted;
+      // A probability of 0 times a score of -inf is NaN, as in torch.
+      dot += weighted * score;
+      plain += q * score;
+    }
+    this->partial(Base::kTargetDot, tile)[at + i] = static_cast<T>(dot);
+    this->partial(Base::kTargetMass, tile)[at + i] = static_cast<T>(mass);
+    this->partial(Base::kTargetPlain, tile)[at + i] = static_cast<T>(plain);
+  }
+}
+
+template <class T>
+void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+  const Problem& p = this->problem_;
+  const auto& coefficients = this->coefficients(tokens);
+  T* z = static_cast<T*>(block.data);
+  T* bias_sum = add_bias ? this->bias_sum() : nullptr;
+  constexpr int64_t kRows = 32;
+  parallel_for(ceil_div(classes.size(), kRows), 1, [&](int64_t task, int64_t end, int) {
+    std::vector<T> kept;  // what the probability targets still need of the scores
+    for (; task < end; ++task) {
+      const int64_t first = task * kRows;
+      const Range rows{classes.begin + first, std::min(classes.begin + first + kRows, classes.end)};
+      T* part = z + first * block.stride;
+      GradientTransform<T> transform;
+      transform.softcap = static_cast<T>(p.softcap);
+      transform.shift = coefficients.shift.data();
+      transform.scale_p = coefficients.scale_p.data();
+      transform.scale_w = p.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
+      transform.class_weight = this->class_weight(rows.begin);
+      if (p.probabilities != nullptr) {
+        kept.assign(static_cast<size_t>(rows.size() * tokens.size()), T{1});
+        if (p.softcap > 0) {
+          for (int64_t v = 0; v < rows.size(); ++v) {
+            for (int64_t i = 0; i < tokens.size(); ++i) {
+              const T ratio = part[v * block.stride + i] / static_cast<T>(p.softcap);
+              kept[static_cast<size_t>(v * tokens.size() + i)] = 1 - ratio * ratio;
+            }
+          }
+        }
+      }
+      column_kernels<T>().to_gradient(part, block.stride, rows.size(), tokens.size(), transform);
+      if (p.probabilities != nullptr) {
+        for (int64_t v = 0; v < rows.size(); ++v) {
+          const double w = transform.class_weight == nullptr ? 1.0 : transform.class_weight[v];
+          for (int64_t i = 0; i < tokens.size(); ++i) {
+            const double q = probability(tokens.begin + i, rows.begin + v);
+            const double change = w * q * coefficients.scale_target[static_cast<size_t>(i)] *
+                                  kept[static_cast<size_t>(v * tokens.size() + i)];
+            part[v * block.stride + i] -= static_cast<T>(change);
+          }
+        }
+      } else {
+        this->for_each_target(rows, tokens, [&](int64_t row, int64_t i) {
+          part[row * block.stride + i] = static_cast<T>(this->target_gradient(tokens.begin + i));
+        });
+      }
+      if (bias_sum != nullptr) {
+        column_kernels<T>().add_row_sums(part, block.stride, rows.size(), tokens.size(),
+                                         bias_sum + rows.begin);
+      }
+    }
+  });
+}
+
+template <class T>
+void BlasBackend<T>::add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) {
+  const Rows w = weight_rows(classes, this->layout_.input_step.weight_block);
+  gemm<T>(true, false, tokens.size(), this->problem_.features, classes.size(),
+          static_cast<const T*>(block.data), block.stride, w.data, w.stride, !first,
+          this->input_sum(tokens), this->input_sum_stride());
+}
+
+template <class T>
+void BlasBackend<T>::add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) {
+  const int64_t features = this->problem_.features;
+  const int64_t stride = sum_stride(features);
+  if (tokens.size() == 0) {
+    if (first) std::fill_n(this->weight_sum(), classes.size() * stride, T{0});
+    return;
+  }
+  const Rows x = input_rows(tokens, this->layout_.weight_step.input_block);
+  gemm<T>(false, false, classes.size(), features, tokens.size(), static_cast<const T*>(block.data),
+          block.stride, x.data, x.stride, !first, this->weight_sum(), stride);
+}
+
+template class BlasBackend<float>;
+template class BlasBackend<double>;
+
+}  // namespace memeff

@@ -1,0 +1,39 @@
+// CPU backend over general matrix products (MKL, oneDNN through torch), for every dtype.
+//
+// Scores are kept as T: float, or double for fp64. 16-bit hidden states and classifier rows are upcast
+// block by block, so that every product has fp32 inputs and sums: no score is ever rounded to 16 bits.
+#pragma once
+
+#include "cpu/cpu_backend.h"
+
+namespace memeff {
+
+template <class T>
+class BlasBackend final : public CpuBackend<T> {
+ public:
+  using CpuBackend<T>::CpuBackend;
+
+  void scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) override;
+  void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override;
+  void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override;
+  void add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) override;
+  ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override;
+
+ private:
+  /// Rows of a matrix as T, in place when they are already.
+  struct Rows {
+    const T* data;
+    int64_t stride;
+  };
+  Rows input_rows(Range tokens, int64_t workspace_offset);
+  Rows weight_rows(Range classes, int64_t workspace_offset);
+  void finish_tile(T* z, int64_t stride, Range classes, Range tokens, Range columns, bool statistics);
+  /// Partial sums of a strip that starts `at` tokens into its block.
+  void probability_partials(const T* z, int64_t stride, Range classes, Range tokens, int64_t at);
+  double probability(int64_t token, int64_t v) const;
+};
+
+extern template class BlasBackend<float>;
+extern template class BlasBackend<double>;
+
+}  // namespace memeff

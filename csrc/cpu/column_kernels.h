@@ -1,0 +1,60 @@
+// Element-wise work on a tile of scores, vocabulary-major: the lanes of a vector are tokens, so the
+// softmax statistics of a token never need a reduction across lanes.
+//
+//   z       [classes, tokens], rows `stride` elements apart
+//   finish_scores    z <- softcap(scale * (z + bias)); per-token partial sums of the tile
+//   to_gradient      z <- dlogits
+//
+// Compiled once per instruction set (column_kernels_*.cpp) and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace memeff {
+
+/// Partial sums of a tile, per token. Pointers that are null are not wanted.
+template <class T>
+struct TilePartials {
+  T* maximum = nullptr;   // max_v z_v
+  T* sum = nullptr;       // sum_v exp(z_v - max)
+  T* smooth = nullptr;    // sum_v w_v z_v
+  T* weighted = nullptr;  // sum_v exp(z_v - max) (z_v - max)
+  T* argmax = nullptr;    // class with the maximum, counted from the tile's first
+};
+
+template <class T>
+struct ScoreTransform {
+  T scale = 1;
+  T softcap = 0;  // 0: off
+  const T* bias = nullptr;          // of the tile's classes
+  const T* class_weight = nullptr;  // of the tile's classes
+};
+
+/// dlogits = scale_p * exp(z - shift) - scale_w * w, times the derivative of the soft cap. The shift is
+/// lse rounded to T, and scale_p makes up for the rounding.
+template <class T>
+struct GradientTransform {
+  T softcap = 0;
+  const T* shift = nullptr;    // [tokens]
+  const T* scale_p = nullptr;  // [tokens]
+  const T* scale_w = nullptr;  // [tokens] or null
+  const T* class_weight = nullptr;  // of the tile's classes, or null
+};
+
+template <class T>
+struct ColumnKernels {
+  void (*finish_scores)(T* z, int64_t stride, int64_t classes, int64_t tokens,
+                        const ScoreTransform<T>& transform, const TilePartials<T>& partials);
+  void (*to_gradient)(T* z, int64_t stride, int64_t classes, int64_t tokens,
+                      const GradientTransform<T>& transform);
+  /// sums[v] += sum over the tokens of row v.
+  void (*add_row_sums)(const T* z, int64_t stride, int64_t classes, int64_t tokens, T* sums);
+};
+
+/// The fastest version that this machine runs.
+template <class T>
+const ColumnKernels<T>& column_kernels();
+
+}  // namespace memeff

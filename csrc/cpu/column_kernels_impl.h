@@ -1,0 +1,133 @@
+// Body of the column kernels; included by one file per instruction set.
+#pragma once
+
+#include "cpu/column_kernels.h"
+#include "cpu/vector_math.h"
+
+namespace memeff {
+namespace {
+
+/// Loads and stores a strip of up to kLanes tokens. Only the last strip of a row is partial: what lies
+/// beyond it belongs to the next class.
+template <class T>
+inline Vec<T> load_strip(const T* data, int64_t count) {
+  if (count >= kLanes<T>) return load_vector(data);
+  Vec<T> value = {};
+  std::memcpy(&value, data, static_cast<size_t>(count) * sizeof(T));
+  return value;
+}
+
+template <class T>
+inline void store_strip(T* data, Vec<T> value, int64_t count) {
+  if (count >= kLanes<T>) {
+    store_vector(data, value);
+  } else {
+    std::memcpy(data, &value, static_cast<size_t>(count) * sizeof(T));
+  }
+}
+
+template <class T>
+inline Vec<T> transform_score(Vec<T> z, int64_t v, const ScoreTransform<T>& transform) {
+  if (transform.bias != nullptr) z += transform.bias[v];
+  z *= transform.scale;
+  if (transform.softcap > 0) z = transform.softcap * tanh_vector<T>(z * (1 / transform.softcap));
+  return z;
+}
+
+/// `finished(v, z, e)` sees every finished score and its exponential relative to the strip's maximum.
+template <class T, class Finished>
+inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, int64_t at,
+                         const ScoreTransform<T>& transform, const TilePartials<T>& partials,
+                         const Finished& finished) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  Vec<T> maximum = broadcast<T>(-infinity);
+  Vec<T> argmax = {};
+  Vec<T> smooth = {};
+  for (int64_t v = 0; v < classes; ++v) {
+    T* row = z + v * stride;
+    const Vec<T> score = transform_score<T>(load_strip(row, count), v, transform);
+    store_strip(row, score, count);
+    if (partials.argmax != nullptr) {
+      argmax = score > maximum ? broadcast<T>(static_cast<T>(v)) : argmax;
+    }
+    maximum = score > maximum ? score : maximum;
+    if (partials.smooth != nullptr) {
+      smooth += transform.class_weight != nullptr ? transform.class_weight[v] * score : score;
+    }
+  }
+  // Relative to a finite number, so that a tile of -inf scores has sum 0 and not NaN.
+  const Vec<T> origin = maximum == -infinity ? Vec<T>{} : maximum;
+  Vec<T> sum = {};
+  Vec<T> weighted = {};
+  for (int64_t v = 0; v < classes; ++v) {
+    const Vec<T> score = load_strip(z + v * stride, count);
+    const Vec<T> e = exp_vector<T>(score - origin);
+    sum += e;
+    if (partials.weighted != nullptr) weighted += e > 0 ? e * (score - origin) : Vec<T>{};
+    finished(v, score, e);
+  }
+  store_strip(partials.maximum + at, maximum, count);
+  if (partials.sum != nullptr) store_strip(partials.sum + at, sum, count);
+  if (partials.smooth != nullptr) store_strip(partials.smooth + at, smooth, count);
+  if (partials.weighted != nullptr) store_strip(partials.weighted + at, weighted, count);
+  if (partials.argmax != nullptr) store_strip(partials.argmax + at, argmax, count);
+}
+
+template <class T>
+void finish_scores(T* z, int64_t stride, int64_t classes, int64_t tokens,
+                   const ScoreTransform<T>& transform, const TilePartials<T>& partials) {
+  const bool plain = transform.bias == nullptr && transform.scale == 1 && transform.softcap == 0;
+  for (int64_t t = 0; t < tokens; t += kLanes<T>) {
+    const int64_t count = tokens - t < kLanes<T> ? tokens - t : kLanes<T>;
+    if (partials.maximum != nullptr) {
+      finish_strip(z + t, stride, classes, count, t, transform, partials,
+                   [](int64_t, Vec<T>, Vec<T>) {});
+    } else if (!plain) {
+      for (int64_t v = 0; v < classes; ++v) {
+        T* at = z + v * stride + t;
+        store_strip(at, transform_score<T>(load_strip(at, count), v, transform), count);
+      }
+    }
+  }
+}
+
+template <class T>
+void to_gradient(T* z, int64_t stride, int64_t classes, int64_t tokens,
+                 const GradientTransform<T>& transform) {
+  const T inverse_cap = transform.softcap > 0 ? 1 / transform.softcap : 0;
+  for (int64_t v = 0; v < classes; ++v) {
+    const T w = transform.class_weight != nullptr ? transform.class_weight[v] : 1;
+    for (int64_t t = 0; t < tokens; t += kLanes<T>) {
+      const int64_t count = tokens - t < kLanes<T> ? tokens - t : kLanes<T>;
+      T* at = z + v * stride + t;
+      const Vec<T> score = load_strip(at, count);
+      const Vec<T> p = exp_vector<T>(score - load_strip(transform.shift + t, count));
+      Vec<T> gradient = load_strip(transform.scale_p + t, count) * p;
+      if (transform.scale_w != nullptr) gradient -= load_strip(transform.scale_w + t, count) * w;
+      if (inverse_cap > 0) {
+        const Vec<T> ratio = score * inverse_cap;
+        gradient *= 1 - ratio * ratio;
+      }
+      store_strip(at, gradient, count);
+    }
+  }
+}
+
+template <class T>
+void add_row_sums(const T* z, int64_t stride, int64_t classes, int64_t tokens, T* sums) {
+  for (int64_t v = 0; v < classes; ++v) {
+    Vec<T> sum = {};
+    for (int64_t t = 0; t < tokens; t += kLanes<T>) {
+      sum += load_strip(z + v * stride + t, tokens - t);
+    }
+    for (int lane = 0; lane < kLanes<T>; ++lane) sums[v] += sum[lane];
+  }
+}
+
+template <class T>
+ColumnKernels<T> make_column_kernels() {
+  return {finish_scores<T>, to_gradient<T>, add_row_sums<T>};
+}
+
+}  // namespace
+}  // namespace memeff

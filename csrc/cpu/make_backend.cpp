@@ -1,0 +1,24 @@
+// Chooses the CPU backend.
+#include "cpu/bf16_backend.h"
+#include "cpu/blas_backend.h"
+#include "cpu/features.h"
+
+namespace memeff {
+
+bool uses_bf16_kernels(const Problem& problem) {
+  // With a soft cap and label smoothing together the gradient needs the score itself, which the bf16
+  // kernels do not keep; probability targets are read element by element anyway.
+  const bool needs_scores = problem.softcap > 0 && problem.label_smoothing > 0;
+  return problem.dtype == DType::kBFloat16 && problem.probabilities == nullptr && !needs_scores &&
+         problem.features > 0 && cpu_features().avx512_bf16;
+}
+
+std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context) {
+#if defined(__x86_64__)
+  if (context.request->bf16_kernels) return std::make_unique<Bf16Backend>(context);
+#endif
+  if (context.problem->dtype == DType::kFloat64) return std::make_unique<BlasBackend<double>>(context);
+  return std::make_unique<BlasBackend<float>>(context);
+}
+
+}  // namespace memeff

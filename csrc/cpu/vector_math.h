@@ -1,0 +1,103 @@
+// exp and tanh on 64-byte vectors of float or double, in the compilers' vector extension: the same
+// source becomes AVX-512, AVX2 or plain code by the flags of the file that includes it.
+//
+// Everything is in an unnamed namespace on purpose. Those files are compiled for different instruction
+// sets, and a function shared between them by the linker could be the one that the machine cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace memeff {
+namespace {
+
+template <class T>
+struct VectorTraits;
+
+template <>
+struct VectorTraits<float> {
+  typedef float Vec __attribute__((vector_size(64)));
+  typedef int32_t Int __attribute__((vector_size(64)));
+  static constexpr int kLanes = 16;
+  static constexpr int kMantissaBits = 23;
+  static constexpr int32_t kExponentBias = 127;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kLeast = -87.0f;  // exp of less is treated as 0
+  static constexpr float kMost = 88.0f;
+  static constexpr int kDegree = 7;
+};
+
+template <>
+struct VectorTraits<double> {
+  typedef double Vec __attribute__((vector_size(64)));
+  typedef int64_t Int __attribute__((vector_size(64)));
+  static constexpr int kLanes = 8;
+  static constexpr int kMantissaBits = 52;
+  static constexpr int64_t kExponentBias = 1023;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 0.6931471803691238;
+  static constexpr double kLn2Low = 1.9082149292705877e-10;
+  static constexpr double kLeast = -708.0;
+  static constexpr double kMost = 709.0;
+  static constexpr int kDegree = 13;
+};
+
+template <class T>
+using Vec = typename VectorTraits<T>::Vec;
+template <class T>
+constexpr int kLanes = VectorTraits<T>::kLanes;
+
+template <class T>
+inline Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+template <class T>
+inline Vec<T> load_vector(const T* data) {
+  Vec<T> value;
+  std::memcpy(&value, data, sizeof value);
+  return value;
+}
+
+template <class T>
+inline void store_vector(T* data, Vec<T> value) {
+  std::memcpy(data, &value, sizeof value);
+}
+
+/// e^x, relative error below 2 units in the last place; 0 for x < kLeast and NaN for NaN.
+template <class T>
+inline Vec<T> exp_vector(Vec<T> x) {
+  using Traits = VectorTraits<T>;
+  const Vec<T> capped = x > Traits::kMost ? broadcast<T>(Traits::kMost) : x;
+  const Vec<T> shifted = capped * static_cast<T>(1.4426950408889634) + Traits::kRound;
+  const Vec<T> n = shifted - Traits::kRound;
+  const Vec<T> r = capped - n * Traits::kLn2High - n * Traits::kLn2Low;
+  T factorial[Traits::kDegree + 1];
+  factorial[0] = 1;
+  for (int i = 1; i <= Traits::kDegree; ++i) factorial[i] = factorial[i - 1] * static_cast<T>(i);
+  Vec<T> sum = broadcast<T>(1 / factorial[Traits::kDegree]);
+  for (int i = Traits::kDegree - 1; i >= 0; --i) sum = sum * r + 1 / factorial[i];
+  // 2^n by its bits. The integer part of `shifted` sits in its low mantissa bits.
+  typename Traits::Int exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent + Traits::kExponentBias) << Traits::kMantissaBits;
+  Vec<T> power;
+  std::memcpy(&power, &exponent, sizeof power);
+  const Vec<T> result = sum * power;
+  return x < Traits::kLeast ? Vec<T>{} : result;
+}
+
+/// tanh x with absolute error of a few units of the last place of 1.
+template <class T>
+inline Vec<T> tanh_vector(Vec<T> x) {
+  const Vec<T> magnitude = x < 0 ? -x : x;
+  const Vec<T> e = exp_vector<T>(magnitude * static_cast<T>(-2));
+  const Vec<T> result = (1 - e) / (1 + e);
+  return x < 0 ? -result : result;
+}
+
+}  // namespace
+}  // namespace memeff

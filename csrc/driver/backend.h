@@ -1,0 +1,73 @@
+// What the driver asks of a device. The driver knows plans and loops; a backend knows memory and
+// arithmetic. All work is stated in half-open ranges: classes of the vocabulary, and positions in
+// the list of tokens that take part (tokens with target ignore_index are left out of it).
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace memeff {
+
+struct Range {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+/// A block of scores, vocabulary-major: the score of class v and token t lies at
+/// data[(v - classes.begin) * stride + (t - tokens.begin)] of the ranges it is used with. The element
+/// type is the backend's own, and to_gradient() replaces scores by gradients with respect to the
+/// logits in place.
+struct ScoreBlock {
+  void* data = nullptr;
+  int64_t stride = 0;        // elements between classes
+  void* maxima = nullptr;    // per tile of kTileVocab classes and token; null if the backend has none
+  int64_t maxima_stride = 0; // elements between tiles
+};
+
+enum class WeightUpdate {
+  kWrite,        // grad_weight = sum
+  kAddNative,    // grad_weight += sum, rounded to its dtype
+  kSplitFirst,   // fp32 sum kept as (upper half in grad_weight, lower half in the workspace)
+  kSplitNext,
+  kSplitLast,    // ... and rounded at last
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  /// Lists the tokens that take part and returns their number.
+  virtual int64_t select_tokens() = 0;
+
+  /// Computes scores, keeps them in `block` unless it is null, and adds to the partial statistics
+  /// when `statistics` is set (then `classes` is the whole vocabulary).
+  virtual void scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) = 0;
+  /// Turns partial statistics into lse and the other token statistics, and those into coefficients.
+  virtual void merge_statistics(Range tokens) = 0;
+  /// Takes lse from the problem instead, for all tokens.
+  virtual void restore_statistics() = 0;
+  /// Loss (and token statistics, when asked for) from the statistics of all tokens.
+  virtual void write_loss() = 0;
+
+  /// dlogits in place; adds them to the gradient of the bias when `add_bias` is set.
+  virtual void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) = 0;
+  /// Adds dlogits^T W to the tokens' sums (sets them when `first`).
+  virtual void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) = 0;
+  virtual void finish_grad_input(Range tokens) = 0;
+  /// Adds dlogits x to the sums of one slice of classes (sets them when `first`).
+  virtual void add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) = 0;
+  virtual void finish_grad_weight(Range classes, WeightUpdate update) = 0;
+  /// Writes what remains: the bias gradient, zero rows of tokens left out.
+  virtual void finish_gradients() = 0;
+
+  /// Storage for scores: rows of grad_weight, the workspace's chunk, or its slice.
+  virtual ScoreBlock block_in_gradient() = 0;
+  virtual ScoreBlock block_in_workspace() = 0;
+  virtual ScoreBlock slice_block() = 0;
+  /// The part of a block that starts `classes` classes and `tokens` tokens further on.
+  virtual ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const = 0;
+};
+
+}  // namespace memeff

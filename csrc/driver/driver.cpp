@@ -1,0 +1,225 @@
+#include "driver/driver.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/tiling.h"
+
+namespace memeff {
+namespace {
+
+/// A run of tokens whose scores are kept together; data is null where they are not kept.
+struct Chunk {
+  Range tokens;
+  ScoreBlock block;
+  bool kept = false;
+};
+
+template <class Body>
+void for_each_block(Range range, int64_t size, const Body& body) {
+  for (int64_t begin = range.begin; begin < range.end; begin += size) {
+    body(Range{begin, std::min(begin + size, range.end)});
+  }
+}
+
+class Run {
+ public:
+  Run(const Problem& problem, const Plan& plan, Backend& backend)
+      : problem_(problem), plan_(plan), backend_(backend), all_classes_{0, problem.vocab} {
+    tokens_ = backend.select_tokens();
+  }
+
+  void statistics() {
+    for_each_block({0, tokens_}, plan_.token_block, [&](Range tokens) {
+      backend_.scores(all_classes_, tokens, nullptr, true);
+      backend_.merge_statistics(tokens);
+    });
+    backend_.write_loss();
+  }
+
+  void token_chunks() {
+    const std::vector<Chunk> chunks = split_tokens(/*keep_all=*/true);
+    for (size_t i = 0; i < chunks.size(); ++i) {
+      const Chunk& chunk = chunks[i];
+      score_chunk(chunk);
+      if (problem_.grad_input != nullptr) {
+        for_each_block(chunk.tokens, plan_.token_block,
+                       [&](Range tokens) { input_gradient_of_kept(chunk, tokens); });
+      }
+      if (problem_.grad_weight != nullptr) {
+        weight_gradient_of_kept(chunk, update_of(i, chunks.size()));
+      } else if (problem_.grad_input == nullptr) {
+        for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
+          backend_.to_gradient(classes, chunk.tokens, part(chunk, classes, chunk.tokens), true);
+        });
+      }
+    }
+    backend_.write_loss();
+    if (tokens_ == 0) zero_grad_weight();
+    backend_.finish_gradients();
+  }
+
+  void vocab_slices(bool statistics_known) {
+    const std::vector<Chunk> chunks = split_tokens(/*keep_all=*/false);
+    if (statistics_known) {
+      backend_.restore_statistics();
+    } else {
+      for (const Chunk& chunk : chunks) score_chunk(chunk);
+      backend_.write_loss();
+    }
+    const bool input = problem_.grad_input != nullptr;
+    const bool weight = problem_.grad_weight != nullptr;
+    if (weight && !plan_.separate_sweeps) {
+      sweep_classes(chunks, input);
+    } else {
+      // The token's sums are finished block by block, so they need not be kept for all tokens.
+      if (input) sweep_tokens(chunks, /*add_bias=*/!weight);
+      if (weight) sweep_classes(chunks, false);
+      if (!input && !weight) sweep_classes(chunks, false);
+    }
+    if (tokens_ == 0) zero_grad_weight();
+    backend_.finish_gradients();
+  }
+
+ private:
+  std::vector<Chunk> split_tokens(bool keep_all) {
+    std::vector<Chunk> chunks;
+    int64_t begin = 0;
+    const auto append = [&](int64_t size, ScoreBlock block, bool kept) {
+      const int64_t end = std::min(begin + size, tokens_);
+      if (end > begin) chunks.push_back({{begin, end}, block, kept});
+      begin = end;
+    };
+    if (plan_.stored_in_gradient > 0) {
+      append(plan_.stored_in_gradient, backend_.block_in_gradient(), true);
+    }
+    int64_t paid_chunks = keep_all ? INT64_MAX : plan_.stored_chunks;
+    while (begin < tokens_ && paid_chunks-- > 0) {
+      append(plan_.chunk_tokens, backend_.block_in_workspace(), true);
+    }
+    if (begin < tokens_) append(tokens_, {}, false);
+    return chunks;
+  }
+
+  ScoreBlock part(const Chunk& chunk, Range classes, Range tokens) const {
+    return backend_.part(chunk.block, classes.begin, tokens.begin - chunk.tokens.begin);
+  }
+
+  void score_chunk(const Chunk& chunk) {
+    for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
+      if (chunk.kept) {
+        const ScoreBlock block = part(chunk, all_classes_, tokens);
+        backend_.scores(all_classes_, tokens, &block, true);
+      } else {
+        backend_.scores(all_classes_, tokens, nullptr, true);
+      }
+      backend_.merge_statistics(tokens);
+    });
+  }
+
+  void input_gradient_of_kept(const Chunk& chunk, Range tokens) {
+    for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
+      const ScoreBlock block = part(chunk, classes, tokens);
+      backend_.to_gradient(classes, tokens, block, true);
+      backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+    });
+    backend_.finish_grad_input(tokens);
+  }
+
+  void weight_gradient_of_kept(const Chunk& chunk, WeightUpdate update) {
+    const bool fresh = problem_.grad_input == nullptr;  // else the input's pass left gradients behind
+    for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
+      for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
+        const ScoreBlock block = part(chunk, classes, tokens);
+        if (fresh) backend_.to_gradient(classes, tokens, block, true);
+        backend_.add_grad_weight(classes, tokens, block, tokens.begin == chunk.tokens.begin);
+      });
+      backend_.finish_grad_weight(classes, update);
+    });
+  }
+
+  WeightUpdate update_of(size_t chunk, size_t chunks) const {
+    if (chunks == 1) return WeightUpdate::kWrite;
+    if (plan_.accumulation == Accumulation::kFloat32 && problem_.dtype == DType::kBFloat16) {
+      return chunk == 0 ? WeightUpdate::kSplitFirst
+             : chunk + 1 == chunks ? WeightUpdate::kSplitLast
+                                   : WeightUpdate::kSplitNext;
+    }
+    return chunk == 0 ? WeightUpdate::kWrite : WeightUpdate::kAddNative;
+  }
+
+  /// Gradients with respect to the logits of one slice and block, from kept scores or fresh ones.
+  ScoreBlock slice_gradient(const Chunk& chunk, Range classes, Range tokens, bool add_bias) {
+    ScoreBlock block;
+    if (chunk.kept) {
+      block = part(chunk, classes, tokens);
+    } else {
+      block = backend_.slice_block();
+      backend_.scores(classes, tokens, &block, false);
+    }
+    backend_.to_gradient(classes, tokens, block, add_bias);
+    return block;
+  }
+
+  void sweep_classes(const std::vector<Chunk>& chunks, bool input) {
+    for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
+      for (const Chunk& chunk : chunks) {
+        for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
+          const ScoreBlock block = slice_gradient(chunk, classes, tokens, true);
+          if (input) backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+          if (problem_.grad_weight != nullptr) {
+            backend_.add_grad_weight(classes, tokens, block, tokens.begin == 0);
+          }
+        });
+      }
+      if (problem_.grad_weight != nullptr && tokens_ > 0) {
+        backend_.finish_grad_weight(classes, WeightUpdate::kWrite);
+      }
+    });
+    if (!input) return;
+    for_each_block({0, tokens_}, plan_.token_block,
+                   [&](Range tokens) { backend_.finish_grad_input(tokens); });
+  }
+
+  void sweep_tokens(const std::vector<Chunk>& chunks, bool add_bias) {
+    for (const Chunk& chunk : chunks) {
+      for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
+        for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
+          const ScoreBlock block = slice_gradient(chunk, classes, tokens, add_bias);
+          backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+        });
+        backend_.finish_grad_input(tokens);
+      });
+    }
+  }
+
+  void zero_grad_weight() {
+    if (problem_.grad_weight == nullptr) return;
+    for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
+      backend_.add_grad_weight(classes, {0, 0}, {}, true);
+      backend_.finish_grad_weight(classes, WeightUpdate::kWrite);
+    });
+  }
+
+  const Problem& problem_;
+  const Plan& plan_;
+  Backend& backend_;
+  const Range all_classes_;
+  int64_t tokens_;
+};
+
+}  // namespace
+
+void run(const Problem& problem, const Plan& plan, bool statistics_known, Backend& backend) {
+  Run run(problem, plan, backend);
+  switch (plan.kind) {
+    case PlanKind::kStatistics:
+      return run.statistics();
+    case PlanKind::kTokenChunks:
+      return run.token_chunks();
+    case PlanKind::kVocabSlices:
+      return run.vocab_slices(statistics_known);
+  }
+}
+
+}  // namespace memeff

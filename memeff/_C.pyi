@@ -1,0 +1,18 @@
+# What csrc/bindings/module.cpp defines. Importing it also registers torch.ops.memeff.*.
+
+def build_info() -> dict[str, str | bool]: ...
+def plan(
+    tokens: int,
+    features: int,
+    vocab: int,
+    dtype: str,
+    backend: str,
+    reduction: str,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+    special: bool,
+    memory_budget: int,
+    chunk_size: int,
+    grad_accumulation: str,
+) -> dict[str, str | int | float]: ...

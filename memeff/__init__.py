@@ -1,0 +1,51 @@
+"""Linear cross entropy without storing logits.
+
+Public names are loaded on first use: ``import memeff`` imports neither torch nor the extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memeff import reference as reference
+    from memeff.functional import linear_cross_entropy as linear_cross_entropy
+    from memeff.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
+    from memeff.planning import Plan as Plan
+    from memeff.planning import plan as plan
+    from memeff.statistics import TokenStatistics as TokenStatistics
+
+# Public name -> module that defines it. No module here is called like a public name of another
+# kind: importing memeff.x would put the module in its place. Hence "planning".
+_HOMES = {
+    "LinearCrossEntropyLoss": "memeff.modules",
+    "Plan": "memeff.planning",
+    "TokenStatistics": "memeff.statistics",
+    "linear_cross_entropy": "memeff.functional",
+    "plan": "memeff.planning",
+}
+
+__all__ = [
+    "LinearCrossEntropyLoss",
+    "Plan",
+    "TokenStatistics",
+    "linear_cross_entropy",
+    "plan",
+    "reference",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "reference":
+        return importlib.import_module("memeff.reference")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'memeff' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value  # found directly from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,74 @@
+"""One call of the op that computes the loss of N rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memeff import ops
+
+
+class Settings(NamedTuple):
+    """The scalar arguments of the op, checked and resolved."""
+
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    softcap: float  # 0: none
+    logit_scale: float
+    z_loss: float
+    statistics: bool
+    memory_budget: int  # bytes, -1: none given
+    chunk_size: int  # tokens, 0: the planner's choice
+    grad_accumulation: str
+    backend: str
+
+
+class RowResults(NamedTuple):
+    """What the op returns apart from the gradients, for N rows."""
+
+    loss: Tensor  # [] or, without reduction, [N]
+    lse: Tensor  # [N] fp64: exp(z - lse) would inherit the rounding of a large lse
+    statistics: Tensor  # [4, N]: loss, target logit, entropy, max logit; or empty
+    argmax: Tensor  # [N] or empty
+
+
+def call_op(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    settings: Settings,
+) -> RowResults:
+    """One call of the op: input [N, D], linear_weight [V, D], target [N] or [N, V]."""
+    # The op computes gradients in its forward, so it must know which ones are wanted.
+    grad = torch.is_grad_enabled()
+    results = ops.linear_cross_entropy_forward(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        token_weight,
+        num_items,
+        settings.reduction,
+        settings.ignore_index,
+        settings.label_smoothing,
+        settings.softcap,
+        settings.logit_scale,
+        settings.z_loss,
+        grad and input.requires_grad,
+        grad and linear_weight.requires_grad,
+        grad and linear_bias is not None and linear_bias.requires_grad,
+        settings.statistics,
+        settings.memory_budget,
+        settings.chunk_size,
+        settings.grad_accumulation,
+        settings.backend,
+    )
+    return RowResults(*results[:4])

@@ -1,0 +1,111 @@
+"""From tensors of any rank to the op, which knows rows: input [N, D], linear_weight [V, D].
+
+Leading dimensions are flattened, ``shift`` becomes a target whose last positions are ignored, and a
+K-dimensional linear_weight becomes one call of the op per position, over views of the weight.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from memeff._call import RowResults, Settings, call_op
+from memeff._checks import SMALL_INDEX_DTYPES, Geometry
+from memeff._positions import each_position
+from memeff.reference import shifted_pairs
+from memeff.statistics import TokenStatistics
+
+
+def compute(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    shift: int,
+    geometry: Geometry,
+    settings: Settings,
+) -> tuple[Tensor, TokenStatistics | None]:
+    """Loss and, if asked for, statistics. Shapes as in ``linear_cross_entropy``, all checked."""
+    probabilities = geometry.probabilities
+    if target.dtype in SMALL_INDEX_DTYPES:
+        target = target.long()
+    kept = None  # positions of the time dimension that have a target
+    if shift:
+        time = input.dim() - 2
+        if probabilities:
+            # There is no index to ignore; beside a target of [N, V] copying input is nothing.
+            input, target, token_weight = shifted_pairs(input, target, token_weight, shift)
+        else:
+            kept = max(input.shape[time] - shift, 0)
+            target = _pull_forward(target, time, shift, settings.ignore_index)
+            if token_weight is not None:
+                token_weight = _pull_forward(token_weight, time, shift, 0)
+
+    leading = input.shape[:-1]
+    if len(leading) != 1:
+        input = input.flatten(0, -2) if len(leading) else input.unsqueeze(0)
+        target = _flatten_leading(target, len(leading), probabilities)
+        if token_weight is not None:
+            token_weight = _flatten_leading(token_weight, len(leading), False)
+
+    if geometry.positions:
+        results = each_position(
+            input, linear_weight, target, linear_bias, weight, token_weight, num_items, settings
+        )
+    else:
+        results = call_op(
+            input, linear_weight, target, linear_bias, weight, token_weight, num_items, settings
+        )
+
+    def in_shape(rows: Tensor) -> Tensor:
+        shaped = rows.reshape(leading + geometry.positions)
+        return shaped if kept is None else shaped.narrow(len(leading) - 1, 0, kept)
+
+    loss = in_shape(results.loss) if settings.reduction == "none" else results.loss
+    if not settings.statistics:
+        return loss, None
+    rows = _token_statistics(results, target, probabilities, settings.ignore_index)
+    return loss, TokenStatistics(*(in_shape(value) for value in rows))
+
+
+def _pull_forward(tensor: Tensor, dim: int, distance: int, fill: int) -> Tensor:
+    """``out[t] = tensor[t + distance]`` along ``dim``, with ``fill`` where there is none."""
+    length = tensor.shape[dim]
+    distance = min(distance, length)
+    later = tensor.narrow(dim, distance, length - distance)
+    return pad(later, [0, 0] * (tensor.dim() - 1 - dim) + [0, distance], value=fill)
+
+
+def _flatten_leading(tensor: Tensor, leading: int, probabilities: bool) -> Tensor:
+    """[..., *rest] -> [N, *rest]; one row without leading dimensions gets one."""
+    if leading:
+        return tensor.flatten(0, leading - 1)
+    return tensor.unsqueeze(0) if probabilities else tensor.reshape(1)
+
+
+def _token_statistics(
+    results: RowResults, target: Tensor, probabilities: bool, ignore_index: int
+) -> TokenStatistics:
+    """The op's packed rows as fields; each [N] or, for K-dimensional weights, [N, P]."""
+    loss, target_logit, entropy, max_logit = results.statistics.unbind(0)
+    logprob = (target_logit - results.lse).to(loss.dtype)
+    if probabilities:
+        correct = results.argmax == target.argmax(1).reshape(loss.shape)
+    else:
+        target = target.reshape(loss.shape)
+        ignored = target == ignore_index
+        logprob = logprob.masked_fill(ignored, 0.0)
+        correct = (results.argmax == target) & ~ignored
+    return TokenStatistics(
+        loss=loss,
+        lse=results.lse.to(loss.dtype),
+        target_logit=target_logit,
+        logprob=logprob,
+        entropy=entropy,
+        max_logit=max_logit,
+        argmax=results.argmax,
+        correct=correct,
+    )

@@ -1,0 +1,161 @@
+"""memeff-bench: time, memory and error of linear cross entropy, memeff beside its peers."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from memeff.bench import report
+from memeff.bench.environment import describe_environment, has_fast_bfloat16
+from memeff.bench.measure import Settings, ShapeResult, measure_shape
+from memeff.bench.problem import DTYPES
+from memeff.bench.progress import Progress
+from memeff.bench.shapes import MODELS, Shape, largest_affordable, parse_shape, sweep
+from memeff.bench.timing import matmul_rate
+from memeff.bench.variants import DEFAULT_VARIANTS, check_names
+
+# A default run makes about 80 passes of the length of the GEMM floor (all variants, warm-up,
+# rounds, memory), next to about 50 s for compiling and for starting processes; 0.7 s a pass keeps
+# the whole within two minutes.
+_DEFAULT_FLOOR_SECONDS = 0.7
+_DEFAULT_TOKENS = 2048
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="memeff-bench",
+        description="Compares ways to compute linear cross entropy: time against the bare matrix "
+        "products, measured peak memory, error against float64. Without options: one shape sized "
+        "to this machine, within two minutes.",
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="N,D,V",
+        help="tokens, features, vocabulary (repeatable)",
+    )
+    parser.add_argument(
+        "--model", action="append", default=[], choices=sorted(MODELS), metavar="NAME",
+        help="head of a known model (repeatable): " + ", ".join(sorted(MODELS)),
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=_DEFAULT_TOKENS, help="N for --model (default %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES),
+        help="default: bfloat16 where the processor multiplies it, else float32",
+    )
+    direction = parser.add_mutually_exclusive_group()
+    direction.add_argument("--forward", action="store_true", help="loss only, without gradients")
+    direction.add_argument(
+        "--backward", action="store_true", help="loss and both gradients (default)"
+    )
+    parser.add_argument(
+        "--softcap", type=float, help="soft-cap of the logits (--model gemma-2-* brings its own)"
+    )
+    parser.add_argument(
+        "--variants",
+        default=",".join(DEFAULT_VARIANTS),
+        help="comma-separated (default %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    parser.add_argument("--json", metavar="PATH", help="write every figure to PATH")
+    parser.add_argument(
+        "--plot", metavar="PATH", help="draw time and memory into PATH (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--against", choices=("N", "V"), default="V",
+        help="with --plot and a single shape: measure 1/8, 1/4, 1/2, 1 of this (default V)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    options.variants = options.variants.split(",")
+    try:
+        options.shape = [parse_shape(text) for text in options.shape]
+        check_names(options.variants)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in ("tokens", "rounds", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; expected at least 1")
+    if options.softcap is not None and options.softcap <= 0:
+        parser.error(f"--softcap is {options.softcap}; expected a positive number")
+    if options.plot:
+        try:
+            import matplotlib  # noqa: F401  before a long run, not after it
+        except ImportError:
+            parser.error("--plot needs matplotlib: pip install matplotlib")
+    return options
+
+
+def _problems(options: argparse.Namespace, dtype: str) -> list[tuple[Shape, float | None]]:
+    """Shapes with their soft-caps, in the order they were asked for, --shape before --model."""
+    problems = [(shape, options.softcap) for shape in options.shape]
+    for name in options.model:
+        head = MODELS[name]
+        cap = head.softcap if options.softcap is None else options.softcap
+        problems.append((Shape(options.tokens, head.features, head.vocab), cap))
+    if not problems:
+        rate = matmul_rate(DTYPES[dtype], torch.device(options.device))
+        products = 1 if options.forward else 3
+        problems = [(largest_affordable(rate, _DEFAULT_FLOOR_SECONDS, products), options.softcap)]
+    if options.plot and len(problems) == 1:
+        shape, cap = problems[0]
+        problems = [(size, cap) for size in sweep(shape, options.against)]
+    return problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    threads = torch.get_num_threads()
+    dtype = options.dtype or (
+        "bfloat16" if options.device != "cpu" or has_fast_bfloat16() else "float32"
+    )
+    environment = describe_environment(threads, options.device)
+    machine = environment["machine"]
+    print(f"{machine.get('gpu', machine['cpu'])}, {threads} threads, torch {environment['torch']}, "
+          f"memeff {environment['memeff']}", flush=True)  # fmt: skip
+
+    progress = Progress()
+    finished: list[tuple[Settings, ShapeResult]] = []
+    for shape, softcap in _problems(options, dtype):
+        settings = Settings(
+            dtype=dtype,
+            backward=not options.forward,
+            rounds=options.rounds,
+            threads=threads,
+            variants=options.variants,
+            device=options.device,
+            softcap=softcap,
+        )
+        result = measure_shape(shape, settings, progress.update)
+        progress.clear()
+        print("\n" + report.table(result, settings), flush=True)
+        finished.append((settings, result))
+    print("\n" + report.LEGEND)
+
+    if options.json:
+        Path(options.json).write_text(
+            json.dumps(report.to_json(environment, finished), indent=1) + "\n"
+        )
+        print(f"wrote {options.json}")
+    if options.plot:
+        report.plot(options.plot, finished[0][0], [result for _, result in finished])
+        print(f"wrote {options.plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

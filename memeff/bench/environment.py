@@ -1,0 +1,90 @@
+"""What a result must say about where it came from."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memeff
+
+
+def describe_environment(threads: int, device: str) -> dict[str, Any]:
+    """Machine, software, commit, command and date, ready for JSON."""
+    machine: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "memeff": installed_version("memeff"),
+        "commit": commit(),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name; virtual machines often shorten it, hence family and model after it."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields and "model" in fields:
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the processor multiplies bf16 itself; where not, bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in (" avx512_bf16", " amx_bf16", " bf16"))
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, None when there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" when files differ from it; None outside a checkout."""
+    root = Path(memeff.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    if not head:
+        return None
+    # Result files themselves do not make a measurement's code differ.
+    changes = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return head + ("+changes" if changes else "")

@@ -1,0 +1,172 @@
+"""Results as a table for people, as JSON for files, as a plot."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from memeff.bench.measure import Settings, ShapeResult, VariantResult
+
+MIB = 2**20
+
+
+def _columns(result: ShapeResult, row: VariantResult, backward: bool) -> list[str]:
+    if row.timing is None:
+        return [row.name, "-", "-", "-", "-", "-", *(["-", "-", "-"] if backward else [])]
+    assert row.errors is not None  # both come from the same call
+    cells = [
+        row.name,
+        f"{row.timing.median * 1e3:.1f}",
+        f"{row.timing.spread * 1e3:.1f}",
+        f"{row.timing.median / result.floor.median:.2f}",
+        "-" if row.extra_bytes is None else f"{row.extra_bytes / MIB:.1f}",
+    ]
+    if backward:
+        over = None if row.extra_bytes is None else row.extra_bytes - result.gradient_bytes
+        cells.append("-" if over is None else f"{over / MIB:.1f}")
+    cells.append(f"{row.errors.loss:.1e}")
+    if backward:
+        cells += [f"{row.errors.dx:.1e}", f"{row.errors.dw:.1e}"]
+    return cells
+
+
+def table(result: ShapeResult, settings: Settings) -> str:
+    """The rows of one shape as aligned text, notes of the variants that did not run below."""
+    shape, backward = result.shape, settings.backward
+    header = ["variant", "ms", "IQR", "x floor", "peak MiB"]
+    header += ["over grads"] if backward else []
+    header += ["err loss"] + (["err dX", "err dW"] if backward else [])
+    products = 3 if backward else 1
+    rate = products * shape.product_flops / result.floor.median / 1e9
+    floor = [
+        "GEMM floor",
+        f"{result.floor.median * 1e3:.1f}",
+        f"{result.floor.spread * 1e3:.1f}",
+        "1.00",
+    ]
+    if backward:
+        floor += [f"{result.gradient_bytes / MIB:.1f}", "0.0"]
+    floor += ["-"] * (len(header) - len(floor))
+    body = [header, floor] + [
+        _columns(result, row, backward) for row in result.rows if row.timing is not None
+    ]
+    widths = [max(len(line[i]) for line in body) for i in range(len(header))]
+
+    def aligned(line: Sequence[str]) -> str:
+        first, *rest = line
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        return "  ".join([first.ljust(widths[0]), *cells])
+
+    what = "forward + backward" if backward else "forward only, no gradients"
+    softcap = "" if settings.softcap is None else f", softcap {settings.softcap:g}"
+    lines = [
+        f"N={shape.tokens} D={shape.features} V={shape.vocab} {settings.dtype}, {what}{softcap}, "
+        f"{settings.threads} threads; floor = {products} x torch.mm, {rate:.0f} GFLOP/s",
+        aligned(header),
+        "-" * (sum(widths) + 2 * (len(widths) - 1)),
+        *(aligned(line) for line in body[1:]),
+    ]
+    lines += [f"  {row.name}: {row.note}" for row in result.rows if row.note]
+    return "\n".join(lines)
+
+
+LEGEND = (
+    "ms: median over interleaved rounds. peak MiB: over the inputs, measured in a fresh process.\n"
+    "over grads: peak without dX + dW. err: against float64; relative, gradients in Frobenius norm."
+)
+
+
+def to_json(
+    environment: dict[str, Any], finished: Sequence[tuple[Settings, ShapeResult]]
+) -> dict[str, Any]:
+    """Everything measured, in seconds and bytes; with each shape the settings it ran under."""
+    return {**environment, "runs": [_run_json(settings, result) for settings, result in finished]}
+
+
+def _run_json(settings: Settings, result: ShapeResult) -> dict[str, Any]:
+    shape = result.shape
+    return {
+        "dtype": settings.dtype,
+        "backward": settings.backward,
+        "softcap": settings.softcap,
+        "device": settings.device,
+        "rounds": settings.rounds,
+        "tokens": shape.tokens,
+        "features": shape.features,
+        "vocab": shape.vocab,
+        "gradient_bytes": result.gradient_bytes,
+        "floor": {
+            "median_s": result.floor.median,
+            "iqr_s": result.floor.spread,
+            "seconds": result.floor.seconds,
+        },
+        "variants": [_variant_json(result, row) for row in result.rows],
+    }
+
+
+def _variant_json(result: ShapeResult, row: VariantResult) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": row.name}
+    if row.note is not None:
+        entry["note"] = row.note
+    if row.timing is not None:
+        entry |= {
+            "median_s": row.timing.median,
+            "iqr_s": row.timing.spread,
+            "floor_ratio": row.timing.median / result.floor.median,
+            "seconds": row.timing.seconds,
+        }
+    if row.extra_bytes is not None:
+        entry["peak_extra_bytes"] = row.extra_bytes
+        entry["over_gradients_bytes"] = row.extra_bytes - result.gradient_bytes
+    if row.errors is not None:
+        entry["errors"] = {"loss": row.errors.loss, "dx": row.errors.dx, "dw": row.errors.dw}
+    return entry
+
+
+def plot(path: str, settings: Settings, results: Sequence[ShapeResult]) -> None:
+    """Image of time and peak memory against whichever of N and V differs between results."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    varies_n = len({r.shape.tokens for r in results}) > 1
+    axis_name = "N (tokens)" if varies_n else "V (vocabulary)"
+    ordered = sorted(results, key=lambda r: r.shape.tokens if varies_n else r.shape.vocab)
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in settings.variants:
+        points = [
+            (r.shape.tokens if varies_n else r.shape.vocab, row)
+            for r in ordered
+            for row in r.rows
+            if row.name == name and row.timing is not None
+        ]
+        if not points:
+            continue
+        sizes = [size for size, _ in points]
+        medians = [row.timing.median * 1e3 for _, row in points if row.timing]
+        spreads = [row.timing.spread * 1e3 / 2 for _, row in points if row.timing]
+        left.errorbar(sizes, medians, yerr=spreads, marker="o", capsize=3, label=name)
+        memory = [
+            (size, row.extra_bytes / MIB) for size, row in points if row.extra_bytes is not None
+        ]
+        right.plot(*zip(*memory, strict=True), marker="o", label=name) if memory else None
+    xs = [r.shape.tokens if varies_n else r.shape.vocab for r in ordered]
+    left.plot(xs, [r.floor.median * 1e3 for r in ordered], "k--", label="GEMM floor")
+    if settings.backward:
+        right.plot(xs, [r.gradient_bytes / MIB for r in ordered], "k--", label="gradients")
+    left.set(title="time", ylabel="ms")
+    right.set(title="peak extra memory", ylabel="MiB")
+    for axes in (left, right):
+        axes.set(xlabel=axis_name, xscale="log", yscale="log")
+        axes.set_xticks(xs, [str(x) for x in xs])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    fixed = ordered[0].shape
+    held = f"V={fixed.vocab}" if varies_n else f"N={fixed.tokens}"
+    direction = "forward + backward" if settings.backward else "forward"
+    figure.suptitle(
+        f"{direction}, {settings.dtype}, D={fixed.features}, {held}, {settings.threads} threads"
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

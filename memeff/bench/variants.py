@@ -1,0 +1,171 @@
+"""What is compared: ways to compute mean cross entropy of hidden states against a classifier.
+
+Each is a function (x [N, D], w [V, D], y [N], softcap) -> loss [], differentiable in x and w.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+
+# Used by the default run. "memeff@BYTES" is memeff with that memory budget, for any size.
+DEFAULT_VARIANTS = (
+    "standard",
+    "eager",
+    "compile",
+    "torch-chunked",
+    "cce",
+    "liger",
+    "memeff",
+    "memeff@32MiB",
+)
+
+
+class Unavailable(Exception):
+    """This variant cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named way to compute the loss.
+
+    bytes_per_logit: rough peak memory per element of the [N, V] logits, to keep the standard ways
+    from being started on a machine they would not fit; 0 for those which store no logits. compiled:
+    the first call at a shape compiles, which must not count as the variant's own time or memory.
+    """
+
+    name: str
+    loss: LossFunction
+    bytes_per_logit: int = 0
+    compiled: bool = False
+
+
+def _softcapped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _standard(
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """What model code does: logits upcast to float32 (float64 inputs stay), then cross entropy."""
+    logits = x @ w.T
+    upcast = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(_softcapped(upcast, softcap), y)
+
+
+def _eager(
+    x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Without the upcast: everything in the inputs' type, faster and less exact."""
+    return F.cross_entropy(_softcapped(x @ w.T, softcap), y)
+
+
+def _make_standard(device: str, softcap: float | None) -> Variant:
+    return Variant("standard", _standard, bytes_per_logit=16)
+
+
+def _make_eager(device: str, softcap: float | None) -> Variant:
+    return Variant("eager", _eager, bytes_per_logit=12)
+
+
+def _make_compile(device: str, softcap: float | None) -> Variant:
+    return Variant(
+        "compile", torch.compile(_standard, dynamic=False), bytes_per_logit=12, compiled=True
+    )
+
+
+def _make_torch_chunked(device: str, softcap: float | None) -> Variant:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unavailable(
+            f"torch {torch.__version__} has no chunked linear_cross_entropy (2.13 has)"
+        )
+    if softcap is not None:
+        raise Unavailable("torch's linear_cross_entropy has no soft-cap")
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        return F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
+
+    return Variant("torch-chunked", loss)
+
+
+def _require(package: str, install: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise Unavailable(f"{package} is not installed ({install})")
+
+
+def _make_cce(device: str, softcap: float | None) -> Variant:
+    _require("cut_cross_entropy", "pip install cut-cross-entropy")
+    try:
+        peer = importlib.import_module("cut_cross_entropy")
+    except ImportError as error:
+        raise Unavailable(f"cut_cross_entropy does not import: {error}") from error
+    implementation = "cce" if device.startswith("cuda") else "torch_compile"
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        return peer.linear_cross_entropy(x, w, y, softcap=softcap, impl=implementation)
+
+    compiled = implementation == "torch_compile"
+    return Variant("cce", loss, bytes_per_logit=12 if compiled else 0, compiled=compiled)
+
+
+def _make_liger(device: str, softcap: float | None) -> Variant:
+    _require("liger_kernel", "pip install liger-kernel")
+    if not device.startswith("cuda"):
+        raise Unavailable("liger_kernel runs on GPUs only")
+    peer = importlib.import_module("liger_kernel.transformers")
+    module = peer.LigerFusedLinearCrossEntropyLoss(softcap=softcap)
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        return module(w, x, y)
+
+    return Variant("liger", loss)
+
+
+def _make_memeff(name: str, softcap: float | None) -> Variant:
+    import memeff  # here, so that the peers can be measured even where memeff was not built
+
+    _, _, budget = name.partition("@")
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        return memeff.linear_cross_entropy(x, w, y, softcap=softcap, memory_budget=budget or None)
+
+    return Variant(name, loss)
+
+
+_MAKERS: dict[str, Callable[[str, float | None], Variant]] = {
+    "standard": _make_standard,
+    "eager": _make_eager,
+    "compile": _make_compile,
+    "torch-chunked": _make_torch_chunked,
+    "cce": _make_cce,
+    "liger": _make_liger,
+}
+
+
+def check_names(names: list[str]) -> None:
+    """ValueError naming the first unknown variant."""
+    for name in names:
+        if name.partition("@")[0] != "memeff" and name not in _MAKERS:
+            known = ", ".join([*_MAKERS, "memeff", "memeff@BYTES"])
+            raise ValueError(f"variants: {name!r} is unknown; expected some of {known}")
+
+
+def make_variant(name: str, device: str = "cpu", softcap: float | None = None) -> Variant:
+    """The variant called `name`; raises Unavailable (with the reason) where it cannot run."""
+    check_names([name])
+    if name.partition("@")[0] == "memeff":
+        return _make_memeff(name, softcap)
+    return _MAKERS[name](device, softcap)

@@ -1,0 +1,161 @@
+"""What memeff found on this machine: ``python -m memeff.diagnostics``.
+
+Prints the build, the versions of torch, the compilers, the processor and the devices; then what is
+missing, each with the command that mends it. Exit status 0 when memeff can be used, else 1.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit("Missing\n  torch is not installed. Type:  pip install torch")
+
+from memeff import _library
+
+# Beyond what every x86-64 processor has; names as Linux prints them in /proc/cpuinfo.
+_INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
+
+Row = tuple[str, str]
+
+
+def build_rows() -> list[Row]:
+    """Version of memeff and what its extension says about itself."""
+    try:
+        version = metadata.version("memeff")
+    except metadata.PackageNotFoundError:
+        version = "not installed (running from the source folder)"
+    rows = [("memeff", version), ("folder", str(Path(__file__).parent))]
+    try:
+        info = _library.load().build_info()
+    except ImportError:
+        file = _library.extension_file()
+        state = f"{file.name} does not load" if file else "not built"
+        return [
+            *rows,
+            ("extension", state),
+            ("built with torch", _library.built_torch_version() or "-"),
+        ]
+    rows.append(("extension", str(_library.extension_file())))
+    names = {"torch": "built with torch", "cpu_capability": "kernels used here"}
+    return rows + [(names.get(name, name), str(value)) for name, value in info.items()]
+
+
+def python_rows() -> list[Row]:
+    """Python and torch that are running."""
+    return [
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+        ("torch", f"{torch.__version__} ({Path(torch.__file__).parent})"),
+        ("torch threads", str(torch.get_num_threads())),
+        ("torch CPU kernels", torch.backends.cpu.get_cpu_capability()),
+    ]
+
+
+def tool_rows() -> list[Row]:
+    """Compilers and build tools on PATH, with their versions."""
+    tools = {"C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja", "nvcc": "nvcc"}
+    return [(name, _tool_version(command) or "not found") for name, command in tools.items()]
+
+
+def machine_rows() -> list[Row]:
+    """Processor, its vector instructions, memory and accelerators."""
+    cpuinfo = _cpuinfo()
+    flags = cpuinfo.get("flags", "").split()
+    rows = [
+        ("system", platform.platform()),
+        ("processor", cpuinfo.get("model name") or platform.machine()),
+        ("processors usable", str(_usable_processors())),
+        ("vector instructions", " ".join(s for s in _INSTRUCTION_SETS if s in flags) or "-"),
+    ]
+    if not torch.cuda.is_available():
+        return [*rows, ("CUDA devices", "none that torch can use")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        gigabytes = device.total_memory / 2**30
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{device.name}, sm_{device.major}{device.minor}, {gigabytes:.0f} GiB",
+            )
+        )
+    return rows
+
+
+def problems() -> list[str]:
+    """What keeps memeff from running or from being built, each with the command that mends it."""
+    found = []
+    try:
+        _library.load()
+    except ImportError as error:
+        found.append(str(error))
+        # Tools matter only to those who have to build.
+        if _tool_version(os.environ.get("CXX", "c++")) is None:
+            found.append("no C++ compiler. Type:  apt install g++   (or set CXX to one)")
+        if sys.platform == "linux" and not _python_headers().exists():
+            found.append(f"no {_python_headers()}. Type:  apt install python3-dev")
+    return found
+
+
+def main() -> int:
+    """Prints the report; returns the exit status."""
+    sections = {
+        "Build": build_rows(),
+        "Python": python_rows(),
+        "Tools": tool_rows(),
+        "Machine": machine_rows(),
+    }
+    for title, rows in sections.items():
+        print(title)
+        for name, value in rows:
+            print(f"  {name:<20} {value}")
+    found = problems()
+    print("Missing" if found else "Nothing is missing.")
+    for problem in found:
+        print(f"  {problem}")
+    return 1 if found else 0
+
+
+def _tool_version(command: str) -> str | None:
+    """First line about a version that a tool prints, or None when it cannot be run."""
+    words = shlex.split(command)
+    if not words or shutil.which(words[0]) is None:
+        return None
+    answer = subprocess.run([*words, "--version"], capture_output=True, text=True, check=False)
+    lines = answer.stdout.splitlines()
+    # nvcc prints its name first and its release further down.
+    line = next((line for line in lines if "release" in line), lines[0] if lines else "")
+    return f"{line} ({shutil.which(words[0])})"
+
+
+def _python_headers() -> Path:
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's block of /proc/cpuinfo; empty where there is none."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return {}
+    block = file.read_text().split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def _usable_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""``linear_cross_entropy``: checks and normalises its arguments, then calls the op row by row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+import torch
+from torch import Tensor
+
+from memeff import _arguments, _checks, _rows, reference
+from memeff._call import Settings
+from memeff.statistics import TokenStatistics
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    # torch.nn.LinearCrossEntropyOptions, which torch has only from 2.13 on.
+    TorchOptions = Any
+
+__all__ = ["linear_cross_entropy"]
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    options: TorchOptions | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    z_loss: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items: int | Tensor | None = ...,
+    shift: bool | int = ...,
+    return_statistics: Literal[False] = ...,
+    memory_budget: int | str | None = ...,
+    chunk_size: int | None = ...,
+    grad_accumulation: str = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    options: TorchOptions | None = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    z_loss: float = ...,
+    token_weight: Tensor | None = ...,
+    num_items: int | Tensor | None = ...,
+    shift: bool | int = ...,
+    return_statistics: Literal[True],
+    memory_budget: int | str | None = ...,
+    chunk_size: int | None = ...,
+    grad_accumulation: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, TokenStatistics]: ...
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: TorchOptions | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    shift: bool | int = False,
+    return_statistics: bool = False,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    grad_accumulation: str = "auto",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    """Cross entropy of ``input @ linear_weight.T + linear_bias`` without storing those logits.
+
+    Takes every call that :func:`torch.nn.functional.linear_cross_entropy` takes and returns the
+    same loss and gradients, with three differences: for 16-bit inputs the loss is float32; class
+    weights may be float32 beside 16-bit inputs; the mean of the z-loss divides by the number of
+    counted tokens, also with class weights. :mod:`memeff.reference` is the definition in plain
+    PyTorch.
+
+    Args:
+        input: hidden states [..., D] or [D], of any strides; bfloat16, float16, float32 or float64.
+        linear_weight: classifier [V, D], or [V, d1, ..., dK, D] for K-dimensional losses (then
+            d1 * ... * dK classifiers over the same rows); dtype of ``input``.
+        target: class indices [..., d1, ..., dK] (int64 or int32), each in [0, V) or
+            ``ignore_index``; or class probabilities [..., V, d1, ..., dK], floating.
+        linear_bias: [V, d1, ..., dK], dtype of ``input``.
+        weight: class weights [V], any floating dtype. The mean of a loss with class indices divides
+            by the sum of the targets' weights, as in torch.
+        reduction: "mean", "sum" or "none" (a loss per token, in the shape of index targets).
+        ignore_index: tokens with this target cost nothing and have no gradient. None means -100,
+            and is the only value allowed with class probabilities.
+        label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
+        options: torch.nn.LinearCrossEntropyOptions, for torch's callers: its ``batch_chunk_size``
+            becomes ``chunk_size``, and the planner takes care of the rest.
+        softcap: c > 0 caps the logits: c * tanh(z / c), after ``logit_scale``.
+        logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature.
+        z_loss: coefficient of logsumexp(logits)^2, added to each token's loss.
+        token_weight: [..., d1, ..., dK], multiplies each token's loss; it does not change the
+            denominator of the mean. With ``shift`` an entry belongs to the target at its position.
+        num_items: with "mean", the denominator in place of the count (or of the sum of weights):
+            an int or a 0-d tensor. For gradient accumulation over several calls.
+        shift: k > 0 compares input[..., t, :] with target[..., t + k] without copying hidden states
+            (True: 1, next-token prediction); the last k positions have no target, and per-token
+            results have k positions fewer.
+        return_statistics: also return :class:`memeff.TokenStatistics`, computed in the same pass.
+        memory_budget: most bytes of workspace beyond the gradients, as int or like "64MiB", "1GB".
+        chunk_size: tokens per chunk, for those who want to fix what the planner chooses.
+        grad_accumulation: how the weight gradient is summed over chunks of tokens: "float32",
+            "native" (its own dtype), or "auto": float32 wherever the memory budget allows.
+        backend: "cpu", "cuda", "reference" (plain PyTorch, stores the logits, any device), or
+            "auto": the one that fits the tensors. Gradients for ``weight`` or for class
+            probabilities exist only in the reference; "auto" takes it when those require grad.
+
+    Returns:
+        The loss, 0-d or per token, float32 (float64 for float64 inputs); with ``return_statistics``
+        the pair (loss, statistics). Gradients have the dtype of what they belong to. A mean over no
+        counted token is nan, as in torch. Second derivatives raise an error.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument of the wrong type, with a bad value, or
+            whose rank, shape, dtype or device does not fit; before anything is computed.
+        IndexError: a target outside [0, V) that is not ``ignore_index`` (on the CPU).
+    """
+    _checks.check_tensor("input", input)
+    _checks.check_tensor("linear_weight", linear_weight)
+    _checks.check_tensor("target", target)
+    if linear_bias is not None:
+        _checks.check_tensor("linear_bias", linear_bias)
+    if weight is not None:
+        _checks.check_tensor("weight", weight)
+    if token_weight is not None:
+        _checks.check_tensor("token_weight", token_weight)
+    geometry = _checks.check_shapes(input, linear_weight, target, linear_bias, weight, token_weight)
+
+    device = input.device
+    cast_to = _arguments.autocast_dtype(device)
+    if cast_to is not None:
+        input = _arguments.autocast_to(input, cast_to)
+        linear_weight = _arguments.autocast_to(linear_weight, cast_to)
+        if linear_bias is not None:
+            linear_bias = _arguments.autocast_to(linear_bias, cast_to)
+    _checks.check_dtypes(input, linear_weight, linear_bias, weight, token_weight)
+    _checks.check_device(device, "linear_weight", linear_weight)
+    _checks.check_device(device, "target", target)
+    _checks.check_device(device, "linear_bias", linear_bias)
+    _checks.check_device(device, "weight", weight)
+    _checks.check_device(device, "token_weight", token_weight)
+
+    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.check_choice("grad_accumulation", grad_accumulation, _checks.GRAD_ACCUMULATIONS)
+    _checks.check_ignore_index(ignore_index, geometry.probabilities)
+    _checks.check_numbers(label_smoothing, softcap, logit_scale, z_loss)
+    _checks.check_shift(shift, geometry.leading)
+    denominator = _arguments.parse_num_items(num_items, reduction, device)
+    budget = _arguments.parse_memory_budget(memory_budget)
+    chunk = _arguments.parse_chunk_size(chunk_size, options)
+    needs_reference = _checks.check_differentiability(
+        target, weight, token_weight, geometry.probabilities
+    )
+    resolved = _arguments.resolve_backend(backend, device, needs_reference)
+
+    # Without classes there are no logits to avoid, and the kernels need not know the case.
+    if resolved == "reference" or 0 in linear_weight.shape[:-1]:
+        with torch.autocast(device.type, enabled=False):
+            return reference.linear_cross_entropy(
+                input,
+                linear_weight,
+                target,
+                linear_bias=linear_bias,
+                weight=weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                z_loss=z_loss,
+                token_weight=token_weight,
+                num_items=denominator,
+                shift=shift,
+                return_statistics=return_statistics,
+            )
+
+    settings = Settings(
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=float(label_smoothing),
+        softcap=0.0 if softcap is None else float(softcap),
+        logit_scale=float(logit_scale),
+        z_loss=float(z_loss),
+        statistics=return_statistics,
+        memory_budget=budget,
+        chunk_size=chunk,
+        grad_accumulation=grad_accumulation,
+        backend=resolved,
+    )
+    loss, statistics = _rows.compute(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        token_weight,
+        denominator,
+        int(shift),
+        geometry,
+        settings,
+    )
+    return loss if statistics is None else (loss, statistics)

@@ -1,0 +1,225 @@
+"""``LinearCrossEntropyLoss``: the loss together with its classifier."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from memeff import _checks
+from memeff.functional import linear_cross_entropy
+from memeff.statistics import TokenStatistics
+
+if TYPE_CHECKING:
+    from memeff.functional import TorchOptions
+
+__all__ = ["LinearCrossEntropyLoss"]
+
+# Arguments of linear_cross_entropy that a module keeps, as attributes of the same name.
+_SETTINGS = (
+    "reduction",
+    "ignore_index",
+    "label_smoothing",
+    "options",
+    "softcap",
+    "logit_scale",
+    "z_loss",
+    "shift",
+    "memory_budget",
+    "chunk_size",
+    "grad_accumulation",
+    "backend",
+)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """Cross entropy of a linear classifier's logits, which are not stored.
+
+    Constructed like :class:`torch.nn.LinearCrossEntropyLoss`, it owns its classifier,
+    ``self.linear`` (and has the same state dict). Given ``linear``, it shares the classifier of
+    another module: an nn.Linear, or an nn.Parameter [V, D] such as the weight of an embedding that
+    it is tied to.
+
+    Args:
+        in_features: D. With ``linear`` given it may be left out, and must otherwise agree.
+        num_classes: V, likewise.
+        out_features: (d1, ..., dK) for K-dimensional losses; the classifier then has
+            V * d1 * ... * dK rows.
+        bias: whether an owned classifier has a bias.
+        device, dtype: of an owned classifier.
+        linear: the classifier to share, instead of owning one.
+        weight: class weights [V], kept as a buffer.
+        reduction, ignore_index, label_smoothing, options, softcap, logit_scale, z_loss, shift,
+            memory_budget, chunk_size, grad_accumulation, backend: see
+            :func:`memeff.linear_cross_entropy`.
+
+    Under FSDP, wrap this module (or what contains it) so that its forward is where the weight is
+    gathered.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        linear: nn.Linear | nn.Parameter | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: TorchOptions | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        z_loss: float = 0.0,
+        shift: bool | int = False,
+        memory_budget: int | str | None = None,
+        chunk_size: int | None = None,
+        grad_accumulation: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        positions = math.prod(out_features)
+        if linear is None:
+            if in_features is None or num_classes is None:
+                raise TypeError(
+                    f"in_features is {in_features} and num_classes is {num_classes}, expected two "
+                    "ints, or a linear to share"
+                )
+            self.linear = nn.Linear(
+                in_features, num_classes * positions, bias=bias, device=device, dtype=dtype
+            )
+        else:
+            if bias or device is not None or dtype is not None:
+                raise ValueError(
+                    f"bias is {bias}, device {device} and dtype {dtype}, expected none of them "
+                    "together with linear, which has its own"
+                )
+            self.linear = _shared_linear(linear)
+        rows, features = self.linear.weight.shape
+        if in_features not in (None, features):
+            raise ValueError(f"in_features is {in_features}, expected that of linear, {features}")
+        classes, rest = divmod(rows, positions) if positions else (num_classes or 0, rows)
+        if rest or num_classes not in (None, classes):
+            raise ValueError(
+                f"num_classes is {num_classes} with out_features {out_features}, expected their "
+                f"product to be the {rows} rows of linear"
+            )
+        if weight is not None and weight.shape != (classes,):
+            raise RuntimeError(
+                f"weight has shape {tuple(weight.shape)}, expected ({classes},), a value per class"
+            )
+        _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.check_numbers(label_smoothing, softcap, logit_scale, z_loss)
+        self.num_classes = classes
+        self.out_features = tuple(out_features)
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.options = options
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.shift = shift
+        self.memory_budget = memory_budget
+        self.chunk_size = chunk_size
+        self.grad_accumulation = grad_accumulation
+        self.backend = backend
+
+    def reset_parameters(self) -> None:
+        """Initialise the classifier anew, as nn.Linear does (also one that is shared)."""
+        self.linear.reset_parameters()
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = ...,
+        num_items: int | Tensor | None = ...,
+        return_statistics: Literal[False] = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = ...,
+        num_items: int | Tensor | None = ...,
+        return_statistics: Literal[True],
+    ) -> tuple[Tensor, TokenStatistics]: ...
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        token_weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        return_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, TokenStatistics]:
+        """Loss of input [..., D] against target; arguments and result as in the function."""
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
+        if self.out_features:
+            classes = (self.num_classes, *self.out_features)
+            linear_weight = linear_weight.reshape(*classes, linear_weight.shape[-1])
+            linear_bias = None if linear_bias is None else linear_bias.reshape(classes)
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
+        settings["return_statistics"] = return_statistics
+        result: Tensor | tuple[Tensor, TokenStatistics] = linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            token_weight=token_weight,
+            num_items=num_items,
+            **settings,
+        )
+        return result
+
+    def extra_repr(self) -> str:
+        """The classifier's shape, the reduction, and every setting that is not the default."""
+        shown: dict[str, Any] = {
+            "in_features": self.linear.in_features,
+            "num_classes": self.num_classes,
+        }
+        if self.out_features:
+            shown["out_features"] = self.out_features
+        shown["bias"] = self.linear.bias is not None
+        if self.weight is not None:
+            shown["weight"] = tuple(self.weight.shape)
+        defaults = inspect.signature(linear_cross_entropy).parameters
+        for name in _SETTINGS:
+            value = getattr(self, name)
+            if name == "reduction" or value != defaults[name].default:
+                shown[name] = value
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _shared_linear(linear: nn.Linear | nn.Parameter) -> nn.Linear:
+    """``linear`` itself, or an nn.Linear around the parameter [V, D]."""
+    if isinstance(linear, nn.Linear):
+        return linear
+    if not isinstance(linear, nn.Parameter) or linear.dim() != 2:
+        raise TypeError(
+            "linear must be an nn.Linear or an nn.Parameter of two dimensions [V, D], got "
+            f"{type(linear).__name__}"
+            + (f" of shape {tuple(linear.shape)}" if isinstance(linear, Tensor) else "")
+        )
+    module = nn.Linear(linear.shape[1], linear.shape[0], bias=False, device="meta")
+    module.weight = linear
+    return module

@@ -1,0 +1,211 @@
+"""The operators torch.ops.memeff.*: loads them and adds what C++ leaves to Python.
+
+csrc/bindings declares the schemas and the CPU implementations. Here are the fake (shape-only)
+kernels for meta tensors and torch.compile, and autograd.
+
+The forward op computes gradients while it has the logits, for an upstream gradient of 1, whenever
+the loss is a scalar; its backward then only scales them. For per-token losses, and for float16
+(whose gradients must be scaled before they are rounded), backward is the second op, which
+recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memeff import _library
+
+_library.load()
+
+_forward = torch.ops.memeff.linear_cross_entropy_forward.default
+_recompute = torch.ops.memeff.linear_cross_entropy_backward.default
+_scale = torch.ops.memeff.scale_gradient.default
+_scale_in_place = torch.ops.memeff.scale_gradient_.default
+
+# Arguments of the forward op: seven tensors, then scalars, of which backward takes all but one.
+_NUM_ARGUMENTS = len(_forward._schema.arguments)
+_NUM_TENSORS = 7
+_STATISTICS = 16
+
+
+def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
+    """Whether the forward op computes the gradients; the C++ op follows the same rule."""
+    return reduction != "none" and dtype != torch.float16
+
+
+def _gradients_like(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous gradient buffers, of no elements where a gradient is not wanted."""
+    input_grad, weight_grad, bias_grad = wanted
+    bias_shape = linear_weight.shape[:1] if linear_bias is not None else (0,)
+    return (
+        input.new_empty(input.shape if input_grad else (0,)),
+        linear_weight.new_empty(linear_weight.shape if weight_grad else (0,)),
+        linear_weight.new_empty(bias_shape if bias_grad else (0,)),
+    )
+
+
+def _forward_fake(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    num_items: Tensor | None,
+    reduction: str,
+    *scalars: Any,
+) -> tuple[Tensor, ...]:
+    *_, input_grad, weight_grad, bias_grad, statistics, _, _, _, _ = scalars
+    tokens = input.shape[0]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if not gradients_in_forward(reduction, input.dtype):
+        input_grad = weight_grad = bias_grad = False
+    return (
+        input.new_empty((tokens,) if reduction == "none" else (), dtype=dtype),
+        input.new_empty((tokens,), dtype=torch.float64),
+        input.new_empty((4, tokens) if statistics else (0,), dtype=dtype),
+        input.new_empty((tokens,) if statistics else (0,), dtype=torch.int64),
+        *_gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad)),
+    )
+
+
+def _backward_fake(
+    grad_loss: Tensor,
+    lse: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    *_, input_grad, weight_grad, bias_grad, _, _, _, _ = others
+    return _gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad))
+
+
+def _scale_fake(gradient: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(gradient, memory_format=torch.contiguous_format)
+
+
+def _scale_in_place_fake(gradient: Tensor, scale: Tensor) -> None:
+    return None
+
+
+def linear_cross_entropy_forward(*arguments: Any) -> Sequence[Tensor]:
+    """Call torch.ops.memeff.linear_cross_entropy_forward, also inside transforms of torch.func."""
+    results: Sequence[Tensor] = _call(_forward, _ForwardInTransform, arguments)
+    return results
+
+
+def _call(op: Any, in_transform: Any, arguments: tuple[Any, ...]) -> Any:
+    # What register_autograd generates refuses to run in transforms such as torch.func.grad, where
+    # an autograd.Function of the same formula works. (A compiler traces the op itself.)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return in_transform.apply(*arguments)
+    return op(*arguments)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    loss, lse, *others = output
+    ctx.mark_non_differentiable(lse, *others)
+    # Without this, backward would receive zeros in the shape of each gradient output.
+    ctx.set_materialize_grads(False)
+    tensors, scalars = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
+    ctx.scale_only = gradients_in_forward(scalars[0], inputs[0].dtype)
+    ctx.computed = scalars[6:9]
+    if ctx.scale_only:
+        ctx.save_for_backward(loss, *others[-3:])
+    else:
+        statistics = _STATISTICS - _NUM_TENSORS
+        ctx.scalars = scalars[:statistics] + scalars[statistics + 1 :]
+        ctx.save_for_backward(lse, *tensors)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    result: list[Tensor | None] = [None] * _NUM_ARGUMENTS
+    if grad_loss is None:
+        return tuple(result)
+    needed = [ctx.needs_input_grad[position] for position in (0, 1, 3)]
+    names = ("input", "linear_weight", "linear_bias")
+    for name, need, computed in zip(names, needed, ctx.computed, strict=True):
+        if need and not computed:
+            raise RuntimeError(
+                f"memeff::linear_cross_entropy_forward was told not to prepare the gradient of "
+                f"{name}, but it requires grad; expected the flags to say what requires grad"
+            )
+    if ctx.scale_only:
+        gradients = _scaled(grad_loss, *ctx.saved_tensors)
+    else:
+        arguments = (grad_loss, *ctx.saved_tensors, *ctx.scalars)
+        gradients = _call(_recompute, _RecomputeInTransform, arguments)
+    for position, need, gradient in zip((0, 1, 3), needed, gradients, strict=True):
+        if need:
+            result[position] = gradient
+    return tuple(result)
+
+
+def _scaled(grad_loss: Tensor, loss: Tensor, *gradients: Tensor) -> list[Tensor]:
+    """The saved gradients times the upstream one; in their own memory if this is their last use."""
+    if torch.is_grad_enabled():
+        # create_graph: these gradients must not look like constants to a second derivative. Adding
+        # the empty sum ties them to this node, so that scale_gradient's backward can refuse.
+        grad_loss = grad_loss + loss.reshape(1)[:0].sum()
+    elif _is_last_backward():
+        for gradient in gradients:
+            _scale_in_place(gradient, grad_loss)
+        return list(gradients)
+    return [_call(_scale, _ScaleInTransform, (gradient, grad_loss)) for gradient in gradients]
+
+
+def _is_last_backward() -> bool:
+    """Whether the saved tensors are freed after this backward: no retain_graph, and no tracing."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        "second derivatives of memeff.linear_cross_entropy (a backward through its gradients, as "
+        'with create_graph=True) are not implemented; backend="reference" has them'
+    )
+
+
+class _ForwardInTransform(torch.autograd.Function):
+    """The autograd formula of linear_cross_entropy_forward for the transforms of torch.func."""
+
+    forward = staticmethod(_forward.__call__)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class _RecomputeInTransform(torch.autograd.Function):
+    forward = staticmethod(_recompute.__call__)
+    setup_context = staticmethod(_save_nothing)
+    backward = staticmethod(_refuse_second_derivative)
+
+
+class _ScaleInTransform(torch.autograd.Function):
+    forward = staticmethod(_scale.__call__)
+    setup_context = staticmethod(_save_nothing)
+    backward = staticmethod(_refuse_second_derivative)
+
+
+torch.library.register_fake("memeff::linear_cross_entropy_forward", _forward_fake)
+torch.library.register_fake("memeff::linear_cross_entropy_backward", _backward_fake)
+torch.library.register_fake("memeff::scale_gradient", _scale_fake)
+torch.library.register_fake("memeff::scale_gradient_", _scale_in_place_fake)
+torch.library.register_autograd(
+    "memeff::linear_cross_entropy_forward", _backward, setup_context=_setup_context
+)
+torch.library.register_autograd("memeff::linear_cross_entropy_backward", _refuse_second_derivative)
+torch.library.register_autograd("memeff::scale_gradient", _refuse_second_derivative)

@@ -1,0 +1,162 @@
+"""``memeff.plan``: what a call would do and how much memory it would take, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memeff import _arguments, _checks, _library
+
+__all__ = ["Plan", "plan"]
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _checks.DTYPES}
+_KINDS = {
+    "statistics": "statistics only, no gradients",
+    "token_chunks": "token chunks, gradients in forward",
+    "vocab_slices": "vocabulary slices, scores computed again",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is computed. ``str(plan)`` is a readable summary."""
+
+    tokens: int
+    features: int
+    vocab: int
+    dtype: torch.dtype
+    backend: str
+    kind: str
+    """"statistics", "token_chunks" or "vocab_slices"."""
+    kernels: str
+    """What computes the scores: handwritten ("avx512_bf16") or torch's products ("blas")."""
+    tokens_per_chunk: int
+    num_chunks: int
+    vocab_per_slice: int
+    num_slices: int
+    stored_in_gradient: int
+    """Tokens whose scores are kept in the memory of the weight gradient until it is written."""
+    accumulation: str
+    """How the weight gradient adds up: "exact" (one product), "float32" or "native"."""
+    workspace_bytes: int
+    """Allocated beyond the gradients; what ``memory_budget`` bounds."""
+    floor_bytes: int
+    """The gradients themselves."""
+    flops: float
+    """Of the matrix products of this plan, forward and backward."""
+    floor_flops: float
+    """Of the matrix products that no implementation can do without."""
+
+    def __str__(self) -> str:
+        lines = {
+            "problem": f"{self.tokens} tokens x {self.features} features x {self.vocab} classes, "
+            f"{str(self.dtype).removeprefix('torch.')}",
+            "plan": _KINDS.get(self.kind, self.kind),
+            "kernels": f"{self.backend}: {self.kernels}",
+            "chunks": f"{self.num_chunks} of {self.tokens_per_chunk} tokens, "
+            f"{self.num_slices} of {self.vocab_per_slice} classes",
+            "kept": f"scores of {self.stored_in_gradient} tokens, in the weight gradient's memory",
+            "accumulation": self.accumulation,
+            "workspace": _mebibytes(self.workspace_bytes),
+            "gradients": _mebibytes(self.floor_bytes),
+            "logits": f"{_mebibytes(4 * self.tokens * self.vocab)} in float32, not stored",
+            "products": f"{self.flops:.3g} FLOP, of which needed {self.floor_flops:.3g}",
+        }
+        if not self.stored_in_gradient:
+            del lines["kept"]
+        return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
+
+
+def plan(
+    tokens: int | Tensor,
+    features: int | Tensor,
+    vocab: int | Tensor | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    reduction: str = "mean",
+    input_grad: bool | None = None,
+    weight_grad: bool | None = None,
+    bias_grad: bool = False,
+    probabilities: bool = False,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    grad_accumulation: str = "auto",
+    backend: str = "auto",
+) -> Plan:
+    """Plan a call of :func:`memeff.linear_cross_entropy` without running it.
+
+    The problem is given in numbers, ``plan(tokens, features, vocab, dtype)``, or as the tensors of
+    the call, ``plan(input, linear_weight[, target])``, which may be meta tensors.
+
+    Args:
+        tokens: number of tokens N, or the input [..., D].
+        features: number of features D, or the linear_weight [V, D].
+        vocab: number of classes V, or the target (only its kind matters), or nothing.
+        dtype: a torch dtype or its name, "bfloat16"; of the tensors when these are given.
+        input_grad, weight_grad, bias_grad: which gradients will be wanted. None: what the tensors
+            require; for numbers, yes.
+        probabilities: whether the targets are class probabilities.
+        reduction, label_smoothing, softcap, memory_budget, chunk_size, grad_accumulation, backend:
+            as in the call.
+
+    Raises:
+        ValueError: a bad value, or a memory_budget in which no plan fits; the message says the
+            least that works.
+    """
+    if isinstance(tokens, Tensor):
+        input, linear_weight = tokens, features
+        if not isinstance(linear_weight, Tensor) or linear_weight.dim() != 2 or input.dim() < 1:
+            raise TypeError(
+                "plan takes (tokens, features, vocab, dtype) or an input [..., D] and a "
+                f"linear_weight [V, D], got a tensor of shape {tuple(input.shape)} and {features!r}"
+            )
+        if isinstance(vocab, Tensor):
+            probabilities = probabilities or vocab.is_floating_point()
+        elif vocab is not None:
+            raise TypeError(f"the target must be a tensor or None, got {vocab!r}")
+        device, dtype = input.device, dtype or input.dtype
+        tokens, features = input.shape[:-1].numel(), input.shape[-1]
+        vocab = linear_weight.shape[0]
+        input_grad = input.requires_grad if input_grad is None else input_grad
+        weight_grad = linear_weight.requires_grad if weight_grad is None else weight_grad
+    else:
+        device = torch.device("cpu")
+    sizes: dict[str, Any] = {"tokens": tokens, "features": features, "vocab": vocab}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {size!r}")
+        if size < 0:
+            raise ValueError(f"{name} is {size}, expected a number >= 0")
+    dtype_name = str(dtype).removeprefix("torch.")
+    _checks.check_choice("dtype", dtype_name, tuple(_DTYPES))
+    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+    _checks.check_choice("grad_accumulation", grad_accumulation, _checks.GRAD_ACCUMULATIONS)
+    _checks.check_numbers(label_smoothing, softcap, 1.0, 0.0)
+    resolved = _arguments.resolve_backend(backend, device, needs_reference=False)
+    if resolved == "reference":
+        raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
+
+    chosen: dict[str, Any] = _library.load().plan(
+        **sizes,
+        dtype=dtype_name,
+        backend=resolved,
+        reduction=reduction,
+        input_grad=input_grad is not False,
+        weight_grad=weight_grad is not False,
+        bias_grad=bias_grad,
+        # What the specialised kernels leave to general ones.
+        special=probabilities or (softcap is not None and label_smoothing > 0),
+        memory_budget=_arguments.parse_memory_budget(memory_budget),
+        chunk_size=_arguments.parse_chunk_size(chunk_size, None),
+        grad_accumulation=grad_accumulation,
+    )
+    return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=resolved, **chosen)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

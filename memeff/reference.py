@@ -1,0 +1,141 @@
+"""Linear cross entropy in plain PyTorch: the definition of what memeff's kernels compute.
+
+It stores the logits, in float32 (float64 for float64 inputs), and lets autograd do the rest. It
+runs wherever PyTorch runs; ``memeff.linear_cross_entropy(..., backend="reference")`` calls it.
+
+With x an input row, W and b the classifier, y the target, w the class weights (1 without) and eps
+the label smoothing, the loss of one token is
+
+    z    = softcap * tanh(logit_scale * (x W^T + b) / softcap)        (no softcap: the inner part)
+    lse  = log sum_v exp z_v,    log p_v = z_v - lse
+    loss = -(1 - eps) * w_y * log p_y  -  eps / V * sum_v w_v * log p_v  +  z_loss * lse^2
+
+and for class probabilities q its first two terms are -sum_v w_v ((1 - eps) q_v + eps / V) log p_v.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, one_hot
+
+from memeff.statistics import TokenStatistics
+
+__all__ = ["linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+    shift: bool | int = False,
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    """Return what :func:`memeff.linear_cross_entropy` returns; see there for the arguments."""
+    if shift:
+        input, target, token_weight = shifted_pairs(input, target, token_weight, int(shift))
+
+    logits = _logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
+    vocab = logits.shape[-1]
+    lse = logits.logsumexp(-1)
+    log_p = logits.log_softmax(-1)
+
+    probabilities = target.dim() == logits.dim() and target.is_floating_point()
+    if probabilities:
+        class_dim = input.dim() - 1  # as in the logits of torch: after the batch dimensions
+        q = target.movedim(class_dim, -1).to(log_p.dtype)
+        counted = torch.ones_like(lse, dtype=torch.bool)
+        index = q.argmax(-1) if vocab else counted.long()
+        target_logit = (q * logits).sum(-1)
+    else:
+        counted = target.reshape(lse.shape) != (-100 if ignore_index is None else ignore_index)
+        if vocab == 0 and counted.any():
+            raise IndexError("target has class indices, but linear_weight has no classes (V = 0)")
+        index = target.reshape(lse.shape).long().where(counted, 0)
+        target_logit = _pick(logits, index)
+
+    w = log_p.new_ones(vocab) if weight is None else weight.to(log_p.dtype)
+    if probabilities or label_smoothing:
+        q = q if probabilities else one_hot(index, vocab).to(log_p.dtype)
+        q = (1 - label_smoothing) * q + label_smoothing / max(vocab, 1)
+        cross_entropy = -(w * q * log_p).sum(-1)
+    else:
+        cross_entropy = -_pick(w.expand_as(log_p), index) * _pick(log_p, index)
+
+    scale = counted if token_weight is None else counted * token_weight.reshape(lse.shape)
+    cross_entropy = (cross_entropy * scale).where(counted, 0)
+    z_term = (z_loss * lse.square() * scale).where(counted, 0)
+    per_token = cross_entropy + z_term
+
+    if reduction == "none":
+        loss = per_token
+    elif reduction == "sum":
+        loss = per_token.sum()
+    elif num_items is not None:
+        loss = per_token.sum() / num_items
+    else:
+        divisor = counted.sum()
+        if weight is not None and not probabilities:
+            divisor = (_pick(w.expand_as(log_p), index) * counted).sum()
+        loss = cross_entropy.sum() / divisor + z_term.sum() / counted.sum()
+
+    if not return_statistics:
+        return loss
+    p_log_p = (log_p.exp() * log_p).where(log_p != -torch.inf, 0)
+    argmax = logits.argmax(-1)
+    statistics = TokenStatistics(
+        loss=per_token,
+        lse=lse,
+        target_logit=target_logit.where(counted, 0),
+        logprob=(target_logit - lse).where(counted, 0),
+        entropy=-p_log_p.sum(-1),
+        max_logit=logits.amax(-1),
+        argmax=argmax,
+        correct=(argmax == index) & counted,
+    )
+    return loss, TokenStatistics(*(value.detach() for value in statistics))
+
+
+def _logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> Tensor:
+    """Logits [..., d1, ..., dK, V] of input [..., D] and linear_weight [V, d1, ..., dK, D]."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    rows = linear_weight.movedim(0, -2)  # [d1, ..., dK, V, D]
+    bias = None if linear_bias is None else linear_bias.movedim(0, -1).flatten().to(dtype)
+    logits = linear(input.to(dtype), rows.flatten(0, -2).to(dtype), bias)
+    logits = logits.reshape(input.shape[:-1] + rows.shape[:-1]) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """Entry ``index`` [...] of the last dimension of ``rows`` [..., V]; 0 where V is 0."""
+    if rows.shape[-1] == 0:
+        return rows.sum(-1)
+    return rows.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def shifted_pairs(
+    input: Tensor, target: Tensor, token_weight: Tensor | None, distance: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Pair input[..., t, :] with the target (and its weight) ``distance`` positions later."""
+    time = input.dim() - 2
+    kept = max(input.shape[time] - distance, 0)
+    distance = min(distance, input.shape[time])
+    later = None if token_weight is None else token_weight.narrow(time, distance, kept)
+    return input.narrow(time, 0, kept), target.narrow(time, distance, kept), later

@@ -1,0 +1,36 @@
+"""Per-token numbers that come out of the same pass over the logits as the loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["TokenStatistics"]
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of every token; each field has the shape of the loss under ``reduction="none"``.
+
+    They are float32 (float64 for float64 inputs), except ``argmax`` (int64) and ``correct`` (bool),
+    and detached: no gradient flows through them. Logits are meant after ``logit_scale`` and
+    ``softcap``; p is their softmax. Tokens whose target is ``ignore_index`` have a loss,
+    target logit and log-probability of 0 and are never correct; their other fields are valid.
+    """
+
+    loss: Tensor
+    """The token's loss with everything asked for: weights, label smoothing, z-loss; not reduced."""
+    lse: Tensor
+    """log sum_v exp z_v, the logarithm of the softmax denominator."""
+    target_logit: Tensor
+    """z_y; for class-probability targets q the expected logit sum_v q_v z_v."""
+    logprob: Tensor
+    """log p_y = target_logit - lse, free of weights and smoothing."""
+    entropy: Tensor
+    """-sum_v p_v log p_v, in nats."""
+    max_logit: Tensor
+    """max_v z_v."""
+    argmax: Tensor
+    """The v with the largest logit: the greedy prediction."""
+    correct: Tensor
+    """Whether argmax is the target (for class probabilities: the most probable class)."""

@@ -1,0 +1,298 @@
+"""Bad input: an error that names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import memeff
+import memeff.functional
+
+N, D, V = 5, 6, 9
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    return {
+        "input": torch.randn(N, D, requires_grad=True),
+        "linear_weight": torch.randn(V, D, requires_grad=True),
+        "target": torch.randint(V, (N,)),
+    } | changes
+
+
+# name: (changes, type of the error, texts that the message must contain)
+BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
+    "input is a list": ({"input": [1.0]}, TypeError, ("input", "list", "Tensor")),
+    "target is an int": ({"target": 3}, TypeError, ("target", "int", "Tensor")),
+    "weight is a list": ({"weight": [1.0] * V}, TypeError, ("weight", "list", "Tensor")),
+    "scalar input": ({"input": torch.tensor(1.0)}, RuntimeError, ("input", "0 dimensions")),
+    "flat weight": (
+        {"linear_weight": torch.randn(D)}, RuntimeError, ("linear_weight", f"({D},)", "[V, D]"),
+    ),
+    "features": (
+        {"linear_weight": torch.randn(V, D + 1)}, RuntimeError,
+        ("linear_weight", f"({V}, {D + 1})", f"expected {D} features"),
+    ),
+    "one row with K-dimensional weight": (
+        {"input": torch.randn(D), "linear_weight": torch.randn(V, 2, D)}, RuntimeError,
+        ("input", f"({D},)", "K-dimensional"),
+    ),
+    "length of target": (
+        {"target": torch.zeros(N + 1).long()}, RuntimeError, ("target", f"({N + 1},)", f"({N},)"),
+    ),
+    "rank of target": (
+        {"target": torch.zeros(N, 1).long()}, RuntimeError, ("target", f"({N}, 1)", f"({N},)"),
+    ),
+    "flattened target": (
+        {"input": torch.randn(2, 3, D), "target": torch.zeros(6).long()}, RuntimeError,
+        ("target", "(6,)", "(2, 3)"),
+    ),
+    "bias": (
+        {"linear_bias": torch.randn(V, 1)}, RuntimeError, ("linear_bias", f"({V}, 1)", f"({V},)"),
+    ),
+    "class weights": (
+        {"weight": torch.rand(V - 1)}, RuntimeError,
+        ("weight", f"({V - 1},)", f"({V},)"),
+    ),
+    "token weights": (
+        {"token_weight": torch.rand(N, 1)}, RuntimeError, ("token_weight", f"({N}, 1)", f"({N},)"),
+    ),
+    "integer input": (
+        {"input": torch.ones(N, D).long(), "linear_weight": torch.ones(V, D).long()}, RuntimeError,
+        ("input", "torch.int64", "torch.bfloat16"),
+    ),
+    "complex input": (
+        {"input": torch.randn(N, D).cfloat()}, RuntimeError, ("input", "torch.complex64"),
+    ),
+    "float16 with bfloat16": (
+        {"input": torch.randn(N, D).half(), "linear_weight": torch.randn(V, D).bfloat16()},
+        RuntimeError, ("linear_weight", "torch.bfloat16", "torch.float16"),
+    ),
+    "bias of another dtype": (
+        {"linear_bias": torch.randn(V).double()}, RuntimeError,
+        ("linear_bias", "torch.float64", "torch.float32"),
+    ),
+    "integer class weights": (
+        {"weight": torch.ones(V).long()}, RuntimeError, ("weight", "torch.int64", "floating"),
+    ),
+    "integer token weights": (
+        {"token_weight": torch.ones(N).long()}, RuntimeError,
+        ("token_weight", "torch.int64", "floating"),
+    ),
+    "float indices": (
+        {"target": torch.zeros(N)}, RuntimeError, ("target", "torch.float32", "torch.int64"),
+    ),
+    "bool indices": (
+        {"target": torch.zeros(N).bool()}, RuntimeError, ("target", "torch.bool", "torch.int64"),
+    ),
+    "integer probabilities": (
+        {"target": torch.zeros(N, V).long()}, RuntimeError, ("target", "torch.int64", "floating"),
+    ),
+    "weight on another device": (
+        {"linear_weight": torch.randn(V, D, device="meta")}, RuntimeError,
+        ("linear_weight", "meta", "cpu"),
+    ),
+    "target on another device": (
+        {"target": torch.zeros(N, device="meta").long()}, RuntimeError, ("target", "meta", "cpu"),
+    ),
+    "token weights on another device": (
+        {"token_weight": torch.rand(N, device="meta")}, RuntimeError,
+        ("token_weight", "meta", "cpu"),
+    ),
+    "target too large": (
+        {"target": torch.tensor([0, 1, V, 2, V + 5])}, IndexError, (f"{V}", f"[0, {V})", "2"),
+    ),
+    "target negative": (
+        {"target": torch.tensor([0, -1, 1, -100, 2])}, IndexError, ("-1", f"[0, {V})", "1"),
+    ),
+    "target equal to the default of another ignore_index": (
+        {"target": torch.tensor([0, 1, 2, -100, 2]), "ignore_index": 2}, IndexError,
+        ("-100", f"[0, {V})"),
+    ),
+    "ignore_index with probabilities": (
+        {"target": torch.rand(N, V), "ignore_index": -100}, RuntimeError,
+        ("ignore_index", "-100", "probabilities"),
+    ),
+    "ignore_index is a float": ({"ignore_index": 1.0}, TypeError, ("ignore_index", "float", "int")),
+    "label smoothing negative": (
+        {"label_smoothing": -0.1}, ValueError,
+        ("label_smoothing", "-0.1", "[0, 1]"),
+    ),
+    "label smoothing above 1": (
+        {"label_smoothing": 1.5}, ValueError,
+        ("label_smoothing", "1.5", "[0, 1]"),
+    ),
+    "label smoothing nan": (
+        {"label_smoothing": float("nan")}, ValueError,
+        ("label_smoothing", "nan"),
+    ),
+    "label smoothing is a string": (
+        {"label_smoothing": "a"}, TypeError,
+        ("label_smoothing", "str"),
+    ),
+    "reduction": ({"reduction": "average"}, ValueError, ("reduction", "'average'", "'mean'")),
+    "backend": ({"backend": "tpu"}, ValueError, ("backend", "'tpu'", "'reference'")),
+    "grad_accumulation": (
+        {"grad_accumulation": "fp8"}, ValueError, ("grad_accumulation", "'fp8'", "'native'"),
+    ),
+    "softcap 0": ({"softcap": 0.0}, ValueError, ("softcap", "0.0", "> 0")),
+    "softcap negative": ({"softcap": -30.0}, ValueError, ("softcap", "-30.0", "> 0")),
+    "softcap infinite": ({"softcap": float("inf")}, ValueError, ("softcap", "inf", "finite")),
+    "logit_scale 0": ({"logit_scale": 0}, ValueError, ("logit_scale", "0")),
+    "logit_scale nan": ({"logit_scale": float("nan")}, ValueError, ("logit_scale", "nan")),
+    "logit_scale is a tensor": (
+        {"logit_scale": torch.tensor(2.0)}, TypeError,
+        ("logit_scale", "Tensor"),
+    ),
+    "z_loss negative": ({"z_loss": -1.0}, ValueError, ("z_loss", "-1.0", ">= 0")),
+    "num_items 0": ({"num_items": 0}, ValueError, ("num_items", "0")),
+    "num_items tensor 0": ({"num_items": torch.tensor(0)}, ValueError, ("num_items", "0")),
+    "num_items negative": ({"num_items": -3}, ValueError, ("num_items", "-3")),
+    "num_items with sum": (
+        {"num_items": 3, "reduction": "sum"}, ValueError, ("num_items", "'sum'", "mean"),
+    ),
+    "num_items of rank 1": (
+        {"num_items": torch.tensor([3])}, RuntimeError,
+        ("num_items", "(1,)", "0-d"),
+    ),
+    "num_items is a float": ({"num_items": 3.0}, TypeError, ("num_items", "float", "int")),
+    "shift negative": ({"shift": -1}, ValueError, ("shift", "-1", ">= 0")),
+    "shift is a float": ({"shift": 1.0}, TypeError, ("shift", "float", "int")),
+    "shift of one row": (
+        {"input": torch.randn(D), "target": torch.tensor(1), "shift": 1}, ValueError,
+        ("shift", "1", "time dimension"),
+    ),
+    "memory_budget without number": (
+        {"memory_budget": "lots"}, ValueError, ("memory_budget", "'lots'", "64MiB"),
+    ),
+    "memory_budget with unknown unit": (
+        {"memory_budget": "3 parsecs"}, ValueError, ("memory_budget", "'3 parsecs'", "64MiB"),
+    ),
+    "memory_budget negative": ({"memory_budget": -5}, ValueError, ("memory_budget", "-5", ">= 0")),
+    "memory_budget is a float": ({"memory_budget": 1e9}, TypeError, ("memory_budget", "float")),
+    "memory_budget too small": ({"memory_budget": 1}, ValueError, ("memory_budget", "1")),
+    "chunk_size 0": ({"chunk_size": 0}, ValueError, ("chunk_size", "0", ">= 1")),
+    "chunk_size is a float": ({"chunk_size": 8.0}, TypeError, ("chunk_size", "float")),
+    "options of another kind": ({"options": {"chunk": 3}}, TypeError, ("options", "dict")),
+    "class weights that require grad": (
+        {"weight": torch.rand(V, requires_grad=True)}, RuntimeError, ("weight", "requires grad"),
+    ),
+    "token weights that require grad": (
+        {"token_weight": torch.rand(N, requires_grad=True)}, RuntimeError,
+        ("token_weight", "requires grad", "none"),
+    ),
+    "probabilities that require grad with kernels": (
+        {"target": torch.rand(N, V, requires_grad=True), "backend": "cpu"}, RuntimeError,
+        ("target", "requires grad", "reference"),
+    ),
+    "backend cuda": (
+        {"backend": "cuda"}, RuntimeError,
+        ("cuda", "no CUDA kernels", "reference", "auto"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    changes, kind, texts = BAD[name]
+    call = arguments(**changes)
+    with pytest.raises(kind) as caught:
+        memeff.linear_cross_entropy(**call)
+    for text in texts:
+        assert text in str(caught.value), f"{text!r} is not in: {caught.value}"
+    for value in call.values():
+        if isinstance(value, torch.Tensor):
+            assert value.grad is None
+
+
+def test_first_offending_target_is_named() -> None:
+    target = torch.zeros(100, dtype=torch.int64)
+    target[37], target[90] = 12345, -3
+    with pytest.raises(IndexError, match="12345") as caught:
+        memeff.linear_cross_entropy(torch.randn(100, D), torch.randn(V, D), target)
+    assert "37" in str(caught.value)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_least_memory_budget_is_named_and_works(reduction: str) -> None:
+    """The number in the message is enough, forward and backward; a little less is not."""
+    x = torch.randn(512, 64, requires_grad=True)
+    w = torch.randn(4096, 64, requires_grad=True)
+    target = torch.randint(4096, (512,))
+    with pytest.raises(ValueError, match="the least that works is") as caught:
+        memeff.linear_cross_entropy(x, w, target, memory_budget=1, reduction=reduction)
+    message = str(caught.value)
+    least = int(message[message.index("least that works is") :].split()[4])
+
+    def run(memory_budget: int) -> None:
+        loss = memeff.linear_cross_entropy(
+            x, w, target, memory_budget=memory_budget, reduction=reduction
+        )
+        loss.sum().backward()
+
+    run(least)
+    with pytest.raises(ValueError, match="the least that works is"):
+        run(int(least * 0.99))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dtensor_is_refused_by_name() -> None:
+    class DTensor(torch.Tensor):
+        """Stands for torch.distributed.tensor.DTensor, which would need a process group."""
+
+    w = torch.randn(V, D).as_subclass(DTensor)
+    with pytest.raises(TypeError, match=r"linear_weight is a DTensor.*full_tensor"):
+        memeff.linear_cross_entropy(torch.randn(N, D), w, torch.zeros(N).long())
+
+
+def test_real_dtensor_is_refused(tmp_path: Any) -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        w = distribute_tensor(torch.randn(V, D), mesh, [Replicate()])
+        with pytest.raises(TypeError, match="linear_weight is a DTensor"):
+            memeff.linear_cross_entropy(torch.randn(N, D), w, torch.zeros(N).long())
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_chunk_size_twice() -> None:
+    options_type = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options_type is None:
+        pytest.skip(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
+    options = options_type(batch_chunk_size=4, chunking_method=None)
+    with pytest.raises(ValueError, match=r"chunk_size is 8.*batch_chunk_size is 4"):
+        memeff.linear_cross_entropy(**arguments(), options=options, chunk_size=8)
+
+
+def test_other_devices_are_refused() -> None:
+    from memeff import _arguments
+
+    cuda = torch.device("cuda", 1)
+    for backend in ("auto", "cpu"):
+        with pytest.raises(RuntimeError, match=r"input is on cuda:1.*reference"):
+            _arguments.resolve_backend(backend, cuda, needs_reference=False)
+    assert _arguments.resolve_backend("reference", cuda, needs_reference=False) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("64MiB", 64 * 2**20), ("64 mib", 64 * 2**20), ("1GB", 10**9), ("1.5GiB", 3 * 2**29),
+        ("12", 12), ("12B", 12), ("3KB", 3000), ("2TiB", 2**41), (" 7 KiB ", 7168),
+        (None, -1), (0, 0), (123, 123),
+    ],
+)  # fmt: skip
+def test_sizes(text: int | str | None, size: int) -> None:
+    from memeff import _arguments
+
+    assert _arguments.parse_memory_budget(text) == size

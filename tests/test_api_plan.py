@@ -1,0 +1,93 @@
+"""memeff.plan: the plan of a call before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import memeff
+
+
+def test_numbers() -> None:
+    plan = memeff.plan(4096, 1024, 32768, torch.bfloat16)
+    assert (plan.tokens, plan.features, plan.vocab, plan.dtype) == (
+        4096,
+        1024,
+        32768,
+        torch.bfloat16,
+    )
+    assert plan.backend == "cpu"
+    assert plan.floor_bytes == 2 * 1024 * (4096 + 32768)
+    assert plan.floor_flops == pytest.approx(6 * 4096 * 1024 * 32768)
+    assert plan.flops >= plan.floor_flops
+    assert plan.workspace_bytes > 0
+    assert plan == memeff.plan(4096, 1024, 32768, "bfloat16")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.tokens = 1  # type: ignore[misc]
+
+
+def test_tensors() -> None:
+    """Leading dimensions are flattened, and requires_grad says which gradients are wanted."""
+    x = torch.empty(4, 1024, 512, device="meta", requires_grad=True)
+    w = torch.empty(32000, 512, device="meta", requires_grad=True)
+    target = torch.empty(4, 1024, device="meta", dtype=torch.int64)
+    assert (
+        memeff.plan(x, w)
+        == memeff.plan(x, w, target)
+        == memeff.plan(4096, 512, 32000, torch.float32)
+    )
+    frozen = memeff.plan(x, w.detach())
+    assert frozen.floor_bytes == 4 * 4096 * 512
+    assert frozen.floor_flops == pytest.approx(4 * 4096 * 512 * 32000)
+    nothing = memeff.plan(x.detach(), w.detach())
+    assert (nothing.kind, nothing.floor_bytes) == ("statistics", 0)
+
+
+@pytest.mark.parametrize("budget", ["32MiB", "256MiB", "4GiB"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_budget_bounds_the_workspace(budget: str, reduction: str) -> None:
+    plan = memeff.plan(4096, 1024, 32768, "bfloat16", memory_budget=budget, reduction=reduction)
+    units = {"32MiB": 2**25, "256MiB": 2**28, "4GiB": 2**32}
+    assert 0 < plan.workspace_bytes <= units[budget]
+
+
+def test_readable() -> None:
+    text = str(memeff.plan(4096, 1024, 32768, "bfloat16"))
+    for part in (
+        "4096 tokens",
+        "1024 features",
+        "32768 classes",
+        "bfloat16",
+        "workspace",
+        "MiB",
+        "FLOP",
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "kind", "text"),
+    [
+        ((10, 10, 10), {}, ValueError, "dtype is 'None'"),
+        ((10, 10, 10, "int8"), {}, ValueError, "dtype is 'int8'"),
+        ((10, 10, None, "float32"), {}, TypeError, "vocab must be an int"),
+        ((-1, 10, 10, "float32"), {}, ValueError, "tokens is -1"),
+        ((10, 1.5, 10, "float32"), {}, TypeError, "features must be an int"),
+        ((torch.randn(3, 4), 5), {}, TypeError, "plan takes"),
+        ((torch.randn(3, 4), torch.randn(5, 4), 7), {}, TypeError, "target must be"),
+        ((10, 10, 10, "float32"), {"reduction": "max"}, ValueError, "reduction is 'max'"),
+        ((10, 10, 10, "float32"), {"backend": "reference"}, ValueError, 'backend is "reference"'),
+        ((10, 10, 10, "float32"), {"backend": "cuda"}, RuntimeError, "no CUDA kernels"),
+        ((10, 10, 10, "float32"), {"chunk_size": 0}, ValueError, "chunk_size is 0"),
+        ((4096, 512, 32000, "float32"), {"memory_budget": 100}, ValueError, "memory_budget"),
+    ],
+    ids=str,
+)
+def test_bad_input(
+    arguments: tuple[object, ...], keywords: dict[str, object], kind: type[Exception], text: str
+) -> None:
+    with pytest.raises(kind, match=text):
+        memeff.plan(*arguments, **keywords)

@@ -1,0 +1,218 @@
+"""Gradients under the tolerance rule, by dtype, reduction, options, plan and what is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    INPUT_LAYOUTS,
+    OPTIONS,
+    WEIGHT_LAYOUTS,
+    Case,
+    check,
+    make_inputs,
+    run_memeff,
+)
+
+import memeff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SHAPES = [
+    (37, 19, 53),
+    (64, 32, 256),
+    (130, 65, 1031),
+    (1, 8, 40),
+    (9, 1, 33),
+    (5, 7, 1),
+    (1, 1, 1),
+    (300, 17, 2),
+]
+LARGE = (
+    520,
+    96,
+    2053,
+)  # several tiles of tokens, classes and features in every kernel, and a rest in each
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, reduction: str) -> None:
+    tokens, features, vocab = shape
+    check(Case((tokens,), features, vocab, dtype=dtype, reduction=reduction, bias=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 12.0], ids=["flat", "usual", "peaked"])
+def test_larger(dtype: torch.dtype, reduction: str, spread: float) -> None:
+    tokens, features, vocab = LARGE
+    check(
+        Case(
+            (tokens,), features, vocab, dtype=dtype, reduction=reduction, spread=spread, ignored=0.1
+        )
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_options(options: dict[str, Any], dtype: torch.dtype, reduction: str) -> None:
+    check(Case((70,), 24, 301, dtype=dtype, reduction=reduction, **options))
+
+
+@pytest.mark.parametrize("num_items", [1, 7, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_num_items(num_items: int, dtype: torch.dtype) -> None:
+    case = Case(
+        (50,),
+        16,
+        99,
+        dtype=dtype,
+        num_items=num_items,
+        ignored=0.3,
+        z_loss=1e-3,
+        class_weights=True,
+    )
+    ours = check(case)
+    as_tensor = run_memeff(case, make_inputs(case), num_items=torch.tensor(num_items))
+    for name in ("loss", "dx", "dw"):
+        assert torch.equal(getattr(ours, name), getattr(as_tensor, name))
+
+
+@pytest.mark.parametrize("input_layout", INPUT_LAYOUTS)
+@pytest.mark.parametrize("weight_layout", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_layouts(input_layout: str, weight_layout: str, reduction: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        check(
+            Case(
+                (33,),
+                40,
+                129,
+                dtype=dtype,
+                input_layout=input_layout,
+                weight_layout=weight_layout,
+                reduction=reduction,
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "differentiate", [("dx",), ("dw",), ("db",), ("dx", "dw"), ("dx", "db"), ("dw", "db")], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_only_what_is_wanted(
+    differentiate: tuple[str, ...], reduction: str, dtype: torch.dtype
+) -> None:
+    check(
+        Case(
+            (70,),
+            24,
+            301,
+            dtype=dtype,
+            bias=True,
+            reduction=reduction,
+            differentiate=differentiate,
+            ignored=0.1,
+        )
+    )
+
+
+@pytest.mark.parametrize("shift", [1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_shift(shift: int, reduction: str) -> None:
+    check(Case((3, 11), 16, 57, shift=shift, reduction=reduction, ignored=0.2, token_weight=True))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 12), (3, 4, 5)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_leading_dimensions(lead: tuple[int, ...], reduction: str) -> None:
+    ours = check(Case(lead, 20, 71, reduction=reduction))
+    assert ours.dx is not None and ours.dx.shape == (*lead, 20)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 100, 10**6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunk_sizes(chunk_size: int, dtype: torch.dtype, reduction: str) -> None:
+    check(
+        Case(
+            (150,),
+            24,
+            333,
+            dtype=dtype,
+            reduction=reduction,
+            chunk_size=chunk_size,
+            grad_accumulation="float32",
+            ignored=0.2,
+            bias=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("accumulation", ["auto", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_chunks_do_not_cost_accuracy(accumulation: str, dtype: torch.dtype) -> None:
+    """A 16-bit running sum over 64 chunks would be several times as far from float64 as plain
+    PyTorch.
+    """
+    check(Case((1024,), 32, 515, dtype=dtype, chunk_size=16, grad_accumulation=accumulation))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_smallest_budget(options: dict[str, Any], dtype: torch.dtype, reduction: str) -> None:
+    """The plan of the least memory that works, which the error for a hopeless budget names."""
+    case = Case((300,), 40, 1500, dtype=dtype, reduction=reduction, **options)
+    inputs = make_inputs(case)
+    with pytest.raises(ValueError, match="memory_budget") as caught:
+        run_memeff(case, inputs, memory_budget=1)
+    least = max(int(word) for word in _numbers(str(caught.value)))
+    with pytest.raises(ValueError, match="memory_budget"):
+        run_memeff(case, inputs, memory_budget=least - 1)
+    check(case, memory_budget=least)
+
+
+def _numbers(text: str) -> list[str]:
+    return "".join(c if c.isdigit() else " " for c in text).split()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_second_backward_with_another_upstream(dtype: torch.dtype, reduction: str) -> None:
+    """Gradients are linear in the upstream gradient; asking once does not spoil the next."""
+    case = Case((40,), 12, 77, dtype=dtype, reduction=reduction, bias=True)
+    inputs = make_inputs(case)
+    leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.w, inputs.b) if t is not None]
+    loss = memeff.linear_cross_entropy(
+        leaves[0], leaves[1], inputs.y, linear_bias=leaves[2], reduction=reduction
+    )
+    up = torch.ones_like(loss)
+    first = torch.autograd.grad(loss, leaves, up, retain_graph=True)
+    tripled = torch.autograd.grad(loss, leaves, 3 * up, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, up)
+    epsilon = torch.finfo(dtype).eps
+    for a, b, c in zip(first, tripled, again, strict=True):
+        assert torch.equal(a, c)
+        assert (3 * a.double() - b.double()).abs().max() <= 4 * epsilon * b.double().abs().max()
+
+
+def test_gradients_accumulate_into_grad() -> None:
+    """.backward() twice adds up, and the accumulated tensor is not a buffer the library still
+    writes to.
+    """
+    case = Case((40,), 12, 77)
+    inputs = make_inputs(case)
+    w = inputs.w.detach().requires_grad_()
+    for _ in range(2):
+        memeff.linear_cross_entropy(inputs.x, w, inputs.y).backward()
+    once = torch.autograd.grad(memeff.linear_cross_entropy(inputs.x, w, inputs.y), w)[0]
+    assert w.grad is not None
+    torch.testing.assert_close(w.grad, 2 * once)

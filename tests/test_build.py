@@ -1,0 +1,211 @@
+"""The build: what is compiled, what the extension knows about itself, and what users are told."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from buildtools.config import BuildConfig
+from buildtools.sources import ROOT, TABLE, Source, find_sources
+from memeff import _library, diagnostics
+
+
+def run_python(*arguments: str, interpreter: str = sys.executable) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [interpreter, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+class TestBuildInfo:
+    def test_names_the_running_torch(self):
+        info = _library.load().build_info()
+        assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+
+    def test_names_compiler_flags_and_kernels(self):
+        info = _library.load().build_info()
+        assert re.search(r"\d+\.\d+", info["compiler"])
+        assert "-O" in info["flags"]
+        assert info["cuda"] is False
+
+    def test_torch_version_is_readable_from_the_file(self):
+        assert _library.built_torch_version() == _library.load().build_info()["torch"]
+
+    def test_importing_registers_the_operators(self):
+        _library.load()
+        for name in ("forward", "backward"):
+            assert hasattr(torch.ops.memeff, f"linear_cross_entropy_{name}")
+
+
+class TestLoadingFailures:
+    def test_not_built(self, monkeypatch):
+        monkeypatch.setattr(_library, "extension_file", lambda: None)
+        message = _library.explain_failure(ImportError("no module"))
+        assert "not built" in message
+        assert "pip install" in message
+
+    def test_other_torch(self, monkeypatch):
+        monkeypatch.setattr(_library, "built_torch_version", lambda: "1.13.1+cpu")
+        message = _library.explain_failure(ImportError("undefined symbol"))
+        assert "1.13.1+cpu" in message
+        assert torch.__version__ in message
+        assert "pip install" in message
+
+    def test_other_reason_is_passed_on(self):
+        assert "libfoo.so" in _library.explain_failure(ImportError("libfoo.so: cannot open"))
+
+    @pytest.mark.parametrize(
+        ("built", "running", "same"),
+        [
+            ("2.13.0+cpu", "2.13.1+cu130", True),
+            ("2.11.0", "2.13.0", False),
+            ("2.1.0", "2.11.0", False),
+        ],
+    )
+    def test_versions_compare_by_major_and_minor(self, built, running, same):
+        assert _library.same_minor_version(built, running) is same
+
+
+class TestDiagnostics:
+    def test_nothing_missing_here(self, capsys):
+        assert diagnostics.main() == 0
+        printed = capsys.readouterr().out
+        assert torch.__version__ in printed
+        assert "Nothing is missing" in printed
+
+    def test_works_when_the_extension_does_not_load(self):
+        # None in sys.modules makes the import fail as a missing module does.
+        answer = run_python(
+            "-c",
+            "import sys, runpy; sys.modules['memeff._C'] = None\n"
+            "runpy.run_module('memeff.diagnostics', run_name='__main__')",
+        )
+        assert answer.returncode == 1, answer.stderr
+        assert "Missing" in answer.stdout
+        assert "pip install" in answer.stdout
+
+
+class TestTorchOfTheEnvironment:
+    HOOK = "import buildtools.backend as backend; backend.get_requires_for_build_wheel()"
+
+    def test_message_without_torch(self, tmp_path):
+        subprocess.run(
+            [sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True
+        )
+        answer = run_python(
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); {self.HOOK}",
+            interpreter=str(tmp_path / "bare" / "bin" / "python"),
+        )
+        assert answer.returncode == 1
+        assert "pip install torch" in answer.stderr
+        assert "Traceback" not in answer.stderr
+        assert len(answer.stderr.strip().splitlines()) <= 4
+
+    def test_found_behind_build_isolation(self, tmp_path):
+        # As pip does it: a sitecustomize on PYTHONPATH that hides the environment's own packages.
+        (tmp_path / "sitecustomize.py").write_text(
+            "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+        )
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "import importlib.util; assert importlib.util.find_spec('torch') is None\n"
+            f"{self.HOOK}\n"
+            "import torch; print(torch.__file__)"
+        )
+        answer = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert answer.stdout.strip() == torch.__file__, answer.stderr
+
+
+class TestSwitches:
+    def test_debug_and_werror(self):
+        config = BuildConfig.from_environment({"MEMEFF_DEBUG": "1", "MEMEFF_WERROR": "1"})
+        assert {"-O0", "-Werror"} <= set(config.cxx_flags)
+        assert "-O3" not in config.cxx_flags
+
+    def test_jobs(self):
+        assert BuildConfig.from_environment({"MAX_JOBS": "3"}).jobs == 3
+        assert BuildConfig.from_environment({}).jobs >= 1
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("MAX_JOBS", "0"), ("MAX_JOBS", "many"), ("MEMEFF_DEBUG", "yes")]
+    )
+    def test_meaningless_value_is_named(self, name, value):
+        with pytest.raises(SystemExit, match=f"{name}='{value}'"):
+            BuildConfig.from_environment({name: value})
+
+
+class TestSources:
+    def test_every_source_is_in_the_build(self):
+        paths = {source.path for source in find_sources()}
+        on_disk = {
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / "csrc").rglob("*")
+            if path.suffix in (".c", ".cc", ".cpp", ".cxx", ".cu")
+        }
+        assert paths == on_disk
+
+    def test_a_source_outside_the_table_is_named(self, tmp_path):
+        (tmp_path / "csrc" / "elsewhere").mkdir(parents=True)
+        (tmp_path / "csrc" / "elsewhere" / "new.cpp").touch()
+        with pytest.raises(SystemExit, match=r"csrc/elsewhere/new\.cpp"):
+            find_sources(tmp_path)
+
+    def test_vector_flags_by_name_and_processor(self, tmp_path):
+        (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+        for name in ("rows", "rows_avx2", "rows_avx512", "rows_avx512bf16", "rows_torch"):
+            (tmp_path / "csrc" / "cpu" / f"{name}.cpp").touch()
+        flags = {Path(s.path).stem: s.flags for s in find_sources(tmp_path, "x86_64")}
+        assert "-mavx2" in flags["rows_avx2"]
+        assert "-mavx512f" in flags["rows_avx512"]
+        assert "-mavx512bf16" not in flags["rows_avx512"]
+        assert "-mavx512bf16" in flags["rows_avx512bf16"]
+        assert flags["rows"] == flags["rows_torch"] == ()
+        assert not any(source.flags for source in find_sources(tmp_path, "aarch64"))
+
+    def test_torch_headers_only_where_the_table_says(self):
+        for source in find_sources():
+            text = (ROOT / source.path).read_text()
+            if source.toolchain != "torch":
+                assert not re.search(r"#include <(torch|ATen|c10|pybind11)/", text), source.path
+
+    def test_source_distribution_has_the_sources(self):
+        assert "graft csrc" in (ROOT / "MANIFEST.in").read_text()
+        assert TABLE.is_relative_to(ROOT / "buildtools")
+        assert "graft buildtools" in (ROOT / "MANIFEST.in").read_text()
+
+    @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+    def test_vector_code_does_not_leak(self):
+        """No inline function is defined in objects of different instruction sets.
+
+        The linker keeps one copy for the whole library: code for one processor would run on all.
+        """
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-release" / "torch-free"
+        if not folder.exists():
+            pytest.skip("memeff was not built in this folder")
+        sources = [source for source in find_sources() if source.toolchain == "cxx"]
+        shared = {source: _shared_functions(folder, source) for source in sources}
+        for a, b in itertools.combinations(sources, 2):
+            if a.flags != b.flags:
+                assert not shared[a] & shared[b], f"{a.path} and {b.path}"
+
+
+def _shared_functions(folder: Path, source: Source) -> set[str]:
+    """Names of the functions in an object that the linker merges with those of other objects."""
+    path = folder / Path(source.path).with_suffix(".o")
+    answer = subprocess.run(
+        ["nm", "--demangle", "--defined-only", path], capture_output=True, text=True, check=True
+    )
+    lines = (line.split(maxsplit=2) for line in answer.stdout.splitlines())
+    return {name for _, kind, name in lines if kind == "W"}
