@@ -83,6 +83,17 @@ def test_no_classes_all_ignored(reduction: str) -> None:
     torch.testing.assert_close(loss, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_one_class(dtype: torch.dtype, probabilities: bool) -> None:
+    """Certainty: the loss and all gradients are 0."""
+    x, w = torch.randn(9, 5, dtype=dtype), torch.randn(1, 5, dtype=dtype)
+    b, y = torch.randn(1, dtype=dtype), torch.zeros(9, dtype=torch.int64)
+    ours, _, _ = ours_and_torch(x, w, torch.ones(9, 1, dtype=dtype) if probabilities else y, b)
+    for value in (ours.loss, ours.dx, ours.dw, ours.db):
+        assert value is not None and value.abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_features(reduction: str) -> None:
     """D = 0: all logits are the bias."""

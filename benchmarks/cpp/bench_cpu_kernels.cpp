@@ -82,7 +82,7 @@ void run(int64_t features) {
   std::vector<uint16_t> weight_panels(static_cast<size_t>(kSlice * padded));
   std::vector<uint16_t> pairs(static_cast<size_t>(kSlice * (tokens + kTokenTile)));
   std::vector<float> sums(static_cast<size_t>(tokens * stride));
-  std::vector<float> scratch(kThreadScratchBytes / sizeof(float));
+  std::vector<float> scratch(kScoreScratchBytes / sizeof(float));
   std::vector<float> maxima(tokens), partial(tokens);
   std::vector<int64_t> rows(tokens);
   for (int64_t i = 0; i < tokens; ++i) rows[static_cast<size_t>(i)] = i;
@@ -92,7 +92,6 @@ void run(int64_t features) {
   small.a = pairs.data(), small.a_stride = 2 * 128 * kTokenTile, small.rows = kTokenTile;
   small.panels = panels.data(), small.panel_stride = 128 * kPanel, small.columns = kPanel;
   small.inner = 128, small.c = sums.data(), small.c_stride = stride, small.accumulate = false;
-  small.scratch = nullptr;
   const double best_seconds = measure([&] { kernels.multiply_pairs(small); });
   const double best = 2.0 * static_cast<double>(small.rows * small.columns * small.inner) / best_seconds;
   report_product("micro-tile", best * best_seconds, best_seconds, 0);
@@ -147,7 +146,7 @@ void run(int64_t features) {
   product.a = pairs.data(), product.a_stride = kSlice * kTokenTile, product.rows = tokens;
   product.panels = weight_panels.data(), product.panel_stride = kSlice * kPanel;
   product.columns = std::min<int64_t>(512, padded), product.inner = kSlice;
-  product.c = sums.data(), product.c_stride = stride, product.accumulate = true, product.scratch = nullptr;
+  product.c = sums.data(), product.c_stride = stride, product.accumulate = true;
   const double products = 2.0 * static_cast<double>(product.columns);
   report_product("grad_input product", products * static_cast<double>(tokens * kSlice),
                  measure([&] { kernels.multiply_pairs(product); }), best);
@@ -156,11 +155,16 @@ void run(int64_t features) {
     kernels.interleave_rows(input.data() + d, features, rows.data(), tokens, std::min(kPanel, features - d),
                             kPanel, panels.data() + d * tokens);
   }
-  product.a = scores.data(), product.a_stride = tokens, product.rows = kTileVocab;
+  std::vector<uint16_t> copy(static_cast<size_t>(kTaskRows * copy_stride(tokens)));
+  product.a = copy.data(), product.a_stride = copy_stride(tokens), product.rows = kTaskRows;
   product.panels = panels.data(), product.panel_stride = tokens * kPanel, product.inner = tokens;
-  product.scratch = reinterpret_cast<uint16_t*>(scratch.data());
-  report_product("grad_weight product", products * static_cast<double>(kTileVocab * tokens),
-                 measure([&] { kernels.multiply_rows(product); }), best);
+  product.c_stride = sum_stride(kTaskColumns), product.accumulate = false;
+  report_product("grad_weight product with its copy", products * static_cast<double>(kTaskRows * tokens),
+                 measure([&] {
+                   kernels.copy_rows(scores.data(), tokens, kTaskRows, tokens, copy.data());
+                   kernels.multiply_rows(product);
+                 }),
+                 best);
 }
 
 }  // namespace

@@ -103,6 +103,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
 
   Problem problem;
   problem.dtype = parse_dtype(dtype);
+  problem.features = features;
   if (special) problem.softcap = problem.label_smoothing = 0.5;  // any values, but not 0
 
   PlanRequest request;

@@ -5,8 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <limits>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
 
 #include "bindings/request.h"
 #include "core/planner.h"
@@ -35,6 +38,28 @@ DType dtype_of(const at::Tensor& tensor, const char* name) {
                   ": expected bfloat16, float16, float32 or float64");
   }
 }
+
+/// Workspace of one call, straight from the system and back to it. Through malloc it would come from the
+/// heap once a call or two have raised glibc's threshold, and the heap, cut up by other allocations, would
+/// keep more than memory_budget.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+    if (bytes_ == 0) return;
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(data_ != MAP_FAILED, "no memory for a workspace of ", bytes, " bytes");
+  }
+  ~Workspace() {
+    if (bytes_ > 0) munmap(data_, bytes_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_ = nullptr;
+};
 
 /// The options of a call, as the schema passes them.
 struct Options {
@@ -137,8 +162,8 @@ class Call {
     Plan plan;
     const std::string problem = make_plan(request, &plan);
     TORCH_CHECK_VALUE(problem.empty(), problem);
-    const at::Tensor workspace = at::empty({plan.workspace_bytes}, input_.options().dtype(at::kByte));
-    const CpuContext context{&problem_, &request, &plan, static_cast<char*>(workspace.mutable_data_ptr())};
+    const Workspace workspace(plan.workspace_bytes);
+    const CpuContext context{&problem_, &request, &plan, workspace.data()};
     memeff::run(problem_, plan, statistics_known, *make_cpu_backend(context));
   }
 

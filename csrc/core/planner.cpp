@@ -64,9 +64,11 @@ void count_work(const PlanRequest& r, Plan* plan) {
   plan->workspace_bytes = layout_workspace(r, *plan).total;
 }
 
-/// Shrinks token_block, then slice_vocab, until the plan fits; false when it cannot.
+/// Shrinks blocks and slices until the plan fits; false when it cannot.
 bool shrink_to_fit(const PlanRequest& r, int64_t budget, Plan* plan) {
   for (;;) {
+    if (layout_workspace(r, *plan).total <= budget) return true;
+    plan->weight_block = std::min(plan->weight_block, plan->token_block);
     if (layout_workspace(r, *plan).total <= budget) return true;
     if (plan->slice_vocab > kLeastEfficientSlice) {
       plan->slice_vocab = round_up(plan->slice_vocab / 2, kTileVocab);
@@ -138,6 +140,7 @@ Plan base_plan(const PlanRequest& r, PlanKind kind) {
   plan.slice_vocab = std::min(std::clamp(slice, kLeastEfficientSlice, kMostSlice),
                               round_up(std::max<int64_t>(1, r.vocab), kTileVocab));
   if (r.chunk_size > 0) plan.token_block = std::min(plan.token_block, round_up(r.chunk_size, kPanel));
+  plan.weight_block = plan.token_block;
   return plan;
 }
 
@@ -159,6 +162,9 @@ bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Li
         largest_chunk(r, limits.budget, std::min(limits.least_chunk, most), most, true, plan);
     if (plan.chunk_tokens == 0) return false;
   }
+  if (r.bf16_kernels) {
+    plan.weight_block = std::max(plan.token_block, round_up(std::max(plan.stored_in_gradient, plan.chunk_tokens), kPanel));
+  }
   if (!r.grad_weight || plan.stored_in_gradient == r.tokens || r.tokens <= plan.chunk_tokens) {
     plan.accumulation = Accumulation::kExact;
   }
@@ -171,6 +177,11 @@ bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits&
   Plan plan = base_plan(r, PlanKind::kVocabSlices);
   plan.stored_in_gradient = separate_sweeps ? 0 : first_chunk(r);
   plan.separate_sweeps = separate_sweeps;
+  const int64_t half_block = round_up(plan.token_block / 2, kPanel);
+  if (layout_workspace(r, plan).total > limits.budget && half_block >= kLeastChunkTokens) {
+    // Packing is repeated for every slice, so large slices come before large blocks.
+    plan.token_block = plan.weight_block = half_block;
+  }
   if (!shrink_to_fit(r, limits.budget, &plan)) return false;
   const int64_t rest = r.tokens - plan.stored_in_gradient;
   if (!r.statistics_known && !separate_sweeps && rest > 0 && r.memory_budget >= 0) {
@@ -196,8 +207,13 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
   if (r.accumulation == GradAccumulation::kNative) {
     return plan_token_chunks(r, Accumulation::kNative, limits, plan);
   }
-  Limits efficient = limits;  // fp32 sums cost a pass over grad_weight per chunk: not for tiny chunks
-  if (r.chunk_size == 0) efficient.least_chunk = std::min(limits.most_chunk, kLeastChunkTokens);
+  // Sums over chunks cost a pass over grad_weight per chunk: not for tiny chunks. The bf16 kernels are
+  // fast, so a pass weighs more there.
+  Limits efficient = limits;
+  if (r.chunk_size == 0) {
+    const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
+    efficient.least_chunk = std::min(limits.most_chunk, least);
+  }
   if (plan_token_chunks(r, Accumulation::kFloat32, r.grad_weight ? efficient : limits, plan)) return true;
   if (!r.grad_weight) return false;
   return plan_vocab_slices(r, false, limits, plan) || (both && plan_vocab_slices(r, true, limits, plan)) ||
@@ -212,6 +228,13 @@ int64_t score_bytes(const PlanRequest& r) {
 
 int64_t tokens_per_gradient_row(const PlanRequest& r) {
   return r.features * size_of(r.dtype) / score_bytes(r);
+}
+
+int64_t thread_scratch_bytes(const PlanRequest& r, const Plan& plan) {
+  if (!r.bf16_kernels) return 0;
+  const int64_t weight_task =
+      kTaskRows * (sum_stride(kTaskColumns) * 4 + copy_stride(plan.weight_block) * 2);
+  return round_up(r.grad_weight ? std::max(kScoreScratchBytes, weight_task) : kScoreScratchBytes, kAlignment);
 }
 
 WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
@@ -231,7 +254,7 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   WorkspaceLayout at;
   at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
   at.class_arrays = cursor.take(2 * r.vocab * sum_bytes);
-  at.thread_scratch = cursor.take(r.threads * kThreadScratchBytes);
+  at.thread_scratch = cursor.take(r.threads * thread_scratch_bytes(r, plan));
 
   const int64_t free_chunk = round_up(plan.stored_in_gradient, kPanel);
   const int64_t paid_chunk = round_up(plan.chunk_tokens, kPanel);
@@ -258,9 +281,12 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   if (r.grad_input) {
     if (chunks) cursor.rewind(steps);
     if (!writes_input_directly(r)) {
-      // A slice adds to every token's sum; a chunk or a sweep of its own finishes block by block.
+      // A slice adds to the sums of all tokens but those of kept chunks; these, and a sweep of its own,
+      // are finished block by block.
       const bool all_tokens = slices && r.grad_weight && !plan.separate_sweeps;
-      at.input_step.sum = cursor.take((all_tokens ? r.tokens : block) * sum_row * sum_bytes);
+      const int64_t kept = plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens;
+      const int64_t summed = all_tokens ? std::max(block, r.tokens - kept) : block;
+      at.input_step.sum = cursor.take(summed * sum_row * sum_bytes);
     }
     at.input_step.weight_block = cursor.take(r.bf16_kernels ? slice * features * 2 : upcast_bytes);
     if (r.bf16_kernels) {
@@ -271,8 +297,10 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   }
   if (r.grad_weight) {
     if (chunks) cursor.rewind(steps);
-    at.weight_step.input_block = cursor.take(input_bytes);
-    at.weight_step.sum = cursor.take(slice * sum_row * sum_bytes);
+    at.weight_step.input_block = cursor.take(input_bytes / block * plan.weight_block);
+    const bool one_product = r.bf16_kernels && chunks &&
+                             plan.weight_block >= std::max(plan.stored_in_gradient, plan.chunk_tokens);
+    if (!one_product) at.weight_step.sum = cursor.take(slice * sum_row * sum_bytes);
     end = std::max(end, cursor.offset());
   }
   at.total = end;

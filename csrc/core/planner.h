@@ -58,7 +58,8 @@ struct Plan {
   int64_t chunk_tokens = 0;        // tokens of every other stored chunk
   int64_t stored_chunks = 0;       // vocab slices: chunks of chunk_tokens kept in the workspace (0 or 1)
   int64_t token_block = 0;         // tokens that pass through the matrix products together
-  int64_t slice_vocab = 0;         // vocabulary rows that do
+  int64_t weight_block = 0;        // tokens per grad_weight product: whole chunks if there is room
+  int64_t slice_vocab = 0;         // vocabulary rows that pass together
   bool separate_sweeps = false;    // vocab slices: one sweep for grad_input, one for grad_weight
   int64_t num_chunks = 0;
   int64_t num_slices = 0;
@@ -75,7 +76,7 @@ struct Plan {
 struct WorkspaceLayout {
   int64_t token_arrays = 0;    // kTokenArrays arrays of 8-byte numbers [N]
   int64_t class_arrays = 0;    // class weights and sum of the bias gradient, [2, V]
-  int64_t thread_scratch = 0;  // [threads, kThreadScratchBytes]
+  int64_t thread_scratch = 0;  // [threads, thread_scratch_bytes()]
   int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)
   int64_t scores = 0;          // stored scores [V, chunk_tokens]
   int64_t remainder = 0;       // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
@@ -91,20 +92,22 @@ struct WorkspaceLayout {
     int64_t gradient_block = 0;  // packed dlogits of a token block
   } input_step;
   struct {
-    int64_t input_block = 0;  // as above
-    int64_t sum = 0;          // one slice of grad_weight [slice_vocab, D]
+    int64_t input_block = 0;  // as above, for weight_block tokens
+    int64_t sum = 0;          // one slice of grad_weight [slice_vocab, D], unless one product gives it
   } weight_step;
   int64_t total = 0;
 };
 
 constexpr int kTokenArrays = 14;
-constexpr int64_t kThreadScratchBytes = 512 * 1024;
+/// A tile of scores and the weight rows that it is computed from.
+constexpr int64_t kScoreScratchBytes = 672 * 1024;
 
 /// Bytes of one stored score.
 int64_t score_bytes(const PlanRequest& request);
 /// Tokens whose scores fit a row of grad_weight.
 int64_t tokens_per_gradient_row(const PlanRequest& request);
 
+int64_t thread_scratch_bytes(const PlanRequest& request, const Plan& plan);
 WorkspaceLayout layout_workspace(const PlanRequest& request, const Plan& plan);
 
 /// Returns an empty string and fills `plan`, or says why no plan fits (and the least budget that would).

@@ -20,4 +20,12 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 /// do not fall into the same sets of the first-level cache when D is a power of two.
 constexpr int64_t sum_stride(int64_t features) { return round_up(features, kPanel) + 16; }
 
+/// Row stride of copied rows of 16-bit numbers: an odd number of cache lines, for the same reason.
+constexpr int64_t copy_stride(int64_t inner) { return (ceil_div(inner, 32) / 2 * 2 + 1) * 32; }
+
+/// Rows and columns of a gradient that one task computes: enough arithmetic to make up for loading the
+/// operands, little enough that threads finish at about the same time.
+constexpr int64_t kTaskRows = 8 * kTokenTile;
+constexpr int64_t kTaskColumns = 512;
+
 }  // namespace memeff

@@ -9,11 +9,9 @@
 namespace memeff {
 namespace {
 
-static_assert(kTileVocab * kTileStride * 4 + kTileVocab * kCopyStride * 2 <= kThreadScratchBytes,
+static_assert(kTileVocab * kTileStride * 4 + kTileVocab * copy_stride(kInnerBlock) * 2 <=
+                  kScoreScratchBytes,
               "a tile of scores and a copy of its weight rows fit the thread's scratch");
-
-/// Columns of a gradient that one task computes; several tasks share the rows of A they copy.
-constexpr int64_t kTaskColumns = 512;
 
 }  // namespace
 
@@ -37,7 +35,7 @@ const uint16_t* Bf16Backend::pack_input(Range tokens, Packing packing) {
       at<uint16_t>(along_features ? layout_.score_step.input_block : layout_.weight_step.input_block);
   Range& packed = along_features ? packed_along_features_ : packed_along_tokens_;
   if (packed.begin == tokens.begin && packed.end == tokens.end) return panels;
-  if (plan_.kind == PlanKind::kTokenChunks) forget_packed_input();  // the steps share memory
+  if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
   packed = tokens;
   const int64_t* rows = rows_ + tokens.begin;
   const int64_t features = problem_.features;
@@ -65,34 +63,47 @@ const uint16_t* Bf16Backend::pack_input(Range tokens, Packing packing) {
   return panels;
 }
 
-void Bf16Backend::scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) {
+void Bf16Backend::scores(Range tokens, const ScoreBlock* block) {
+  compute_scores({0, problem_.vocab}, tokens, block, ScoreUse::kStatistics);
+}
+
+void Bf16Backend::fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+  // Each tile turns into gradients while it is in the cache. Sums of the bias gradient want whole rows.
+  const bool in_tiles = !(add_bias && bias_sum() != nullptr);
+  compute_scores(classes, tokens, &block, in_tiles ? ScoreUse::kGradient : ScoreUse::kKeep);
+  if (!in_tiles) to_gradient(classes, tokens, block, add_bias);
+}
+
+void Bf16Backend::compute_scores(Range classes, Range tokens, const ScoreBlock* block, ScoreUse use) {
   const uint16_t* panels = pack_input(tokens, Packing::kAlongFeatures);
+  if (use == ScoreUse::kGradient) coefficients(tokens);  // computed before threads read them
   const int64_t tiles = ceil_div(classes.size(), kTileVocab);
   const int64_t strips = ceil_div(tokens.size(), kTileTokens);
   parallel_for(tiles * strips, 1, [&](int64_t task, int64_t end, int thread) {
-    float* scratch = at<float>(layout_.thread_scratch + thread * kThreadScratchBytes);
     for (; task < end; ++task) {
       const int64_t v = classes.begin + task / strips * kTileVocab;
       const int64_t t = task % strips * kTileTokens;
-      const ScoreBlock part = block == nullptr ? ScoreBlock{} : this->part(*block, v - classes.begin, t);
-      score_task({v, std::min(v + kTileVocab, classes.end)}, tokens,
-                 {t, std::min(t + kTileTokens, tokens.size())}, panels,
-                 block == nullptr ? nullptr : &part, statistics, scratch);
+      const ScoreBlock part =
+          block == nullptr ? ScoreBlock{} : this->part(*block, v - classes.begin, t);
+      score_task({v, std::min(v + kTileVocab, classes.end)}, tokens, t, panels,
+                 block == nullptr ? nullptr : &part, use, scratch<float>(thread));
     }
   });
 }
 
-void Bf16Backend::score_task(Range classes, Range tokens, Range columns, const uint16_t* panels,
-                             const ScoreBlock* block, bool statistics, float* scratch) {
+void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const uint16_t* panels,
+                             const ScoreBlock* block, ScoreUse use, float* scratch) {
+  const Range strip{tokens.begin + column, std::min(tokens.begin + column + kTileTokens, tokens.end)};
   float bias[kTileVocab];
+  float maxima[kTileTokens];
   ScoreTile tile;
   tile.weight = weight_ + classes.begin * problem_.weight_stride;
   tile.weight_stride = problem_.weight_stride;
   tile.classes = classes.size();
   tile.features = problem_.features;
   tile.panel_stride = round_up(problem_.features, 2) * kPanel;
-  tile.panels = panels + columns.begin / kPanel * tile.panel_stride;
-  tile.tokens = columns.size();
+  tile.panels = panels + column / kPanel * tile.panel_stride;
+  tile.tokens = strip.size();
   tile.transform.scale = static_cast<float>(problem_.logit_scale);
   tile.transform.softcap = static_cast<float>(problem_.softcap);
   tile.transform.class_weight = class_weight(classes.begin);
@@ -102,72 +113,70 @@ void Bf16Backend::score_task(Range classes, Range tokens, Range columns, const u
     }
     tile.transform.bias = bias;
   }
-  float maxima[kTileTokens];
-  if (statistics) {
-    tile.partials = tile_partials(classes.begin / kTileVocab, columns.begin);
+  if (use == ScoreUse::kStatistics) {
+    tile.partials = tile_partials(classes.begin / kTileVocab, column);
   } else {
     tile.partials.maximum = maxima;
   }
-  tile.exponentials = nullptr;
-  tile.exponentials_stride = 0;
-  if (block != nullptr) {
-    tile.exponentials = static_cast<uint16_t*>(block->data);
-    tile.exponentials_stride = block->stride;
-  }
+  tile.exponentials = block == nullptr ? nullptr : static_cast<uint16_t*>(block->data);
+  tile.exponentials_stride = block == nullptr ? 0 : block->stride;
   tile.scratch = scratch;
   kernels_.score_tile(tile);
-  if (block != nullptr) {
-    std::copy_n(tile.partials.maximum, columns.size(), static_cast<float*>(block->maxima));
-  }
-  const Range strip{tokens.begin + columns.begin, tokens.begin + columns.end};
   for_each_target(classes, strip, [&](int64_t row, int64_t i) {
     target_logit_[strip.begin + i] = scratch[row * kTileStride + i];
   });
+  if (block == nullptr) return;
+  std::copy_n(tile.partials.maximum, strip.size(), static_cast<float*>(block->maxima));
+  if (use == ScoreUse::kGradient) gradient_task(classes, strip, column, *block, scratch, false);
 }
 
 void Bf16Backend::to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
-  const Coefficients& coefficients = this->coefficients(tokens);
-  auto* const data = static_cast<uint16_t*>(block.data);
-  float* const sums = add_bias ? bias_sum() : nullptr;
-  // Tasks are parts of tiles: as many classes as one worker likes, all sharing the tile's maxima.
+  coefficients(tokens);
+  // Tasks are parts of tiles: enough of them for many threads, each within one tile's maxima.
   constexpr int64_t kTaskClasses = kTileVocab / 4;
   parallel_for(ceil_div(classes.size(), kTaskClasses), 1, [&](int64_t task, int64_t end, int thread) {
-    float* factors = at<float>(layout_.thread_scratch + thread * kThreadScratchBytes);
     for (; task < end; ++task) {
       const int64_t first = task * kTaskClasses;
       const Range rows{classes.begin + first, std::min(classes.begin + first + kTaskClasses, classes.end)};
-      GradientTile tile;
-      tile.data = data + first * block.stride;
-      tile.stride = block.stride;
-      tile.classes = rows.size();
-      tile.tokens = tokens.size();
-      tile.maxima = static_cast<const float*>(block.maxima) + first / kTileVocab * block.maxima_stride;
-      tile.shift = coefficients.shift.data();
-      tile.scale_p = coefficients.scale_p.data();
-      tile.scale_w = problem_.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
-      tile.class_weight = class_weight(rows.begin);
-      tile.factors = factors;
-      tile.bias_sum = sums == nullptr ? nullptr : sums + rows.begin;
-      // Targets get their exact value afterwards; until then their exponential counts as 0, so that
-      // the sum of the bias gradient needs no difference of large numbers.
-      for_each_target(rows, tokens, [&](int64_t row, int64_t i) { tile.data[row * tile.stride + i] = 0; });
-      kernels_.gradient_tile(tile);
-      for_each_target(rows, tokens, [&](int64_t row, int64_t i) {
-        const float exact = static_cast<float>(target_gradient(tokens.begin + i));
-        tile.data[row * tile.stride + i] = bf16_bits(exact);
-        if (sums == nullptr) return;
-        float so_far = 0;
-        if (tile.scale_w != nullptr) {
-          so_far = -tile.scale_w[i] * (tile.class_weight == nullptr ? 1.0f : tile.class_weight[row]);
-        }
-        tile.bias_sum[row] += exact - so_far;
-      });
+      ScoreBlock part = this->part(block, first / kTileVocab * kTileVocab, 0);
+      part.data = static_cast<uint16_t*>(block.data) + first * block.stride;
+      gradient_task(rows, tokens, 0, part, scratch<float>(thread), add_bias);
     }
   });
 }
 
+void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column, const ScoreBlock& block,
+                                float* factors, bool add_bias) {
+  const Coefficients& values = current_coefficients();
+  GradientTile tile;
+  tile.data = static_cast<uint16_t*>(block.data);
+  tile.stride = block.stride;
+  tile.classes = classes.size();
+  tile.tokens = tokens.size();
+  tile.maxima = static_cast<const float*>(block.maxima);
+  tile.shift = values.shift.data() + column;
+  tile.scale_p = values.scale_p.data() + column;
+  tile.scale_w = problem_.label_smoothing > 0 ? values.scale_w.data() + column : nullptr;
+  tile.class_weight = class_weight(classes.begin);
+  tile.factors = factors;
+  tile.bias_sum = add_bias && bias_sum() != nullptr ? bias_sum() + classes.begin : nullptr;
+  // Targets get their exact value afterwards; until then their exponential counts as 0, so that the sum
+  // of the bias gradient needs no difference of large numbers.
+  for_each_target(classes, tokens, [&](int64_t row, int64_t i) { tile.data[row * tile.stride + i] = 0; });
+  kernels_.gradient_tile(tile);
+  for_each_target(classes, tokens, [&](int64_t row, int64_t i) {
+    const float exact = static_cast<float>(target_gradient(tokens.begin + i));
+    tile.data[row * tile.stride + i] = bf16_bits(exact);
+    if (tile.bias_sum == nullptr) return;
+    float so_far = 0;
+    if (tile.scale_w != nullptr) {
+      so_far = -tile.scale_w[i] * (tile.class_weight == nullptr ? 1.0f : tile.class_weight[row]);
+    }
+    tile.bias_sum[row] += exact - so_far;
+  });
+}
+
 void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) {
-  if (plan_.kind == PlanKind::kTokenChunks) forget_packed_input();
   const int64_t features = problem_.features;
   const int64_t padded = round_up(features, kPanel);
   const int64_t panels = padded / kPanel;
@@ -176,9 +185,14 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
   auto* const gradient_pairs = at<uint16_t>(layout_.input_step.gradient_block);
   float* const sums = input_sum(tokens);
   const int64_t padded_inner = round_up(classes.size(), 2);
+  if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
+  const bool packed = packed_classes_.begin == classes.begin && packed_classes_.end == classes.end;
+  packed_classes_ = classes;
   parallel_for(panels + groups, 1, [&](int64_t task, int64_t end, int) {
     for (; task < end; ++task) {
-      if (task < panels) {
+      if (task < panels && packed) {
+        continue;
+      } else if (task < panels) {
         const int64_t d = task * kPanel;
         kernels_.interleave_rows(weight_ + classes.begin * problem_.weight_stride + d,
                                  problem_.weight_stride, nullptr, classes.size(),
@@ -193,7 +207,7 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
     }
   });
   // A task: groups of tokens whose pairs stay in the second-level cache, by kTaskColumns.
-  const int64_t row_tasks = ceil_div(groups * kTokenTile, kTileVocab);
+  const int64_t row_tasks = ceil_div(groups * kTokenTile, kTaskRows);
   const int64_t task_groups = ceil_div(groups, row_tasks);
   const int64_t column_tasks = ceil_div(padded, kTaskColumns);
   parallel_for(ceil_div(groups, task_groups) * column_tasks, 1, [&](int64_t task, int64_t end, int) {
@@ -212,42 +226,61 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
       product.c = sums + t * input_sum_stride() + d;
       product.c_stride = input_sum_stride();
       product.accumulate = !first;
-      product.scratch = nullptr;
       kernels_.multiply_pairs(product);
     }
   });
 }
 
-void Bf16Backend::add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) {
-  const int64_t padded = round_up(problem_.features, kPanel);
-  const int64_t stride = sum_stride(problem_.features);
-  if (tokens.size() == 0) {
-    if (first) std::fill_n(weight_sum(), classes.size() * stride, 0.0f);
-    return;
-  }
+void Bf16Backend::grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first,
+                              bool last, WeightUpdate update) {
   const uint16_t* panels = pack_input(tokens, Packing::kAlongTokens);
   const int64_t panel_stride = round_up(tokens.size(), 2) * kPanel;
-  const int64_t column_tasks = ceil_div(padded, kTaskColumns);
-  const int64_t row_tasks = ceil_div(classes.size(), kTileVocab);
-  parallel_for(row_tasks * column_tasks, 1, [&](int64_t task, int64_t end, int thread) {
+  const int64_t features = problem_.features;
+  const bool in_one_go = first && last;  // then a task's sums never leave its cache
+  parallel_for(ceil_div(classes.size(), kTaskRows), 1, [&](int64_t task, int64_t end, int thread) {
     for (; task < end; ++task) {
-      const int64_t v = task / column_tasks * kTileVocab;
-      const int64_t d = task % column_tasks * kTaskColumns;
-      Product product;
-      product.a = static_cast<const uint16_t*>(block.data) + v * block.stride;
-      product.a_stride = block.stride;
-      product.rows = std::min(kTileVocab, classes.size() - v);
-      product.panels = panels + d / kPanel * panel_stride;
-      product.panel_stride = panel_stride;
-      product.columns = std::min(kTaskColumns, padded - d);
-      product.inner = tokens.size();
-      product.c = weight_sum() + v * stride + d;
-      product.c_stride = stride;
-      product.accumulate = !first;
-      product.scratch = at<uint16_t>(layout_.thread_scratch + thread * kThreadScratchBytes);
-      kernels_.multiply_rows(product);
+      const int64_t v = task * kTaskRows;
+      const int64_t rows = std::min(kTaskRows, classes.size() - v);
+      // The scores may lie in the very rows of grad_weight that are written below: copy all of them.
+      float* const sums = scratch<float>(thread);
+      auto* const copy = reinterpret_cast<uint16_t*>(sums + kTaskRows * sum_stride(kTaskColumns));
+      kernels_.copy_rows(static_cast<const uint16_t*>(block.data) + v * block.stride, block.stride, rows,
+                         tokens.size(), copy);
+      for (int64_t d = 0; d < features; d += kTaskColumns) {
+        Product product;
+        product.a = copy;
+        product.a_stride = copy_stride(tokens.size());
+        product.rows = rows;
+        product.panels = panels + d / kPanel * panel_stride;
+        product.panel_stride = panel_stride;
+        product.columns = std::min(kTaskColumns, features - d);
+        product.inner = tokens.size();
+        product.c = in_one_go ? sums : weight_sum() + v * sum_stride(features) + d;
+        product.c_stride = in_one_go ? sum_stride(kTaskColumns) : sum_stride(features);
+        product.accumulate = !first;
+        kernels_.multiply_rows(product);
+        if (last) update_rows(product, classes.begin + v, d, update);
+      }
     }
   });
+}
+
+void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t column, WeightUpdate update) {
+  const int64_t offset = row * problem_.features + column;
+  RowUpdate rows;
+  rows.sums = product.c;
+  rows.sums_stride = product.c_stride;
+  rows.rows = product.rows;
+  rows.columns = product.columns;
+  rows.scale = static_cast<float>(output_scale());
+  rows.gradient = static_cast<uint16_t*>(problem_.grad_weight) + offset;
+  rows.gradient_stride = problem_.features;
+  const bool split = update == WeightUpdate::kSplitFirst || update == WeightUpdate::kSplitNext ||
+                     update == WeightUpdate::kSplitLast;
+  rows.low = split ? at<uint16_t>(layout_.remainder) + offset : nullptr;
+  rows.read = update != WeightUpdate::kWrite && update != WeightUpdate::kSplitFirst;
+  rows.round = !split || update == WeightUpdate::kSplitLast;
+  kernels_.update_rows(rows);
 }
 
 }  // namespace memeff

@@ -21,15 +21,12 @@
 
 namespace memeff {
 
-/// Tokens of one score tile: 224 x 256 fp32 scores stay in the second-level cache.
-constexpr int64_t kTileTokens = 256;
+/// Tokens of one score tile: 224 x 512 fp32 scores stay in the second-level cache.
+constexpr int64_t kTileTokens = 512;
 /// Row stride of a score tile, in floats: a cache line more than its tokens.
 constexpr int64_t kTileStride = kTileTokens + 16;
 /// Inner dimension per pass over a tile: a panel of B (28 KiB) stays in the first-level cache.
 constexpr int64_t kInnerBlock = 448;
-/// Row stride of A copies; an odd number of cache lines, so that 14 rows fall into different sets.
-constexpr int64_t kCopyStride = kInnerBlock + 32;
-
 /// A tile of scores, its partial statistics and 16-bit form.
 struct ScoreTile {
   const uint16_t* weight;  // [classes, features] bf16, first class of the tile
@@ -44,7 +41,7 @@ struct ScoreTile {
   uint16_t* exponentials;  // fp16 exp(z - maximum) [classes, tokens], times the derivative of the
                            // soft cap if there is one; null: not kept
   int64_t exponentials_stride;
-  float* scratch;  // kThreadScratchBytes; begins with the finished scores [classes, kTileStride]
+  float* scratch;  // kScoreScratchBytes; begins with the finished scores [classes, kTileStride]
 };
 
 /// dlogits (bf16) from exponentials (fp16), in place, for rows of one tile.
@@ -62,19 +59,32 @@ struct GradientTile {
   float* bias_sum;       // [classes] or null
 };
 
-/// A product whose result is added to fp32 sums: `rows` rows of A by panels of B.
+/// A product whose result is stored in, or added to, fp32 sums.
 struct Product {
-  const uint16_t* a;    // rows along k (row-major), or pairs packed by 14 rows
-  int64_t a_stride;     // row-major: elements between rows; packed: elements between groups of 14 rows
+  const uint16_t* a;    // rows along k, an odd k padded with 0; or pairs packed by 14 rows
+  int64_t a_stride;     // rows: elements between rows; pairs: elements between groups of 14 rows
   int64_t rows;
   const uint16_t* panels;
   int64_t panel_stride;
-  int64_t columns;      // multiple of 32 except that C is padded to it
+  int64_t columns;      // C is written in whole panels of 32
   int64_t inner;        // k
   float* c;
   int64_t c_stride;
   bool accumulate;
-  uint16_t* scratch;    // row-major A only: copy of kTileVocab rows
+};
+
+/// Rows of a bf16 gradient from fp32 sums, in one of the ways of driver/backend.h's WeightUpdate.
+struct RowUpdate {
+  const float* sums;
+  int64_t sums_stride;
+  int64_t rows;
+  int64_t columns;
+  float scale;
+  uint16_t* gradient;
+  int64_t gradient_stride;
+  uint16_t* low;  // lower halves of fp32 sums whose upper halves are in gradient, same stride; or null
+  bool read;      // add to what is there
+  bool round;     // the gradient is final (of split sums: the last chunk)
 };
 
 struct Bf16Kernels {
@@ -87,8 +97,11 @@ struct Bf16Kernels {
                           int64_t columns, int64_t width, uint16_t* out);
   void (*score_tile)(const ScoreTile& tile);
   void (*gradient_tile)(const GradientTile& tile);
+  /// Copies rows next to each other, copy_stride(inner) apart.
+  void (*copy_rows)(const uint16_t* source, int64_t stride, int64_t rows, int64_t inner, uint16_t* out);
   void (*multiply_rows)(const Product& product);
   void (*multiply_pairs)(const Product& product);
+  void (*update_rows)(const RowUpdate& update);
 };
 
 Bf16Kernels bf16_kernels_avx512bf16();

@@ -78,11 +78,11 @@ void interleave_rows(const uint16_t* source, int64_t stride, const int64_t* rows
   }
 }
 
-/// Copies rows [rows, inner] of A next to each other, an odd last element paired with 0.
-void copy_rows(const uint16_t* a, int64_t stride, int64_t rows, int64_t inner, uint16_t* to) {
+void copy_rows(const uint16_t* source, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
   for (int64_t i = 0; i < rows; ++i) {
-    std::memcpy(to + i * kCopyStride, a + i * stride, static_cast<size_t>(inner) * 2);
-    if (inner % 2 != 0) to[i * kCopyStride + inner] = 0;
+    uint16_t* to = out + i * copy_stride(inner);
+    std::memcpy(to, source + i * stride, static_cast<size_t>(inner) * 2);
+    if (inner % 2 != 0) to[inner] = 0;
   }
 }
 
@@ -103,20 +103,40 @@ void multiply_block(const uint16_t* a, int64_t a_stride, int64_t rows, const uin
   }
 }
 
-void multiply_rows(const Product& p) {
+template <bool kPacked>
+void multiply(const Product& p) {
+  const int64_t step = kPacked ? kTokenTile : 1;  // elements of A per row and unit of the inner dimension
   for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
-    const int64_t inner = smaller(kInnerBlock, p.inner - k);
-    copy_rows(p.a + k, p.a_stride, p.rows, inner, p.scratch);
-    multiply_block<false>(p.scratch, kCopyStride, p.rows, p.panels + k * kPanel, p.panel_stride, p.columns,
-                          inner, p.c, p.c_stride, p.accumulate || k > 0);
+    multiply_block<kPacked>(p.a + k * step, p.a_stride, p.rows, p.panels + k * kPanel, p.panel_stride,
+                            p.columns, smaller(kInnerBlock, p.inner - k), p.c, p.c_stride,
+                            p.accumulate || k > 0);
   }
 }
 
-void multiply_pairs(const Product& p) {
-  for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
-    multiply_block<true>(p.a + k * kTokenTile, p.a_stride, p.rows, p.panels + k * kPanel, p.panel_stride,
-                         p.columns, smaller(kInnerBlock, p.inner - k), p.c, p.c_stride,
-                         p.accumulate || k > 0);
+void update_rows(const RowUpdate& u) {
+  const __m512 scale = _mm512_set1_ps(u.scale);
+  for (int64_t i = 0; i < u.rows; ++i) {
+    const float* sums = u.sums + i * u.sums_stride;
+    uint16_t* row = u.gradient + i * u.gradient_stride;
+    uint16_t* low = u.low == nullptr ? nullptr : u.low + i * u.gradient_stride;
+    for (int64_t d = 0; d < u.columns; d += 16) {
+      const __mmask16 mask = static_cast<__mmask16>(lane_mask(smaller(16, u.columns - d)));
+      __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sums + d), scale);
+      if (u.read) {
+        __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + d)), 16);
+        if (low != nullptr) {
+          bits = _mm512_or_si512(bits, _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low + d)));
+        }
+        value = _mm512_add_ps(value, _mm512_castsi512_ps(bits));
+      }
+      if (u.round) {
+        _mm256_mask_storeu_epi16(row + d, mask, (__m256i)_mm512_cvtneps_pbh(value));
+      } else {
+        const __m512i bits = _mm512_castps_si512(value);
+        _mm256_mask_storeu_epi16(row + d, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+        _mm256_mask_storeu_epi16(low + d, mask, _mm512_cvtepi32_epi16(bits));
+      }
+    }
   }
 }
 
@@ -127,19 +147,13 @@ inline void store_half(uint16_t* to, __m512 value, int64_t count) {
 
 void score_tile(const ScoreTile& tile) {
   float* z = tile.scratch;
-  Product product;
-  product.a = tile.weight;
-  product.a_stride = tile.weight_stride;
-  product.rows = tile.classes;
-  product.panels = tile.panels;
-  product.panel_stride = tile.panel_stride;
-  product.columns = (tile.tokens + kPanel - 1) / kPanel * kPanel;
-  product.inner = tile.features;
-  product.c = z;
-  product.c_stride = kTileStride;
-  product.accumulate = false;
-  product.scratch = reinterpret_cast<uint16_t*>(z + kTileVocab * kTileStride);
-  multiply_rows(product);
+  uint16_t* copy = reinterpret_cast<uint16_t*>(z + kTileVocab * kTileStride);
+  for (int64_t k = 0; k < tile.features; k += kInnerBlock) {
+    const int64_t inner = smaller(kInnerBlock, tile.features - k);
+    copy_rows(tile.weight + k, tile.weight_stride, tile.classes, inner, copy);
+    multiply_block<false>(copy, copy_stride(inner), tile.classes, tile.panels + k * kPanel,
+                          tile.panel_stride, tile.tokens, inner, z, kTileStride, k > 0);
+  }
 
   const float inverse_cap = tile.transform.softcap > 0 ? 1 / tile.transform.softcap : 0;
   for (int64_t t = 0; t < tile.tokens; t += 16) {
@@ -185,7 +199,8 @@ void gradient_tile(const GradientTile& tile) {
 }  // namespace
 
 Bf16Kernels bf16_kernels_avx512bf16() {
-  return {pack_transposed, interleave_rows, score_tile, gradient_tile, multiply_rows, multiply_pairs};
+  return {pack_transposed, interleave_rows,  score_tile,     gradient_tile,
+          copy_rows,       multiply<false>, multiply<true>, update_rows};
 }
 
 }  // namespace memeff

@@ -66,7 +66,19 @@ typename BlasBackend<T>::Rows BlasBackend<T>::weight_rows(Range classes, int64_t
 }
 
 template <class T>
-void BlasBackend<T>::scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) {
+void BlasBackend<T>::scores(Range tokens, const ScoreBlock* block) {
+  compute_scores({0, this->problem_.vocab}, tokens, block, true);
+}
+
+template <class T>
+void BlasBackend<T>::fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+  compute_scores(classes, tokens, &block, false);
+  to_gradient(classes, tokens, block, add_bias);
+}
+
+template <class T>
+void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBlock* block,
+                                    bool statistics) {
   const Problem& p = this->problem_;
   const Rows x = input_rows(tokens, this->layout_.score_step.input_block);
   const ScoreBlock discarded = this->slice_block();
@@ -217,16 +229,13 @@ void BlasBackend<T>::add_grad_input(Range classes, Range tokens, const ScoreBloc
 }
 
 template <class T>
-void BlasBackend<T>::add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) {
-  const int64_t features = this->problem_.features;
-  const int64_t stride = sum_stride(features);
-  if (tokens.size() == 0) {
-    if (first) std::fill_n(this->weight_sum(), classes.size() * stride, T{0});
-    return;
-  }
+void BlasBackend<T>::grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first,
+                                 bool last, WeightUpdate update) {
   const Rows x = input_rows(tokens, this->layout_.weight_step.input_block);
-  gemm<T>(false, false, classes.size(), features, tokens.size(), static_cast<const T*>(block.data),
-          block.stride, x.data, x.stride, !first, this->weight_sum(), stride);
+  gemm<T>(false, false, classes.size(), this->problem_.features, tokens.size(),
+          static_cast<const T*>(block.data), block.stride, x.data, x.stride, !first, this->weight_sum(),
+          sum_stride(this->problem_.features));
+  if (last) this->update_grad_weight(classes, update);
 }
 
 template class BlasBackend<float>;

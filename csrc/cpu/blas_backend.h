@@ -13,13 +13,16 @@ class BlasBackend final : public CpuBackend<T> {
  public:
   using CpuBackend<T>::CpuBackend;
 
-  void scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) override;
+  void scores(Range tokens, const ScoreBlock* block) override;
+  void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override;
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override;
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override;
-  void add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) override;
+  void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first, bool last,
+                   WeightUpdate update) override;
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override;
 
  private:
+  void compute_scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics);
   /// Rows of a matrix as T, in place when they are already.
   struct Rows {
     const T* data;

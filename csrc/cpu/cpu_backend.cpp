@@ -93,7 +93,7 @@ int64_t CpuBackend<T>::select_tokens() {
     z_denominator_ = problem_.num_items > 0 ? problem_.num_items : static_cast<double>(counted);
   }
   if (is_16_bit(problem_.dtype)) {
-    output_scale_ = problem_.logit_scale / denominator_;
+    output_scale_ = counted > 0 ? problem_.logit_scale / denominator_ : 0;  // 0, not 0/0, as in torch
     if (problem_.grad_loss != nullptr && problem_.reduction != Reduction::kNone) {
       output_scale_ *= problem_.grad_loss[0];
     }
@@ -311,7 +311,10 @@ T* CpuBackend<T>::input_sum(Range tokens) const {
   if (!is_16_bit(problem_.dtype)) {
     return static_cast<T*>(problem_.grad_input) + tokens.begin * input_sum_stride();
   }
-  return at<T>(layout_.input_step.sum) + (sums_of_all_tokens_ ? tokens.begin * input_sum_stride() : 0);
+  // Blocks of kept chunks are finished one by one, before the sums of all other tokens begin.
+  const int64_t kept = plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
+  const bool one_block = !sums_of_all_tokens_ || tokens.begin < kept;
+  return at<T>(layout_.input_step.sum) + (one_block ? 0 : (tokens.begin - kept) * input_sum_stride());
 }
 
 template <class T>
@@ -337,7 +340,7 @@ void CpuBackend<T>::finish_grad_input(Range tokens) {
 }
 
 template <class T>
-void CpuBackend<T>::finish_grad_weight(Range classes, WeightUpdate update) {
+void CpuBackend<T>::update_grad_weight(Range classes, WeightUpdate update) {
   const int64_t features = problem_.features;
   const int64_t stride = sum_stride(features);
   const T scale = static_cast<T>(output_scale_);
@@ -377,6 +380,10 @@ void CpuBackend<T>::finish_gradients() {
     for (int64_t v = 0; v < problem_.vocab; ++v) {
       store(problem_.dtype, problem_.grad_bias, v, bias_sum_[v] * output_scale_);
     }
+  }
+  if (problem_.grad_weight != nullptr && count_ == 0) {
+    const int64_t bytes = problem_.vocab * problem_.features * size_of(problem_.dtype);
+    std::memset(problem_.grad_weight, 0, static_cast<size_t>(bytes));
   }
   if (problem_.grad_input == nullptr || count_ == problem_.tokens) return;
   // Tokens left out get zeros. Dense rows move backwards: a row never lands before its source.

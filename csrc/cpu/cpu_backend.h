@@ -39,7 +39,6 @@ class CpuBackend : public Backend {
   void restore_statistics() override;
   void write_loss() override;
   void finish_grad_input(Range tokens) override;
-  void finish_grad_weight(Range classes, WeightUpdate update) override;
   void finish_gradients() override;
   ScoreBlock block_in_gradient() override;
   ScoreBlock block_in_workspace() override;
@@ -58,6 +57,7 @@ class CpuBackend : public Backend {
     std::vector<T> shift, scale_p, scale_target, scale_w;
   };
   const Coefficients& coefficients(Range tokens);
+  const Coefficients& current_coefficients() const { return coefficients_; }
   const T* class_weight(int64_t first_class) const {
     return class_weight_ == nullptr ? nullptr : class_weight_ + first_class;
   }
@@ -82,6 +82,9 @@ class CpuBackend : public Backend {
   T* input_sum(Range tokens) const;
   int64_t input_sum_stride() const;
   T* weight_sum() const { return at<T>(layout_.weight_step.sum); }
+  /// Rounds the sums of a slice into its rows of grad_weight.
+  void update_grad_weight(Range classes, WeightUpdate update);
+  double output_scale() const { return output_scale_; }
 
   const CpuContext context_;
   const Problem& problem_;

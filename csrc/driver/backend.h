@@ -41,9 +41,9 @@ class Backend {
   /// Lists the tokens that take part and returns their number.
   virtual int64_t select_tokens() = 0;
 
-  /// Computes scores, keeps them in `block` unless it is null, and adds to the partial statistics
-  /// when `statistics` is set (then `classes` is the whole vocabulary).
-  virtual void scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics) = 0;
+  /// Computes the scores of all classes and their partial statistics; keeps the scores in `block` unless
+  /// it is null.
+  virtual void scores(Range tokens, const ScoreBlock* block) = 0;
   /// Turns partial statistics into lse and the other token statistics, and those into coefficients.
   virtual void merge_statistics(Range tokens) = 0;
   /// Takes lse from the problem instead, for all tokens.
@@ -51,15 +51,18 @@ class Backend {
   /// Loss (and token statistics, when asked for) from the statistics of all tokens.
   virtual void write_loss() = 0;
 
+  /// dlogits of scores computed again, into `block`: scores() and to_gradient() in one.
+  virtual void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) = 0;
   /// dlogits in place; adds them to the gradient of the bias when `add_bias` is set.
   virtual void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) = 0;
   /// Adds dlogits^T W to the tokens' sums (sets them when `first`).
   virtual void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) = 0;
   virtual void finish_grad_input(Range tokens) = 0;
-  /// Adds dlogits x to the sums of one slice of classes (sets them when `first`).
-  virtual void add_grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first) = 0;
-  virtual void finish_grad_weight(Range classes, WeightUpdate update) = 0;
-  /// Writes what remains: the bias gradient, zero rows of tokens left out.
+  /// dlogits x of one slice of classes: `first` begins the sums over tokens, `last` ends them and
+  /// updates the rows of grad_weight.
+  virtual void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first, bool last,
+                           WeightUpdate update) = 0;
+  /// Writes what remains: the bias gradient, zeros for tokens left out or when none takes part.
   virtual void finish_gradients() = 0;
 
   /// Storage for scores: rows of grad_weight, the workspace's chunk, or its slice.

@@ -31,7 +31,7 @@ class Run {
 
   void statistics() {
     for_each_block({0, tokens_}, plan_.token_block, [&](Range tokens) {
-      backend_.scores(all_classes_, tokens, nullptr, true);
+      backend_.scores(tokens, nullptr);
       backend_.merge_statistics(tokens);
     });
     backend_.write_loss();
@@ -55,7 +55,6 @@ class Run {
       }
     }
     backend_.write_loss();
-    if (tokens_ == 0) zero_grad_weight();
     backend_.finish_gradients();
   }
 
@@ -70,14 +69,20 @@ class Run {
     const bool input = problem_.grad_input != nullptr;
     const bool weight = problem_.grad_weight != nullptr;
     if (weight && !plan_.separate_sweeps) {
+      // grad_input of kept chunks needs no sums beside those of one block.
+      if (input) {
+        for (const Chunk& chunk : chunks) {
+          if (!chunk.kept) continue;
+          for_each_block(chunk.tokens, plan_.token_block,
+                         [&](Range tokens) { input_gradient_of_kept(chunk, tokens); });
+        }
+      }
       sweep_classes(chunks, input);
     } else {
       // The token's sums are finished block by block, so they need not be kept for all tokens.
       if (input) sweep_tokens(chunks, /*add_bias=*/!weight);
-      if (weight) sweep_classes(chunks, false);
-      if (!input && !weight) sweep_classes(chunks, false);
+      if (weight || !input) sweep_classes(chunks, false);
     }
-    if (tokens_ == 0) zero_grad_weight();
     backend_.finish_gradients();
   }
 
@@ -109,9 +114,9 @@ class Run {
     for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
       if (chunk.kept) {
         const ScoreBlock block = part(chunk, all_classes_, tokens);
-        backend_.scores(all_classes_, tokens, &block, true);
+        backend_.scores(tokens, &block);
       } else {
-        backend_.scores(all_classes_, tokens, nullptr, true);
+        backend_.scores(tokens, nullptr);
       }
       backend_.merge_statistics(tokens);
     });
@@ -129,12 +134,12 @@ class Run {
   void weight_gradient_of_kept(const Chunk& chunk, WeightUpdate update) {
     const bool fresh = problem_.grad_input == nullptr;  // else the input's pass left gradients behind
     for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
-      for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
+      for_each_block(chunk.tokens, plan_.weight_block, [&](Range tokens) {
         const ScoreBlock block = part(chunk, classes, tokens);
         if (fresh) backend_.to_gradient(classes, tokens, block, true);
-        backend_.add_grad_weight(classes, tokens, block, tokens.begin == chunk.tokens.begin);
+        backend_.grad_weight(classes, tokens, block, tokens.begin == chunk.tokens.begin,
+                             tokens.end == chunk.tokens.end, update);
       });
-      backend_.finish_grad_weight(classes, update);
     });
   }
 
@@ -148,16 +153,18 @@ class Run {
     return chunk == 0 ? WeightUpdate::kWrite : WeightUpdate::kAddNative;
   }
 
-  /// Gradients with respect to the logits of one slice and block, from kept scores or fresh ones.
-  ScoreBlock slice_gradient(const Chunk& chunk, Range classes, Range tokens, bool add_bias) {
+  /// Gradients with respect to the logits of one slice and block: from kept scores, unless these are
+  /// gradients already, or from scores computed again.
+  ScoreBlock slice_gradient(const Chunk& chunk, Range classes, Range tokens, bool fresh_scores,
+                            bool add_bias) {
     ScoreBlock block;
     if (chunk.kept) {
       block = part(chunk, classes, tokens);
+      if (fresh_scores) backend_.to_gradient(classes, tokens, block, add_bias);
     } else {
       block = backend_.slice_block();
-      backend_.scores(classes, tokens, &block, false);
+      backend_.fresh_gradient(classes, tokens, block, add_bias);
     }
-    backend_.to_gradient(classes, tokens, block, add_bias);
     return block;
   }
 
@@ -165,40 +172,36 @@ class Run {
     for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
       for (const Chunk& chunk : chunks) {
         for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
-          const ScoreBlock block = slice_gradient(chunk, classes, tokens, true);
-          if (input) backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+          const bool input_done = input && chunk.kept;
+          const ScoreBlock block = slice_gradient(chunk, classes, tokens, !input_done, true);
+          if (input && !input_done) {
+            backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+          }
           if (problem_.grad_weight != nullptr) {
-            backend_.add_grad_weight(classes, tokens, block, tokens.begin == 0);
+            backend_.grad_weight(classes, tokens, block, tokens.begin == 0, tokens.end == tokens_,
+                                 WeightUpdate::kWrite);
           }
         });
       }
-      if (problem_.grad_weight != nullptr && tokens_ > 0) {
-        backend_.finish_grad_weight(classes, WeightUpdate::kWrite);
-      }
     });
     if (!input) return;
-    for_each_block({0, tokens_}, plan_.token_block,
-                   [&](Range tokens) { backend_.finish_grad_input(tokens); });
+    for (const Chunk& chunk : chunks) {
+      if (chunk.kept) continue;
+      for_each_block(chunk.tokens, plan_.token_block,
+                     [&](Range tokens) { backend_.finish_grad_input(tokens); });
+    }
   }
 
   void sweep_tokens(const std::vector<Chunk>& chunks, bool add_bias) {
     for (const Chunk& chunk : chunks) {
       for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
         for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
-          const ScoreBlock block = slice_gradient(chunk, classes, tokens, add_bias);
+          const ScoreBlock block = slice_gradient(chunk, classes, tokens, true, add_bias);
           backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
         });
         backend_.finish_grad_input(tokens);
       });
     }
-  }
-
-  void zero_grad_weight() {
-    if (problem_.grad_weight == nullptr) return;
-    for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
-      backend_.add_grad_weight(classes, {0, 0}, {}, true);
-      backend_.finish_grad_weight(classes, WeightUpdate::kWrite);
-    });
   }
 
   const Problem& problem_;

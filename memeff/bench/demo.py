@@ -31,7 +31,7 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 class Training:
     """Everything that both trainings share."""
 
-    steps: int = 100
+    steps: int = 80
     vocab: int = 16384
     features: int = 128
     layers: int = 2
