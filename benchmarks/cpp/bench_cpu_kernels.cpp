@@ -86,14 +86,16 @@ void run(int64_t features) {
   std::vector<float> maxima(tokens), partial(tokens);
   std::vector<int64_t> rows(tokens);
   for (int64_t i = 0; i < tokens; ++i) rows[static_cast<size_t>(i)] = i;
-  std::printf("D = %lld, %lld tokens\n", static_cast<long long>(features), static_cast<long long>(tokens));
+  std::printf("D = %lld, %lld tokens\n", static_cast<long long>(features),
+              static_cast<long long>(tokens));
 
   Product small;  // everything in the first-level cache: what the micro-tile can do at best
   small.a = pairs.data(), small.a_stride = 2 * 128 * kTokenTile, small.rows = kTokenTile;
   small.panels = panels.data(), small.panel_stride = 128 * kPanel, small.columns = kPanel;
   small.inner = 128, small.c = sums.data(), small.c_stride = stride, small.accumulate = false;
   const double best_seconds = measure([&] { kernels.multiply_pairs(small); });
-  const double best = 2.0 * static_cast<double>(small.rows * small.columns * small.inner) / best_seconds;
+  const double best =
+      2.0 * static_cast<double>(small.rows * small.columns * small.inner) / best_seconds;
   report_product("micro-tile", best * best_seconds, best_seconds, 0);
 
   const double pack = measure([&] {
@@ -106,9 +108,12 @@ void run(int64_t features) {
 
   ScoreTile tile;
   tile.weight = weight.data(), tile.weight_stride = features, tile.classes = kTileVocab;
-  tile.features = features, tile.panels = panels.data(), tile.panel_stride = round_up(features, 2) * kPanel;
-  tile.tokens = kTileTokens, tile.partials.maximum = maxima.data(), tile.partials.sum = partial.data();
-  tile.exponentials = scores.data(), tile.exponentials_stride = tokens, tile.scratch = scratch.data();
+  tile.features = features, tile.panels = panels.data(),
+  tile.panel_stride = round_up(features, 2) * kPanel;
+  tile.tokens = kTileTokens, tile.partials.maximum = maxima.data(),
+  tile.partials.sum = partial.data();
+  tile.exponentials = scores.data(), tile.exponentials_stride = tokens,
+  tile.scratch = scratch.data();
   const double score = measure([&] {  // over all token strips, as the backend walks them
     for (int64_t t = 0; t < tokens; t += kTileTokens) {
       tile.panels = panels.data() + t * round_up(features, 2);
@@ -116,8 +121,8 @@ void run(int64_t features) {
       kernels.score_tile(tile);
     }
   });
-  report_product("scores + statistics", 2.0 * static_cast<double>(kTileVocab * tokens * features), score,
-                 best);
+  report_product("scores + statistics", 2.0 * static_cast<double>(kTileVocab * tokens * features),
+                 score, best);
 
   const std::vector<float> coefficient(tokens, 0.5f);
   GradientTile gradient = {};
@@ -152,15 +157,15 @@ void run(int64_t features) {
                  measure([&] { kernels.multiply_pairs(product); }), best);
 
   for (int64_t d = 0; d < padded; d += kPanel) {
-    kernels.interleave_rows(input.data() + d, features, rows.data(), tokens, std::min(kPanel, features - d),
-                            kPanel, panels.data() + d * tokens);
+    kernels.interleave_rows(input.data() + d, features, rows.data(), tokens,
+                            std::min(kPanel, features - d), kPanel, panels.data() + d * tokens);
   }
   std::vector<uint16_t> copy(static_cast<size_t>(kTaskRows * copy_stride(tokens)));
   product.a = copy.data(), product.a_stride = copy_stride(tokens), product.rows = kTaskRows;
   product.panels = panels.data(), product.panel_stride = tokens * kPanel, product.inner = tokens;
   product.c_stride = sum_stride(kTaskColumns), product.accumulate = false;
-  report_product("grad_weight product with its copy", products * static_cast<double>(kTaskRows * tokens),
-                 measure([&] {
+  report_product("grad_weight product with its copy",
+                 products * static_cast<double>(kTaskRows * tokens), measure([&] {
                    kernels.copy_rows(scores.data(), tokens, kTaskRows, tokens, copy.data());
                    kernels.multiply_rows(product);
                  }),

@@ -25,14 +25,10 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 DType dtype_of(const at::Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
     default:
       TORCH_CHECK(false, name, " has dtype ", tensor.scalar_type(),
                   ": expected bfloat16, float16, float32 or float64");
@@ -75,8 +71,8 @@ struct Options {
 class Call {
  public:
   Call(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& target,
-       const OptionalTensor& bias, const OptionalTensor& class_weight, const OptionalTensor& token_weight,
-       const OptionalTensor& num_items, const Options& options)
+       const OptionalTensor& bias, const OptionalTensor& class_weight,
+       const OptionalTensor& token_weight, const OptionalTensor& num_items, const Options& options)
       : options_(options), input_(input), weight_(weight), target_(target) {
     check_shapes(bias);
     Problem& p = problem_;
@@ -105,7 +101,8 @@ class Call {
     p.token_weight = as_double(token_weight, p.tokens, "token_weight", &token_weight_);
     if (num_items) {
       p.num_items = num_items->item().toDouble();
-      TORCH_CHECK_VALUE(p.num_items > 0, "num_items=", p.num_items, ": expected a number greater than 0");
+      TORCH_CHECK_VALUE(p.num_items > 0, "num_items=", p.num_items,
+                        ": expected a number greater than 0");
     }
     set_target();
   }
@@ -116,7 +113,8 @@ class Call {
     const auto options = input_.options().dtype(
         accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
     const int64_t n = problem_.tokens;
-    loss = options_.reduction == Reduction::kNone ? at::empty({n}, options) : at::empty({}, options);
+    loss =
+        options_.reduction == Reduction::kNone ? at::empty({n}, options) : at::empty({}, options);
     lse = at::empty({n}, options.dtype(at::kDouble));
     this->statistics = statistics ? at::zeros({4, n}, options) : at::empty({0}, options);
     argmax = at::empty({statistics ? n : 0}, options.dtype(at::kLong));
@@ -143,7 +141,8 @@ class Call {
 
   void allocate_gradients(bool wanted) {
     const auto allocate = [&](bool want, const at::Tensor& like, void** data) {
-      at::Tensor gradient = want ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+      at::Tensor gradient =
+          want ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
       if (want) *data = gradient.mutable_data_ptr();
       return gradient;
     };
@@ -157,8 +156,9 @@ class Call {
     const bool nothing_wanted = problem_.grad_input == nullptr && problem_.grad_weight == nullptr &&
                                 problem_.grad_bias == nullptr;
     if (statistics_known && nothing_wanted) return;
-    const PlanRequest request = plan_request(statistics_known, problem_.grad_input != nullptr,
-                                             problem_.grad_weight != nullptr, problem_.grad_bias != nullptr);
+    const PlanRequest request =
+        plan_request(statistics_known, problem_.grad_input != nullptr,
+                     problem_.grad_weight != nullptr, problem_.grad_bias != nullptr);
     Plan plan;
     const std::string problem = make_plan(request, &plan);
     TORCH_CHECK_VALUE(problem.empty(), problem);
@@ -171,15 +171,16 @@ class Call {
   void check_backward_budget() const {
     if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
     Plan plan;
-    const std::string problem =
-        make_plan(plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad), &plan);
+    const std::string problem = make_plan(
+        plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad), &plan);
     TORCH_CHECK_VALUE(problem.empty(), problem);
   }
 
   at::Tensor loss, lse, statistics, argmax, grad_input, grad_weight, grad_bias;
 
  private:
-  PlanRequest plan_request(bool statistics_known, bool input_grad, bool weight_grad, bool bias_grad) const {
+  PlanRequest plan_request(bool statistics_known, bool input_grad, bool weight_grad,
+                           bool bias_grad) const {
     PlanRequest request;
     request.tokens = problem_.tokens;
     request.features = problem_.features;
@@ -200,11 +201,13 @@ class Call {
 
   void check_shapes(const OptionalTensor& bias) const {
     TORCH_CHECK(input_.dim() == 2, "input has ", input_.dim(), " dimensions: expected 2, [N, D]");
-    TORCH_CHECK(weight_.dim() == 2, "linear_weight has ", weight_.dim(), " dimensions: expected 2, [V, D]");
+    TORCH_CHECK(weight_.dim() == 2, "linear_weight has ", weight_.dim(),
+                " dimensions: expected 2, [V, D]");
     TORCH_CHECK(input_.size(1) == weight_.size(1), "input has ", input_.size(1),
                 " features and linear_weight ", weight_.size(1), ": expected the same number");
-    TORCH_CHECK(input_.scalar_type() == weight_.scalar_type(), "input has dtype ", input_.scalar_type(),
-                " and linear_weight ", weight_.scalar_type(), ": expected the same");
+    TORCH_CHECK(input_.scalar_type() == weight_.scalar_type(), "input has dtype ",
+                input_.scalar_type(), " and linear_weight ", weight_.scalar_type(),
+                ": expected the same");
     if (!bias) return;
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight_.size(0), "linear_bias has shape ",
                 bias->sizes(), ": expected [", weight_.size(0), "]");
@@ -225,22 +228,23 @@ class Call {
     Problem& p = problem_;
     if (at::isFloatingType(target_.scalar_type())) {
       TORCH_CHECK(target_.dim() == 2 && target_.size(0) == p.tokens && target_.size(1) == p.vocab,
-                  "target has shape ", target_.sizes(), ": expected probabilities of shape [", p.tokens,
-                  ", ", p.vocab, "]");
+                  "target has shape ", target_.sizes(), ": expected probabilities of shape [",
+                  p.tokens, ", ", p.vocab, "]");
       p.probabilities = target_.const_data_ptr();
       p.probabilities_dtype = dtype_of(target_, "target");
       p.probabilities_token_stride = target_.stride(0);
       p.probabilities_class_stride = target_.stride(1);
       return;
     }
-    TORCH_CHECK(target_.dim() == 1 && target_.size(0) == p.tokens, "target has shape ", target_.sizes(),
-                ": expected [", p.tokens, "], one class index per token");
+    TORCH_CHECK(target_.dim() == 1 && target_.size(0) == p.tokens, "target has shape ",
+                target_.sizes(), ": expected [", p.tokens, "], one class index per token");
     target_ = target_.to(at::kLong).contiguous();
     p.target = target_.const_data_ptr<int64_t>();
     for (int64_t n = 0; n < p.tokens; ++n) {
       const int64_t y = p.target[n];
       TORCH_CHECK_INDEX(y == p.ignore_index || (y >= 0 && y < p.vocab), "target[", n, "] is ", y,
-                        ": expected a class index in [0, ", p.vocab, ") or ignore_index=", p.ignore_index);
+                        ": expected a class index in [0, ", p.vocab,
+                        ") or ignore_index=", p.ignore_index);
     }
   }
 
@@ -279,8 +283,8 @@ ForwardResult forward(const at::Tensor& input, const at::Tensor& weight, const a
                       bool weight_grad, bool bias_grad, bool statistics, int64_t memory_budget,
                       int64_t chunk_size, c10::string_view accumulation, c10::string_view) {
   const Options options =
-      parse_options(reduction, ignore_index, label_smoothing, softcap, logit_scale, z_loss, input_grad,
-                    weight_grad, bias_grad, memory_budget, chunk_size, accumulation);
+      parse_options(reduction, ignore_index, label_smoothing, softcap, logit_scale, z_loss,
+                    input_grad, weight_grad, bias_grad, memory_budget, chunk_size, accumulation);
   Call call(input, weight, target, bias, class_weight, token_weight, num_items, options);
   call.allocate_statistics(statistics);
   const bool in_forward = gradient_in_forward(options.reduction, call.problem().dtype);
@@ -294,13 +298,14 @@ ForwardResult forward(const at::Tensor& input, const at::Tensor& weight, const a
 Gradients backward(const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& input,
                    const at::Tensor& weight, const at::Tensor& target, const OptionalTensor& bias,
                    const OptionalTensor& class_weight, const OptionalTensor& token_weight,
-                   const OptionalTensor& num_items, c10::string_view reduction, int64_t ignore_index,
-                   double label_smoothing, double softcap, double logit_scale, double z_loss,
-                   bool input_grad, bool weight_grad, bool bias_grad, int64_t memory_budget,
-                   int64_t chunk_size, c10::string_view accumulation, c10::string_view) {
+                   const OptionalTensor& num_items, c10::string_view reduction,
+                   int64_t ignore_index, double label_smoothing, double softcap, double logit_scale,
+                   double z_loss, bool input_grad, bool weight_grad, bool bias_grad,
+                   int64_t memory_budget, int64_t chunk_size, c10::string_view accumulation,
+                   c10::string_view) {
   const Options options =
-      parse_options(reduction, ignore_index, label_smoothing, softcap, logit_scale, z_loss, input_grad,
-                    weight_grad, bias_grad, memory_budget, chunk_size, accumulation);
+      parse_options(reduction, ignore_index, label_smoothing, softcap, logit_scale, z_loss,
+                    input_grad, weight_grad, bias_grad, memory_budget, chunk_size, accumulation);
   Call call(input, weight, target, bias, class_weight, token_weight, num_items, options);
   call.use_statistics(lse, grad_loss);
   call.allocate_gradients(true);

@@ -20,7 +20,8 @@ inline GradAccumulation parse_accumulation(const std::string& name) {
   if (name == "auto") return GradAccumulation::kAuto;
   if (name == "float32") return GradAccumulation::kFloat32;
   if (name == "native") return GradAccumulation::kNative;
-  throw std::invalid_argument("grad_accumulation='" + name + "': expected 'auto', 'float32' or 'native'");
+  throw std::invalid_argument("grad_accumulation='" + name +
+                              "': expected 'auto', 'float32' or 'native'");
 }
 
 /// Whether the forward op computes gradients: only when the loss is a scalar, whose upstream gradient

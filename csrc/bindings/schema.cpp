@@ -7,15 +7,18 @@
 TORCH_LIBRARY(memeff, m) {
   m.def(
       "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, "
-      "Tensor? linear_bias, Tensor? weight, Tensor? token_weight, Tensor? num_items, str reduction, "
+      "Tensor? linear_bias, Tensor? weight, Tensor? token_weight, Tensor? num_items, str "
+      "reduction, "
       "int ignore_index, float label_smoothing, float softcap, float logit_scale, float z_loss, "
       "bool input_grad, bool weight_grad, bool bias_grad, bool statistics, SymInt memory_budget, "
       "SymInt chunk_size, str grad_accumulation, str backend) -> "
       "(Tensor loss, Tensor lse, Tensor statistics, Tensor argmax, Tensor grad_input, "
       "Tensor grad_weight, Tensor grad_bias)");
   m.def(
-      "linear_cross_entropy_backward(Tensor grad_loss, Tensor lse, Tensor input, Tensor linear_weight, "
-      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, Tensor? num_items, "
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor lse, Tensor input, Tensor "
+      "linear_weight, "
+      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, Tensor? "
+      "num_items, "
       "str reduction, int ignore_index, float label_smoothing, float softcap, float logit_scale, "
       "float z_loss, bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, "
       "SymInt chunk_size, str grad_accumulation, str backend) -> "

@@ -47,7 +47,8 @@ void count_work(const PlanRequest& r, Plan* plan) {
   plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
   double score_products = 1;
   if (recomputes && !r.statistics_known) {
-    const int64_t stored = std::min(r.tokens, plan->stored_in_gradient + plan->stored_chunks * plan->chunk_tokens);
+    const int64_t stored =
+        std::min(r.tokens, plan->stored_in_gradient + plan->stored_chunks * plan->chunk_tokens);
     const double fresh = r.tokens == 0 ? 0.0 : 1.0 - static_cast<double>(stored) / r.tokens;
     score_products += fresh * (plan->separate_sweeps ? 2 : 1);
   } else if (recomputes && plan->separate_sweeps) {
@@ -59,8 +60,10 @@ void count_work(const PlanRequest& r, Plan* plan) {
   plan->floor_bytes = elements * size_of(r.dtype);
   plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
   const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
-  const int64_t per_chunk = plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
-  plan->num_chunks = (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
+  const int64_t per_chunk =
+      plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
+  plan->num_chunks =
+      (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
   plan->workspace_bytes = layout_workspace(r, *plan).total;
 }
 
@@ -86,8 +89,8 @@ bool shrink_to_fit(const PlanRequest& r, int64_t budget, Plan* plan) {
 
 /// The largest chunk_tokens in [least, most] that fits, with smaller blocks if need be and allowed; 0
 /// when none does.
-int64_t largest_chunk(const PlanRequest& r, int64_t budget, int64_t least, int64_t most, bool may_shrink,
-                      const Plan& plan) {
+int64_t largest_chunk(const PlanRequest& r, int64_t budget, int64_t least, int64_t most,
+                      bool may_shrink, const Plan& plan) {
   const auto fits = [&](int64_t chunk) {
     Plan trial = plan;
     trial.chunk_tokens = chunk;
@@ -136,10 +139,12 @@ Plan base_plan(const PlanRequest& r, PlanKind kind) {
   Plan plan;
   plan.kind = kind;
   plan.token_block = std::min(kPreferredBlock, round_up(std::max<int64_t>(1, r.tokens), kPanel));
-  const int64_t slice = kPreferredSliceBytes / (sum_stride(r.features) * 4) / kTileVocab * kTileVocab;
+  const int64_t slice =
+      kPreferredSliceBytes / (sum_stride(r.features) * 4) / kTileVocab * kTileVocab;
   plan.slice_vocab = std::min(std::clamp(slice, kLeastEfficientSlice, kMostSlice),
                               round_up(std::max<int64_t>(1, r.vocab), kTileVocab));
-  if (r.chunk_size > 0) plan.token_block = std::min(plan.token_block, round_up(r.chunk_size, kPanel));
+  if (r.chunk_size > 0)
+    plan.token_block = std::min(plan.token_block, round_up(r.chunk_size, kPanel));
   plan.weight_block = plan.token_block;
   return plan;
 }
@@ -151,7 +156,8 @@ int64_t first_chunk(const PlanRequest& r) {
   return std::min(r.tokens, most);
 }
 
-bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Limits& limits, Plan* out) {
+bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Limits& limits,
+                       Plan* out) {
   Plan plan = base_plan(r, PlanKind::kTokenChunks);
   plan.stored_in_gradient = first_chunk(r);
   plan.accumulation = accumulation;
@@ -163,7 +169,8 @@ bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Li
     if (plan.chunk_tokens == 0) return false;
   }
   if (r.bf16_kernels) {
-    plan.weight_block = std::max(plan.token_block, round_up(std::max(plan.stored_in_gradient, plan.chunk_tokens), kPanel));
+    plan.weight_block = std::max(
+        plan.token_block, round_up(std::max(plan.stored_in_gradient, plan.chunk_tokens), kPanel));
   }
   if (!r.grad_weight || plan.stored_in_gradient == r.tokens || r.tokens <= plan.chunk_tokens) {
     plan.accumulation = Accumulation::kExact;
@@ -173,7 +180,8 @@ bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Li
   return true;
 }
 
-bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits& limits, Plan* out) {
+bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits& limits,
+                       Plan* out) {
   Plan plan = base_plan(r, PlanKind::kVocabSlices);
   plan.stored_in_gradient = separate_sweeps ? 0 : first_chunk(r);
   plan.separate_sweeps = separate_sweeps;
@@ -187,7 +195,8 @@ bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits&
   if (!r.statistics_known && !separate_sweeps && rest > 0 && r.memory_budget >= 0) {
     Plan more = plan;  // what the budget leaves over keeps more scores from being computed again
     more.stored_chunks = 1;
-    more.chunk_tokens = largest_chunk(r, limits.budget, kPanel, round_up(rest, kPanel), false, more);
+    more.chunk_tokens =
+        largest_chunk(r, limits.budget, kPanel, round_up(rest, kPanel), false, more);
     if (more.chunk_tokens > 0) plan = more;
   }
   *out = plan;
@@ -202,7 +211,8 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
   }
   const bool both = r.grad_input && r.grad_weight;
   if (r.statistics_known) {
-    return plan_vocab_slices(r, false, limits, plan) || (both && plan_vocab_slices(r, true, limits, plan));
+    return plan_vocab_slices(r, false, limits, plan) ||
+           (both && plan_vocab_slices(r, true, limits, plan));
   }
   if (r.accumulation == GradAccumulation::kNative) {
     return plan_token_chunks(r, Accumulation::kNative, limits, plan);
@@ -214,9 +224,11 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
     const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
     efficient.least_chunk = std::min(limits.most_chunk, least);
   }
-  if (plan_token_chunks(r, Accumulation::kFloat32, r.grad_weight ? efficient : limits, plan)) return true;
+  if (plan_token_chunks(r, Accumulation::kFloat32, r.grad_weight ? efficient : limits, plan))
+    return true;
   if (!r.grad_weight) return false;
-  return plan_vocab_slices(r, false, limits, plan) || (both && plan_vocab_slices(r, true, limits, plan)) ||
+  return plan_vocab_slices(r, false, limits, plan) ||
+         (both && plan_vocab_slices(r, true, limits, plan)) ||
          (both && plan_token_chunks(r, Accumulation::kFloat32, limits, plan));
 }
 
@@ -234,7 +246,8 @@ int64_t thread_scratch_bytes(const PlanRequest& r, const Plan& plan) {
   if (!r.bf16_kernels) return 0;
   const int64_t weight_task =
       kTaskRows * (sum_stride(kTaskColumns) * 4 + copy_stride(plan.weight_block) * 2);
-  return round_up(r.grad_weight ? std::max(kScoreScratchBytes, weight_task) : kScoreScratchBytes, kAlignment);
+  return round_up(r.grad_weight ? std::max(kScoreScratchBytes, weight_task) : kScoreScratchBytes,
+                  kAlignment);
 }
 
 WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
@@ -260,8 +273,8 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   const int64_t paid_chunk = round_up(plan.chunk_tokens, kPanel);
   const bool pays = plan.stored_chunks > 0 || (chunks && plan.stored_in_gradient < r.tokens);
   if (r.bf16_kernels) {
-    const int64_t kept = chunks ? std::max(free_chunk, paid_chunk)
-                                : free_chunk + plan.stored_chunks * paid_chunk;
+    const int64_t kept =
+        chunks ? std::max(free_chunk, paid_chunk) : free_chunk + plan.stored_chunks * paid_chunk;
     at.kept_maxima = cursor.take(tiles * kept * sum_bytes);
   }
   if (pays) at.scores = cursor.take(r.vocab * paid_chunk * score_bytes(r));
@@ -298,8 +311,9 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   if (r.grad_weight) {
     if (chunks) cursor.rewind(steps);
     at.weight_step.input_block = cursor.take(input_bytes / block * plan.weight_block);
-    const bool one_product = r.bf16_kernels && chunks &&
-                             plan.weight_block >= std::max(plan.stored_in_gradient, plan.chunk_tokens);
+    const bool one_product =
+        r.bf16_kernels && chunks &&
+        plan.weight_block >= std::max(plan.stored_in_gradient, plan.chunk_tokens);
     if (!one_product) at.weight_step.sum = cursor.take(slice * sum_row * sum_bytes);
     end = std::max(end, cursor.offset());
   }

@@ -20,7 +20,7 @@
 namespace memeff {
 
 enum class PlanKind {
-  kStatistics,   // no gradient wanted
+  kStatistics,  // no gradient wanted
   kTokenChunks,
   kVocabSlices,
 };
@@ -39,12 +39,12 @@ struct PlanRequest {
   int64_t features = 0;
   int64_t vocab = 0;
   DType dtype = DType::kFloat32;
-  bool bf16_kernels = false;   // scores come from the fused bf16 kernels (16 bits each)
+  bool bf16_kernels = false;  // scores come from the fused bf16 kernels (16 bits each)
   bool grad_input = false;
   bool grad_weight = false;
   bool grad_bias = false;
   bool statistics_known = false;  // the backward op: lse is an input
-  int partials = 2;               // per-tile partial sums: max, sum [, smoothing] [, entropy, argmax]
+  int partials = 2;  // per-tile partial sums: max, sum [, smoothing] [, entropy, argmax]
   int threads = 1;
   int64_t memory_budget = -1;  // bytes; -1: none given
   int64_t chunk_size = 0;      // tokens; 0: the planner's choice
@@ -54,19 +54,20 @@ struct PlanRequest {
 struct Plan {
   PlanKind kind = PlanKind::kStatistics;
   Accumulation accumulation = Accumulation::kExact;
-  int64_t stored_in_gradient = 0;  // tokens whose scores live in grad_weight's memory (the first chunk)
-  int64_t chunk_tokens = 0;        // tokens of every other stored chunk
-  int64_t stored_chunks = 0;       // vocab slices: chunks of chunk_tokens kept in the workspace (0 or 1)
-  int64_t token_block = 0;         // tokens that pass through the matrix products together
-  int64_t weight_block = 0;        // tokens per grad_weight product: whole chunks if there is room
-  int64_t slice_vocab = 0;         // vocabulary rows that pass together
-  bool separate_sweeps = false;    // vocab slices: one sweep for grad_input, one for grad_weight
+  int64_t stored_in_gradient =
+      0;                      // tokens whose scores live in grad_weight's memory (the first chunk)
+  int64_t chunk_tokens = 0;   // tokens of every other stored chunk
+  int64_t stored_chunks = 0;  // vocab slices: chunks of chunk_tokens kept in the workspace (0 or 1)
+  int64_t token_block = 0;    // tokens that pass through the matrix products together
+  int64_t weight_block = 0;   // tokens per grad_weight product: whole chunks if there is room
+  int64_t slice_vocab = 0;    // vocabulary rows that pass together
+  bool separate_sweeps = false;  // vocab slices: one sweep for grad_input, one for grad_weight
   int64_t num_chunks = 0;
   int64_t num_slices = 0;
   int64_t workspace_bytes = 0;
   int64_t floor_bytes = 0;  // the gradients themselves
   double flops = 0;
-  double floor_flops = 0;   // 2 N D V per product that any implementation needs
+  double floor_flops = 0;  // 2 N D V per product that any implementation needs
 };
 
 /// Byte offsets of everything a plan keeps in its one workspace allocation.
@@ -93,7 +94,7 @@ struct WorkspaceLayout {
   } input_step;
   struct {
     int64_t input_block = 0;  // as above, for weight_block tokens
-    int64_t sum = 0;          // one slice of grad_weight [slice_vocab, D], unless one product gives it
+    int64_t sum = 0;  // one slice of grad_weight [slice_vocab, D], unless one product gives it
   } weight_step;
   int64_t total = 0;
 };

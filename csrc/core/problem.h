@@ -27,16 +27,16 @@ struct Problem {
   int64_t features = 0;  // D
   int64_t vocab = 0;     // V
 
-  DType dtype = DType::kFloat32;   // of input, weight, bias and their gradients
-  const void* input = nullptr;     // [N, D], rows input_stride elements apart, features adjacent
+  DType dtype = DType::kFloat32;  // of input, weight, bias and their gradients
+  const void* input = nullptr;    // [N, D], rows input_stride elements apart, features adjacent
   int64_t input_stride = 0;
-  const void* weight = nullptr;    // [V, D], rows weight_stride elements apart, features adjacent
+  const void* weight = nullptr;  // [V, D], rows weight_stride elements apart, features adjacent
   int64_t weight_stride = 0;
-  const void* bias = nullptr;      // [V] or null
+  const void* bias = nullptr;  // [V] or null
 
   // Exactly one of the two targets is set.
-  const int64_t* target = nullptr;         // [N] class indices, ignore_index where the token is left out
-  const void* probabilities = nullptr;     // [N, V] class probabilities
+  const int64_t* target = nullptr;  // [N] class indices, ignore_index where the token is left out
+  const void* probabilities = nullptr;  // [N, V] class probabilities
   DType probabilities_dtype = DType::kFloat32;
   int64_t probabilities_token_stride = 0;
   int64_t probabilities_class_stride = 0;
@@ -58,14 +58,15 @@ struct Problem {
   const double* grad_loss = nullptr;  // [N] when reduction is none, else [1]
 
   // Outputs. Floating [N] outputs are fp32, or fp64 when dtype is fp64.
-  void* loss = nullptr;        // [N] when reduction is none, else [1]
-  double* lse = nullptr;       // [N]; read instead of written by the backward pass. fp64, because
-                               // exp(z - lse) would inherit the rounding of a large lse
-  void* statistics_out = nullptr;  // [4, N]: loss, target logit, entropy, max logit; null unless statistics
-  int64_t* argmax = nullptr;   // [N]; null unless statistics
-  void* grad_input = nullptr;  // [N, D] contiguous, or null when not wanted
-  void* grad_weight = nullptr; // [V, D] contiguous, or null
-  void* grad_bias = nullptr;   // [V], or null
+  void* loss = nullptr;   // [N] when reduction is none, else [1]
+  double* lse = nullptr;  // [N]; read instead of written by the backward pass. fp64, because
+                          // exp(z - lse) would inherit the rounding of a large lse
+  void* statistics_out =
+      nullptr;  // [4, N]: loss, target logit, entropy, max logit; null unless statistics
+  int64_t* argmax = nullptr;    // [N]; null unless statistics
+  void* grad_input = nullptr;   // [N, D] contiguous, or null when not wanted
+  void* grad_weight = nullptr;  // [V, D] contiguous, or null
+  void* grad_bias = nullptr;    // [V], or null
 };
 
 }  // namespace memeff

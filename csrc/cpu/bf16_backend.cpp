@@ -31,8 +31,8 @@ ScoreBlock Bf16Backend::part(const ScoreBlock& block, int64_t classes, int64_t t
 
 const uint16_t* Bf16Backend::pack_input(Range tokens, Packing packing) {
   const bool along_features = packing == Packing::kAlongFeatures;
-  uint16_t* panels =
-      at<uint16_t>(along_features ? layout_.score_step.input_block : layout_.weight_step.input_block);
+  uint16_t* panels = at<uint16_t>(along_features ? layout_.score_step.input_block
+                                                 : layout_.weight_step.input_block);
   Range& packed = along_features ? packed_along_features_ : packed_along_tokens_;
   if (packed.begin == tokens.begin && packed.end == tokens.end) return panels;
   if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
@@ -67,14 +67,16 @@ void Bf16Backend::scores(Range tokens, const ScoreBlock* block) {
   compute_scores({0, problem_.vocab}, tokens, block, ScoreUse::kStatistics);
 }
 
-void Bf16Backend::fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+void Bf16Backend::fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
+                                 bool add_bias) {
   // Each tile turns into gradients while it is in the cache. Sums of the bias gradient want whole rows.
   const bool in_tiles = !(add_bias && bias_sum() != nullptr);
   compute_scores(classes, tokens, &block, in_tiles ? ScoreUse::kGradient : ScoreUse::kKeep);
   if (!in_tiles) to_gradient(classes, tokens, block, add_bias);
 }
 
-void Bf16Backend::compute_scores(Range classes, Range tokens, const ScoreBlock* block, ScoreUse use) {
+void Bf16Backend::compute_scores(Range classes, Range tokens, const ScoreBlock* block,
+                                 ScoreUse use) {
   const uint16_t* panels = pack_input(tokens, Packing::kAlongFeatures);
   if (use == ScoreUse::kGradient) coefficients(tokens);  // computed before threads read them
   const int64_t tiles = ceil_div(classes.size(), kTileVocab);
@@ -93,7 +95,8 @@ void Bf16Backend::compute_scores(Range classes, Range tokens, const ScoreBlock* 
 
 void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const uint16_t* panels,
                              const ScoreBlock* block, ScoreUse use, float* scratch) {
-  const Range strip{tokens.begin + column, std::min(tokens.begin + column + kTileTokens, tokens.end)};
+  const Range strip{tokens.begin + column,
+                    std::min(tokens.begin + column + kTileTokens, tokens.end)};
   float bias[kTileVocab];
   float maxima[kTileTokens];
   ScoreTile tile;
@@ -134,19 +137,21 @@ void Bf16Backend::to_gradient(Range classes, Range tokens, const ScoreBlock& blo
   coefficients(tokens);
   // Tasks are parts of tiles: enough of them for many threads, each within one tile's maxima.
   constexpr int64_t kTaskClasses = kTileVocab / 4;
-  parallel_for(ceil_div(classes.size(), kTaskClasses), 1, [&](int64_t task, int64_t end, int thread) {
-    for (; task < end; ++task) {
-      const int64_t first = task * kTaskClasses;
-      const Range rows{classes.begin + first, std::min(classes.begin + first + kTaskClasses, classes.end)};
-      ScoreBlock part = this->part(block, first / kTileVocab * kTileVocab, 0);
-      part.data = static_cast<uint16_t*>(block.data) + first * block.stride;
-      gradient_task(rows, tokens, 0, part, scratch<float>(thread), add_bias);
-    }
-  });
+  parallel_for(ceil_div(classes.size(), kTaskClasses), 1,
+               [&](int64_t task, int64_t end, int thread) {
+                 for (; task < end; ++task) {
+                   const int64_t first = task * kTaskClasses;
+                   const Range rows{classes.begin + first,
+                                    std::min(classes.begin + first + kTaskClasses, classes.end)};
+                   ScoreBlock part = this->part(block, first / kTileVocab * kTileVocab, 0);
+                   part.data = static_cast<uint16_t*>(block.data) + first * block.stride;
+                   gradient_task(rows, tokens, 0, part, scratch<float>(thread), add_bias);
+                 }
+               });
 }
 
-void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column, const ScoreBlock& block,
-                                float* factors, bool add_bias) {
+void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
+                                const ScoreBlock& block, float* factors, bool add_bias) {
   const Coefficients& values = current_coefficients();
   GradientTile tile;
   tile.data = static_cast<uint16_t*>(block.data);
@@ -162,7 +167,8 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column, con
   tile.bias_sum = add_bias && bias_sum() != nullptr ? bias_sum() + classes.begin : nullptr;
   // Targets get their exact value afterwards; until then their exponential counts as 0, so that the sum
   // of the bias gradient needs no difference of large numbers.
-  for_each_target(classes, tokens, [&](int64_t row, int64_t i) { tile.data[row * tile.stride + i] = 0; });
+  for_each_target(classes, tokens,
+                  [&](int64_t row, int64_t i) { tile.data[row * tile.stride + i] = 0; });
   kernels_.gradient_tile(tile);
   for_each_target(classes, tokens, [&](int64_t row, int64_t i) {
     const float exact = static_cast<float>(target_gradient(tokens.begin + i));
@@ -200,8 +206,9 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
                                  weight_panels + task * padded_inner * kPanel);
       } else {
         const int64_t t = (task - panels) * kTokenTile;
-        kernels_.interleave_rows(static_cast<const uint16_t*>(block.data) + t, block.stride, nullptr,
-                                 classes.size(), std::min(kTokenTile, tokens.size() - t), kTokenTile,
+        kernels_.interleave_rows(static_cast<const uint16_t*>(block.data) + t, block.stride,
+                                 nullptr, classes.size(), std::min(kTokenTile, tokens.size() - t),
+                                 kTokenTile,
                                  gradient_pairs + (task - panels) * padded_inner * kTokenTile);
       }
     }
@@ -210,25 +217,26 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
   const int64_t row_tasks = ceil_div(groups * kTokenTile, kTaskRows);
   const int64_t task_groups = ceil_div(groups, row_tasks);
   const int64_t column_tasks = ceil_div(padded, kTaskColumns);
-  parallel_for(ceil_div(groups, task_groups) * column_tasks, 1, [&](int64_t task, int64_t end, int) {
-    for (; task < end; ++task) {
-      const int64_t group = task / column_tasks * task_groups;
-      const int64_t t = group * kTokenTile;
-      const int64_t d = task % column_tasks * kTaskColumns;
-      Product product;
-      product.a = gradient_pairs + group * padded_inner * kTokenTile;
-      product.a_stride = padded_inner * kTokenTile;
-      product.rows = std::min(task_groups * kTokenTile, tokens.size() - t);
-      product.panels = weight_panels + d / kPanel * padded_inner * kPanel;
-      product.panel_stride = padded_inner * kPanel;
-      product.columns = std::min(kTaskColumns, padded - d);
-      product.inner = classes.size();
-      product.c = sums + t * input_sum_stride() + d;
-      product.c_stride = input_sum_stride();
-      product.accumulate = !first;
-      kernels_.multiply_pairs(product);
-    }
-  });
+  parallel_for(ceil_div(groups, task_groups) * column_tasks, 1,
+               [&](int64_t task, int64_t end, int) {
+                 for (; task < end; ++task) {
+                   const int64_t group = task / column_tasks * task_groups;
+                   const int64_t t = group * kTokenTile;
+                   const int64_t d = task % column_tasks * kTaskColumns;
+                   Product product;
+                   product.a = gradient_pairs + group * padded_inner * kTokenTile;
+                   product.a_stride = padded_inner * kTokenTile;
+                   product.rows = std::min(task_groups * kTokenTile, tokens.size() - t);
+                   product.panels = weight_panels + d / kPanel * padded_inner * kPanel;
+                   product.panel_stride = padded_inner * kPanel;
+                   product.columns = std::min(kTaskColumns, padded - d);
+                   product.inner = classes.size();
+                   product.c = sums + t * input_sum_stride() + d;
+                   product.c_stride = input_sum_stride();
+                   product.accumulate = !first;
+                   kernels_.multiply_pairs(product);
+                 }
+               });
 }
 
 void Bf16Backend::grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first,
@@ -244,8 +252,8 @@ void Bf16Backend::grad_weight(Range classes, Range tokens, const ScoreBlock& blo
       // The scores may lie in the very rows of grad_weight that are written below: copy all of them.
       float* const sums = scratch<float>(thread);
       auto* const copy = reinterpret_cast<uint16_t*>(sums + kTaskRows * sum_stride(kTaskColumns));
-      kernels_.copy_rows(static_cast<const uint16_t*>(block.data) + v * block.stride, block.stride, rows,
-                         tokens.size(), copy);
+      kernels_.copy_rows(static_cast<const uint16_t*>(block.data) + v * block.stride, block.stride,
+                         rows, tokens.size(), copy);
       for (int64_t d = 0; d < features; d += kTaskColumns) {
         Product product;
         product.a = copy;
@@ -265,7 +273,8 @@ void Bf16Backend::grad_weight(Range classes, Range tokens, const ScoreBlock& blo
   });
 }
 
-void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t column, WeightUpdate update) {
+void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t column,
+                              WeightUpdate update) {
   const int64_t offset = row * problem_.features + column;
   RowUpdate rows;
   rows.sums = product.c;

@@ -27,7 +27,9 @@ class Bf16Backend final : public CpuBackend<float> {
   /// Hidden states of a block, packed unless they still are.
   const uint16_t* pack_input(Range tokens, Packing packing);
   /// Steps of token chunks share memory: what one packs, the next overwrites.
-  void forget_packed() { packed_along_features_ = packed_along_tokens_ = packed_classes_ = {-1, -1}; }
+  void forget_packed() {
+    packed_along_features_ = packed_along_tokens_ = packed_classes_ = {-1, -1};
+  }
   enum class ScoreUse { kStatistics, kKeep, kGradient };
   void compute_scores(Range classes, Range tokens, const ScoreBlock* block, ScoreUse use);
   /// One tile of scores, of tokens that start `column` tokens into their block.

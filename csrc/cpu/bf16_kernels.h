@@ -31,7 +31,7 @@ constexpr int64_t kInnerBlock = 448;
 struct ScoreTile {
   const uint16_t* weight;  // [classes, features] bf16, first class of the tile
   int64_t weight_stride;
-  int64_t classes;   // <= kTileVocab
+  int64_t classes;  // <= kTileVocab
   int64_t features;
   const uint16_t* panels;  // packed hidden states: one panel per 32 tokens
   int64_t panel_stride;
@@ -50,24 +50,24 @@ struct GradientTile {
   int64_t stride;
   int64_t classes;
   int64_t tokens;
-  const float* maxima;   // [tokens], of the tile
-  const float* shift;    // [tokens], padded to whole panels like the next two
+  const float* maxima;  // [tokens], of the tile
+  const float* shift;   // [tokens], padded to whole panels like the next two
   const float* scale_p;
-  const float* scale_w;  // or null
+  const float* scale_w;       // or null
   const float* class_weight;  // [classes] or null
-  float* factors;        // scratch [tokens, padded]
-  float* bias_sum;       // [classes] or null
+  float* factors;             // scratch [tokens, padded]
+  float* bias_sum;            // [classes] or null
 };
 
 /// A product whose result is stored in, or added to, fp32 sums.
 struct Product {
-  const uint16_t* a;    // rows along k, an odd k padded with 0; or pairs packed by 14 rows
-  int64_t a_stride;     // rows: elements between rows; pairs: elements between groups of 14 rows
+  const uint16_t* a;  // rows along k, an odd k padded with 0; or pairs packed by 14 rows
+  int64_t a_stride;   // rows: elements between rows; pairs: elements between groups of 14 rows
   int64_t rows;
   const uint16_t* panels;
   int64_t panel_stride;
-  int64_t columns;      // C is written in whole panels of 32
-  int64_t inner;        // k
+  int64_t columns;  // C is written in whole panels of 32
+  int64_t inner;    // k
   float* c;
   int64_t c_stride;
   bool accumulate;
@@ -82,23 +82,25 @@ struct RowUpdate {
   float scale;
   uint16_t* gradient;
   int64_t gradient_stride;
-  uint16_t* low;  // lower halves of fp32 sums whose upper halves are in gradient, same stride; or null
-  bool read;      // add to what is there
-  bool round;     // the gradient is final (of split sums: the last chunk)
+  uint16_t*
+      low;     // lower halves of fp32 sums whose upper halves are in gradient, same stride; or null
+  bool read;   // add to what is there
+  bool round;  // the gradient is final (of split sums: the last chunk)
 };
 
 struct Bf16Kernels {
   /// Panel of up to 32 rows of `source` for products along their elements: [k/2][32][2].
-  void (*pack_transposed)(const uint16_t* source, int64_t stride, const int64_t* rows, int64_t count,
-                          int64_t inner, uint16_t* panel);
+  void (*pack_transposed)(const uint16_t* source, int64_t stride, const int64_t* rows,
+                          int64_t count, int64_t inner, uint16_t* panel);
   /// Rows interleaved in pairs, `width` columns wide: [inner/2][width][2]. `rows` lists source rows, or is
   /// null for consecutive ones; columns beyond `columns` become 0.
-  void (*interleave_rows)(const uint16_t* source, int64_t stride, const int64_t* rows, int64_t inner,
-                          int64_t columns, int64_t width, uint16_t* out);
+  void (*interleave_rows)(const uint16_t* source, int64_t stride, const int64_t* rows,
+                          int64_t inner, int64_t columns, int64_t width, uint16_t* out);
   void (*score_tile)(const ScoreTile& tile);
   void (*gradient_tile)(const GradientTile& tile);
   /// Copies rows next to each other, copy_stride(inner) apart.
-  void (*copy_rows)(const uint16_t* source, int64_t stride, int64_t rows, int64_t inner, uint16_t* out);
+  void (*copy_rows)(const uint16_t* source, int64_t stride, int64_t rows, int64_t inner,
+                    uint16_t* out);
   void (*multiply_rows)(const Product& product);
   void (*multiply_pairs)(const Product& product);
   void (*update_rows)(const RowUpdate& update);

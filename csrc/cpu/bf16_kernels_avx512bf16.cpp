@@ -48,8 +48,9 @@ void pack_transposed(const uint16_t* source, int64_t stride, const int64_t* rows
       __m512i r[16];
       for (int64_t i = 0; i < 16; ++i) {
         const int64_t row = half * 16 + i;
-        r[i] = row < count ? _mm512_maskz_loadu_epi16(lane_mask(inner - k), source + rows[row] * stride + k)
-                           : _mm512_setzero_si512();
+        r[i] = row < count
+                   ? _mm512_maskz_loadu_epi16(lane_mask(inner - k), source + rows[row] * stride + k)
+                   : _mm512_setzero_si512();
       }
       transpose(r);
       const int64_t pairs = smaller(16, (inner - k + 1) / 2);
@@ -68,12 +69,14 @@ void interleave_rows(const uint16_t* source, int64_t stride, const int64_t* rows
     const uint16_t* odd = paired ? source + (rows != nullptr ? rows[k + 1] : k + 1) * stride : even;
     uint16_t* to = out + k * width;
     for (int64_t j = 0; j < width; j += 16) {
-      const __mmask16 valid = static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
+      const __mmask16 valid =
+          static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
       const __mmask16 second = paired ? valid : 0;
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, even + j));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, odd + j));
       const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      _mm512_mask_storeu_epi32(to + 2 * j, static_cast<__mmask16>(lane_mask(smaller(16, width - j))), pairs);
+      _mm512_mask_storeu_epi32(to + 2 * j,
+                               static_cast<__mmask16>(lane_mask(smaller(16, width - j))), pairs);
     }
   }
 }
@@ -89,27 +92,29 @@ void copy_rows(const uint16_t* source, int64_t stride, int64_t rows, int64_t inn
 /// C += A B for one block of the inner dimension, panel by panel (B stays in the first-level cache).
 template <bool kPacked>
 void multiply_block(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panels,
-                    int64_t panel_stride, int64_t columns, int64_t inner, float* c, int64_t c_stride,
-                    bool accumulate) {
+                    int64_t panel_stride, int64_t columns, int64_t inner, float* c,
+                    int64_t c_stride, bool accumulate) {
   const int64_t steps = (inner + 1) / 2;
   for (int64_t j = 0; j < columns; j += kPanel) {
     const uint16_t* panel = panels + j / kPanel * panel_stride;
     for (int64_t i = 0; i < rows; i += kMicroRows) {
       const int64_t height = smaller(kMicroRows, rows - i);
-      const uint16_t* left = kPacked ? a + i / kTokenTile * a_stride + i % kTokenTile * 2 : a + i * a_stride;
-      MicroTiles<kPacked>::kByRows[height](left, a_stride, panel, steps, c + i * c_stride + j, c_stride,
-                                           accumulate);
+      const uint16_t* left =
+          kPacked ? a + i / kTokenTile * a_stride + i % kTokenTile * 2 : a + i * a_stride;
+      MicroTiles<kPacked>::kByRows[height](left, a_stride, panel, steps, c + i * c_stride + j,
+                                           c_stride, accumulate);
     }
   }
 }
 
 template <bool kPacked>
 void multiply(const Product& p) {
-  const int64_t step = kPacked ? kTokenTile : 1;  // elements of A per row and unit of the inner dimension
+  const int64_t step =
+      kPacked ? kTokenTile : 1;  // elements of A per row and unit of the inner dimension
   for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
-    multiply_block<kPacked>(p.a + k * step, p.a_stride, p.rows, p.panels + k * kPanel, p.panel_stride,
-                            p.columns, smaller(kInnerBlock, p.inner - k), p.c, p.c_stride,
-                            p.accumulate || k > 0);
+    multiply_block<kPacked>(p.a + k * step, p.a_stride, p.rows, p.panels + k * kPanel,
+                            p.panel_stride, p.columns, smaller(kInnerBlock, p.inner - k), p.c,
+                            p.c_stride, p.accumulate || k > 0);
   }
 }
 
@@ -123,9 +128,11 @@ void update_rows(const RowUpdate& u) {
       const __mmask16 mask = static_cast<__mmask16>(lane_mask(smaller(16, u.columns - d)));
       __m512 value = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sums + d), scale);
       if (u.read) {
-        __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + d)), 16);
+        __m512i bits =
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + d)), 16);
         if (low != nullptr) {
-          bits = _mm512_or_si512(bits, _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low + d)));
+          bits =
+              _mm512_or_si512(bits, _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, low + d)));
         }
         value = _mm512_add_ps(value, _mm512_castsi512_ps(bits));
       }
@@ -166,7 +173,8 @@ void score_tile(const ScoreTile& tile) {
                      const Vec<float> ratio = score * inverse_cap;
                      e *= 1 - ratio * ratio;
                    }
-                   store_half(tile.exponentials + v * tile.exponentials_stride + t, (__m512)e, count);
+                   store_half(tile.exponentials + v * tile.exponentials_stride + t, (__m512)e,
+                              count);
                  });
   }
 }
@@ -199,7 +207,7 @@ void gradient_tile(const GradientTile& tile) {
 }  // namespace
 
 Bf16Kernels bf16_kernels_avx512bf16() {
-  return {pack_transposed, interleave_rows,  score_tile,     gradient_tile,
+  return {pack_transposed, interleave_rows, score_tile,     gradient_tile,
           copy_rows,       multiply<false>, multiply<true>, update_rows};
 }
 

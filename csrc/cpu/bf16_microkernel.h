@@ -27,8 +27,8 @@ inline __m512bh broadcast_pair(const uint16_t* pair) {
 /// C[kRows, 32] = or += A B over `steps` pairs. Element (i, k) of A: a + i * row_stride + 2 k for rows,
 /// a + 2 i + k * 2 * kTokenTile for packed pairs.
 template <int kRows, bool kPacked>
-void micro_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, int64_t steps, float* c,
-                int64_t c_stride, bool accumulate) {
+void micro_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, int64_t steps,
+                float* c, int64_t c_stride, bool accumulate) {
   __m512 sum[kRows][2];
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
@@ -55,18 +55,27 @@ void micro_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, in
   }
 }
 
-using MicroTile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, int64_t, bool);
+using MicroTile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, float*, int64_t,
+                           bool);
 
 /// Versions for 1 to 14 rows: the last rows of a matrix cost no more than they are.
 template <bool kPacked>
 struct MicroTiles {
-  static constexpr MicroTile kByRows[kMicroRows + 1] = {
-      nullptr,
-      micro_tile<1, kPacked>,  micro_tile<2, kPacked>,  micro_tile<3, kPacked>,
-      micro_tile<4, kPacked>,  micro_tile<5, kPacked>,  micro_tile<6, kPacked>,
-      micro_tile<7, kPacked>,  micro_tile<8, kPacked>,  micro_tile<9, kPacked>,
-      micro_tile<10, kPacked>, micro_tile<11, kPacked>, micro_tile<12, kPacked>,
-      micro_tile<13, kPacked>, micro_tile<14, kPacked>};
+  static constexpr MicroTile kByRows[kMicroRows + 1] = {nullptr,
+                                                        micro_tile<1, kPacked>,
+                                                        micro_tile<2, kPacked>,
+                                                        micro_tile<3, kPacked>,
+                                                        micro_tile<4, kPacked>,
+                                                        micro_tile<5, kPacked>,
+                                                        micro_tile<6, kPacked>,
+                                                        micro_tile<7, kPacked>,
+                                                        micro_tile<8, kPacked>,
+                                                        micro_tile<9, kPacked>,
+                                                        micro_tile<10, kPacked>,
+                                                        micro_tile<11, kPacked>,
+                                                        micro_tile<12, kPacked>,
+                                                        micro_tile<13, kPacked>,
+                                                        micro_tile<14, kPacked>};
 };
 
 }  // namespace

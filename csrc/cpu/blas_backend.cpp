@@ -20,7 +20,8 @@ void convert_rows(DType dtype, const void* from, int64_t stride, int64_t rows, i
     parallel_for(rows, 8, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const auto* row = source + row_index(i) * stride;
-        for (int64_t d = 0; d < columns; ++d) to[i * columns + d] = static_cast<T>(to_arithmetic(row[d]));
+        for (int64_t d = 0; d < columns; ++d)
+          to[i * columns + d] = static_cast<T>(to_arithmetic(row[d]));
       }
     });
   });
@@ -48,8 +49,9 @@ typename BlasBackend<T>::Rows BlasBackend<T>::input_rows(Range tokens, int64_t w
     return {static_cast<const T*>(p.input) + rows[0] * p.input_stride, p.input_stride};
   }
   T* gathered = this->template at<T>(workspace_offset);
-  convert_rows(p.dtype, p.input, p.input_stride, tokens.size(), p.features,
-               [&](int64_t i) { return rows[i]; }, gathered);
+  convert_rows(
+      p.dtype, p.input, p.input_stride, tokens.size(), p.features,
+      [&](int64_t i) { return rows[i]; }, gathered);
   return {gathered, p.features};
 }
 
@@ -60,8 +62,9 @@ typename BlasBackend<T>::Rows BlasBackend<T>::weight_rows(Range classes, int64_t
     return {static_cast<const T*>(p.weight) + classes.begin * p.weight_stride, p.weight_stride};
   }
   T* upcast = this->template at<T>(workspace_offset);
-  convert_rows(p.dtype, p.weight, p.weight_stride, classes.size(), p.features,
-               [&](int64_t i) { return classes.begin + i; }, upcast);
+  convert_rows(
+      p.dtype, p.weight, p.weight_stride, classes.size(), p.features,
+      [&](int64_t i) { return classes.begin + i; }, upcast);
   return {upcast, p.features};
 }
 
@@ -71,7 +74,8 @@ void BlasBackend<T>::scores(Range tokens, const ScoreBlock* block) {
 }
 
 template <class T>
-void BlasBackend<T>::fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+void BlasBackend<T>::fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
+                                    bool add_bias) {
   compute_scores(classes, tokens, &block, false);
   to_gradient(classes, tokens, block, add_bias);
 }
@@ -85,11 +89,12 @@ void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBloc
   for (int64_t begin = classes.begin; begin < classes.end; begin += this->plan_.slice_vocab) {
     const Range slice{begin, std::min(begin + this->plan_.slice_vocab, classes.end)};
     const Rows w = weight_rows(slice, this->layout_.score_step.weight_block);
-    T* z = block == nullptr ? static_cast<T*>(discarded.data)
-                            : static_cast<T*>(block->data) + (begin - classes.begin) * block->stride;
+    T* z = block == nullptr
+               ? static_cast<T*>(discarded.data)
+               : static_cast<T*>(block->data) + (begin - classes.begin) * block->stride;
     const int64_t stride = block == nullptr ? discarded.stride : block->stride;
-    gemm<T>(false, true, slice.size(), tokens.size(), p.features, w.data, w.stride, x.data, x.stride,
-            false, z, stride);
+    gemm<T>(false, true, slice.size(), tokens.size(), p.features, w.data, w.stride, x.data,
+            x.stride, false, z, stride);
     // One task is a tile of classes by a range of tokens: enough of them for many threads.
     const int64_t tiles = ceil_div(slice.size(), kTileVocab);
     const int64_t columns = 4 * kPanel;
@@ -97,7 +102,8 @@ void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBloc
     parallel_for(tiles * strips, 1, [&](int64_t task, int64_t end, int) {
       for (; task < end; ++task) {
         const int64_t first = task / strips * kTileVocab;
-        const Range tile{slice.begin + first, std::min(slice.begin + first + kTileVocab, slice.end)};
+        const Range tile{slice.begin + first,
+                         std::min(slice.begin + first + kTileVocab, slice.end)};
         const int64_t t = task % strips * columns;
         finish_tile(z + first * stride, stride, tile, tokens,
                     {t, std::min(t + columns, tokens.size())}, statistics);
@@ -125,7 +131,8 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
   const int64_t tile = classes.begin / kTileVocab;
   if (statistics) partials = this->tile_partials(tile, columns.begin);
   T* part = z + columns.begin;
-  column_kernels<T>().finish_scores(part, stride, classes.size(), columns.size(), transform, partials);
+  column_kernels<T>().finish_scores(part, stride, classes.size(), columns.size(), transform,
+                                    partials);
   const Range range{tokens.begin + columns.begin, tokens.begin + columns.end};
   if (p.probabilities != nullptr) {
     if (statistics) probability_partials(part, stride, classes, range, columns.begin);
@@ -167,7 +174,8 @@ void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range clas
 }
 
 template <class T>
-void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
+void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& block,
+                                 bool add_bias) {
   const Problem& p = this->problem_;
   const auto& coefficients = this->coefficients(tokens);
   T* z = static_cast<T*>(block.data);
@@ -221,7 +229,8 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
 }
 
 template <class T>
-void BlasBackend<T>::add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) {
+void BlasBackend<T>::add_grad_input(Range classes, Range tokens, const ScoreBlock& block,
+                                    bool first) {
   const Rows w = weight_rows(classes, this->layout_.input_step.weight_block);
   gemm<T>(true, false, tokens.size(), this->problem_.features, classes.size(),
           static_cast<const T*>(block.data), block.stride, w.data, w.stride, !first,
@@ -233,8 +242,8 @@ void BlasBackend<T>::grad_weight(Range classes, Range tokens, const ScoreBlock& 
                                  bool last, WeightUpdate update) {
   const Rows x = input_rows(tokens, this->layout_.weight_step.input_block);
   gemm<T>(false, false, classes.size(), this->problem_.features, tokens.size(),
-          static_cast<const T*>(block.data), block.stride, x.data, x.stride, !first, this->weight_sum(),
-          sum_stride(this->problem_.features));
+          static_cast<const T*>(block.data), block.stride, x.data, x.stride, !first,
+          this->weight_sum(), sum_stride(this->problem_.features));
   if (last) this->update_grad_weight(classes, update);
 }
 

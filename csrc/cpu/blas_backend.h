@@ -30,7 +30,8 @@ class BlasBackend final : public CpuBackend<T> {
   };
   Rows input_rows(Range tokens, int64_t workspace_offset);
   Rows weight_rows(Range classes, int64_t workspace_offset);
-  void finish_tile(T* z, int64_t stride, Range classes, Range tokens, Range columns, bool statistics);
+  void finish_tile(T* z, int64_t stride, Range classes, Range tokens, Range columns,
+                   bool statistics);
   /// Partial sums of a strip that starts `at` tokens into its block.
   void probability_partials(const T* z, int64_t stride, Range classes, Range tokens, int64_t at);
   double probability(int64_t token, int64_t v) const;

@@ -27,7 +27,7 @@ struct TilePartials {
 template <class T>
 struct ScoreTransform {
   T scale = 1;
-  T softcap = 0;  // 0: off
+  T softcap = 0;                    // 0: off
   const T* bias = nullptr;          // of the tile's classes
   const T* class_weight = nullptr;  // of the tile's classes
 };
@@ -37,9 +37,9 @@ struct ScoreTransform {
 template <class T>
 struct GradientTransform {
   T softcap = 0;
-  const T* shift = nullptr;    // [tokens]
-  const T* scale_p = nullptr;  // [tokens]
-  const T* scale_w = nullptr;  // [tokens] or null
+  const T* shift = nullptr;         // [tokens]
+  const T* scale_p = nullptr;       // [tokens]
+  const T* scale_w = nullptr;       // [tokens] or null
   const T* class_weight = nullptr;  // of the tile's classes, or null
 };
 

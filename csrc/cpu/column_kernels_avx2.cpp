@@ -1,7 +1,6 @@
 // Column kernels for avx2.
 #include "cpu/column_kernels_impl.h"
 
-
 #if defined(__x86_64__)
 
 namespace memeff {

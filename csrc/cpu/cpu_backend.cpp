@@ -20,7 +20,8 @@ bool wants_smoothing(const Problem& p) { return p.label_smoothing > 0; }
 }  // namespace
 
 int count_partials(const Problem& p) {
-  return 2 + (wants_smoothing(p) ? 1 : 0) + (p.statistics ? 2 : 0) + (p.probabilities != nullptr ? 3 : 0);
+  return 2 + (wants_smoothing(p) ? 1 : 0) + (p.statistics ? 2 : 0) +
+         (p.probabilities != nullptr ? 3 : 0);
 }
 
 template <class T>
@@ -54,7 +55,9 @@ CpuBackend<T>::CpuBackend(const CpuContext& context)
     std::fill_n(bias_sum_, problem_.vocab, T{0});
   }
   int used = 0;
-  const auto wanted = [&](Partial which, bool want) { partial_offset_[which] = want ? used++ : -1; };
+  const auto wanted = [&](Partial which, bool want) {
+    partial_offset_[which] = want ? used++ : -1;
+  };
   wanted(kMaximum, true), wanted(kSum, true), wanted(kSmooth, wants_smoothing(problem_));
   wanted(kWeighted, problem_.statistics), wanted(kArgmax, problem_.statistics);
   const bool soft = problem_.probabilities != nullptr;
@@ -93,7 +96,8 @@ int64_t CpuBackend<T>::select_tokens() {
     z_denominator_ = problem_.num_items > 0 ? problem_.num_items : static_cast<double>(counted);
   }
   if (is_16_bit(problem_.dtype)) {
-    output_scale_ = counted > 0 ? problem_.logit_scale / denominator_ : 0;  // 0, not 0/0, as in torch
+    output_scale_ =
+        counted > 0 ? problem_.logit_scale / denominator_ : 0;  // 0, not 0/0, as in torch
     if (problem_.grad_loss != nullptr && problem_.reduction != Reduction::kNone) {
       output_scale_ *= problem_.grad_loss[0];
     }
@@ -104,7 +108,8 @@ int64_t CpuBackend<T>::select_tokens() {
 template <class T>
 T* CpuBackend<T>::partial(Partial which, int64_t tile) const {
   if (partial_offset_[which] < 0) return nullptr;
-  return at<T>(layout_.score_step.partials) + (partial_offset_[which] * tiles_ + tile) * plan_.token_block;
+  return at<T>(layout_.score_step.partials) +
+         (partial_offset_[which] * tiles_ + tile) * plan_.token_block;
 }
 
 template <class T>
@@ -149,7 +154,8 @@ void CpuBackend<T>::merge_statistics(Range tokens) {
             value == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(value - maximum);
         const double tile_sum = read(kSum, tile);
         // A tile of -inf scores adds nothing, but a NaN in it must stay visible.
-        sum += scale == 0 && tile_sum == 0 ? 0.0 : (std::isnan(tile_sum) ? tile_sum : scale * tile_sum);
+        sum += scale == 0 && tile_sum == 0 ? 0.0
+                                           : (std::isnan(tile_sum) ? tile_sum : scale * tile_sum);
         if (scale > 0) weighted += scale * (read(kWeighted, tile) + (value - maximum) * tile_sum);
         smooth += read(kSmooth, tile);
         dot += read(kTargetDot, tile);
@@ -202,7 +208,8 @@ void CpuBackend<T>::set_coefficients(int64_t token) {
   const int64_t y = target_[token];
   if (y >= 0) target_mass_[token] = class_weight_ != nullptr ? class_weight_[y] : 1;
   const bool scales_sums = is_16_bit(problem_.dtype);
-  const double weight = problem_.token_weight == nullptr ? 1.0 : problem_.token_weight[rows_[token]];
+  const double weight =
+      problem_.token_weight == nullptr ? 1.0 : problem_.token_weight[rows_[token]];
   double g = weight;
   if (problem_.grad_loss != nullptr && problem_.reduction == Reduction::kNone) {
     g *= problem_.grad_loss[rows_[token]];
@@ -224,7 +231,8 @@ double CpuBackend<T>::token_loss(int64_t token, double* z_term) const {
   *z_term = 0;
   if (is_ignored(token)) return 0;
   const double eps = problem_.label_smoothing;
-  const double weight = problem_.token_weight == nullptr ? 1.0 : problem_.token_weight[rows_[token]];
+  const double weight =
+      problem_.token_weight == nullptr ? 1.0 : problem_.token_weight[rows_[token]];
   const double lse = lse_[token];
   const bool soft = problem_.probabilities != nullptr;
   const double mass = target_mass_[token];
@@ -232,7 +240,8 @@ double CpuBackend<T>::token_loss(int64_t token, double* z_term) const {
   // A class of weight 0 contributes nothing, even at a target logit of -inf.
   double loss = eps == 1 || (!soft && mass == 0) ? 0.0 : (1 - eps) * (mass * lse - dot);
   if (eps > 0) {
-    loss += eps / static_cast<double>(problem_.vocab) * (class_weight_total_ * lse - smooth_[token]);
+    loss +=
+        eps / static_cast<double>(problem_.vocab) * (class_weight_total_ * lse - smooth_[token]);
   }
   if (problem_.z_loss != 0) *z_term = weight * problem_.z_loss * lse * lse;
   return weight * loss;
@@ -255,7 +264,8 @@ void CpuBackend<T>::write_loss() {
     total += loss;
     z_total += z_term;
     if (statistics == nullptr) continue;
-    const double logit = problem_.probabilities != nullptr ? target_plain_[token] : target_logit_[token];
+    const double logit =
+        problem_.probabilities != nullptr ? target_plain_[token] : target_logit_[token];
     statistics[row] = static_cast<T>(loss + z_term);
     statistics[n + row] = static_cast<T>(logit);
     statistics[2 * n + row] = static_cast<T>(entropy_[token]);
@@ -280,7 +290,8 @@ const typename CpuBackend<T>::Coefficients& CpuBackend<T>::coefficients(Range to
   for (size_t i = 0; i < size; ++i) {
     const size_t token = static_cast<size_t>(tokens.begin) + i;
     const T shift = static_cast<T>(lse_[token]);
-    const double rounding = std::isfinite(lse_[token]) ? std::exp(static_cast<double>(shift) - lse_[token]) : 1;
+    const double rounding =
+        std::isfinite(lse_[token]) ? std::exp(static_cast<double>(shift) - lse_[token]) : 1;
     coefficients_.shift[i] = shift;
     coefficients_.scale_p[i] = static_cast<T>(scale_p_[token] * rounding);
     coefficients_.scale_target[i] = static_cast<T>(scale_target_[token]);
@@ -293,8 +304,9 @@ const typename CpuBackend<T>::Coefficients& CpuBackend<T>::coefficients(Range to
 template <class T>
 double CpuBackend<T>::target_gradient(int64_t token) const {
   const double t = target_logit_[token];
-  double gradient = scale_p_[token] * std::exp(t - lse_[token]) - scale_target_[token] * target_mass_[token] -
-                    scale_w_[token] * (class_weight_ != nullptr ? class_weight_[target_[token]] : 1);
+  double gradient =
+      scale_p_[token] * std::exp(t - lse_[token]) - scale_target_[token] * target_mass_[token] -
+      scale_w_[token] * (class_weight_ != nullptr ? class_weight_[target_[token]] : 1);
   if (problem_.softcap > 0) gradient *= 1 - (t / problem_.softcap) * (t / problem_.softcap);
   return gradient;
 }
@@ -314,7 +326,8 @@ T* CpuBackend<T>::input_sum(Range tokens) const {
   // Blocks of kept chunks are finished one by one, before the sums of all other tokens begin.
   const int64_t kept = plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
   const bool one_block = !sums_of_all_tokens_ || tokens.begin < kept;
-  return at<T>(layout_.input_step.sum) + (one_block ? 0 : (tokens.begin - kept) * input_sum_stride());
+  return at<T>(layout_.input_step.sum) +
+         (one_block ? 0 : (tokens.begin - kept) * input_sum_stride());
 }
 
 template <class T>
@@ -355,7 +368,8 @@ void CpuBackend<T>::update_grad_weight(Range classes, WeightUpdate update) {
         if (update == WeightUpdate::kWrite) {
           for (int64_t d = 0; d < features; ++d) store(row + d, sum[d] * scale);
         } else if (update == WeightUpdate::kAddNative) {
-          for (int64_t d = 0; d < features; ++d) store(row + d, to_arithmetic(row[d]) + sum[d] * scale);
+          for (int64_t d = 0; d < features; ++d)
+            store(row + d, to_arithmetic(row[d]) + sum[d] * scale);
         } else if constexpr (std::is_same_v<U, BFloat16>) {
           uint16_t* low = remainder + (classes.begin + i) * features;
           const bool first = update == WeightUpdate::kSplitFirst;

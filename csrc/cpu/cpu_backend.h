@@ -45,7 +45,16 @@ class CpuBackend : public Backend {
   ScoreBlock slice_block() override;
 
  protected:
-  enum Partial { kMaximum, kSum, kSmooth, kWeighted, kArgmax, kTargetDot, kTargetMass, kTargetPlain };
+  enum Partial {
+    kMaximum,
+    kSum,
+    kSmooth,
+    kWeighted,
+    kArgmax,
+    kTargetDot,
+    kTargetMass,
+    kTargetPlain
+  };
   static constexpr int kPartials = 8;
 
   /// Per-tile partial sums, [tiles, token_block] each; null when not wanted.
@@ -94,19 +103,19 @@ class CpuBackend : public Backend {
 
   // Per processed token.
   int64_t count_ = 0;
-  int64_t* rows_;        // row of the input
-  int64_t* target_;      // class index, -1: none (left out, or probabilities)
+  int64_t* rows_;    // row of the input
+  int64_t* target_;  // class index, -1: none (left out, or probabilities)
   double* lse_;
-  double* target_logit_; // z_y, or sum_v w_v q_v z_v
-  double* target_plain_; // z_y, or sum_v q_v z_v
-  double* target_mass_;  // w_y, or sum_v w_v q_v
-  double* smooth_;       // sum_v w_v z_v
+  double* target_logit_;  // z_y, or sum_v w_v q_v z_v
+  double* target_plain_;  // z_y, or sum_v q_v z_v
+  double* target_mass_;   // w_y, or sum_v w_v q_v
+  double* smooth_;        // sum_v w_v z_v
   double* entropy_;
   double* maximum_;
   int64_t* argmax_;
-  double* scale_p_;      // coefficient of exp(z - lse) in dlogits
-  double* scale_target_; // coefficient of the target
-  double* scale_w_;      // coefficient of the class weights
+  double* scale_p_;       // coefficient of exp(z - lse) in dlogits
+  double* scale_target_;  // coefficient of the target
+  double* scale_w_;       // coefficient of the class weights
 
  private:
   bool is_ignored(int64_t token) const;

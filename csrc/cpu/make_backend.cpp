@@ -17,7 +17,8 @@ std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context) {
 #if defined(__x86_64__)
   if (context.request->bf16_kernels) return std::make_unique<Bf16Backend>(context);
 #endif
-  if (context.problem->dtype == DType::kFloat64) return std::make_unique<BlasBackend<double>>(context);
+  if (context.problem->dtype == DType::kFloat64)
+    return std::make_unique<BlasBackend<double>>(context);
   return std::make_unique<BlasBackend<float>>(context);
 }
 

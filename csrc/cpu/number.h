@@ -79,14 +79,10 @@ inline void store(double* out, float value) { *out = value; }
 template <class F>
 decltype(auto) dispatch(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Float16*>(nullptr));
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kFloat64:
-      break;
+    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16: return f(static_cast<Float16*>(nullptr));
+    case DType::kFloat32: return f(static_cast<float*>(nullptr));
+    case DType::kFloat64: break;
   }
   return f(static_cast<double*>(nullptr));
 }

@@ -26,13 +26,15 @@ void parallel_for(int64_t n, int64_t grain,
 }
 
 template <class T>
-void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
-          const T* b, int64_t ldb, bool accumulate, T* c, int64_t ldc) {
+void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
+          int64_t lda, const T* b, int64_t ldb, bool accumulate, T* c, int64_t ldc) {
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const auto view = [&](const T* data, bool transpose, int64_t rows, int64_t columns, int64_t stride) {
+  const auto view = [&](const T* data, bool transpose, int64_t rows, int64_t columns,
+                        int64_t stride) {
     const int64_t row_stride = transpose ? 1 : stride;
     const int64_t column_stride = transpose ? stride : 1;
-    return at::from_blob(const_cast<T*>(data), {rows, columns}, {row_stride, column_stride}, options);
+    return at::from_blob(const_cast<T*>(data), {rows, columns}, {row_stride, column_stride},
+                         options);
   };
   const at::Tensor left = view(a, transpose_a, m, k, lda);
   const at::Tensor right = view(b, transpose_b, k, n, ldb);
@@ -44,9 +46,9 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
   }
 }
 
-template void gemm<float>(bool, bool, int64_t, int64_t, int64_t, const float*, int64_t, const float*,
-                          int64_t, bool, float*, int64_t);
-template void gemm<double>(bool, bool, int64_t, int64_t, int64_t, const double*, int64_t, const double*,
-                           int64_t, bool, double*, int64_t);
+template void gemm<float>(bool, bool, int64_t, int64_t, int64_t, const float*, int64_t,
+                          const float*, int64_t, bool, float*, int64_t);
+template void gemm<double>(bool, bool, int64_t, int64_t, int64_t, const double*, int64_t,
+                           const double*, int64_t, bool, double*, int64_t);
 
 }  // namespace memeff

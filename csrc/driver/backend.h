@@ -21,17 +21,17 @@ struct Range {
 /// logits in place.
 struct ScoreBlock {
   void* data = nullptr;
-  int64_t stride = 0;        // elements between classes
-  void* maxima = nullptr;    // per tile of kTileVocab classes and token; null if the backend has none
-  int64_t maxima_stride = 0; // elements between tiles
+  int64_t stride = 0;      // elements between classes
+  void* maxima = nullptr;  // per tile of kTileVocab classes and token; null if the backend has none
+  int64_t maxima_stride = 0;  // elements between tiles
 };
 
 enum class WeightUpdate {
-  kWrite,        // grad_weight = sum
-  kAddNative,    // grad_weight += sum, rounded to its dtype
-  kSplitFirst,   // fp32 sum kept as (upper half in grad_weight, lower half in the workspace)
+  kWrite,       // grad_weight = sum
+  kAddNative,   // grad_weight += sum, rounded to its dtype
+  kSplitFirst,  // fp32 sum kept as (upper half in grad_weight, lower half in the workspace)
   kSplitNext,
-  kSplitLast,    // ... and rounded at last
+  kSplitLast,  // ... and rounded at last
 };
 
 class Backend {
@@ -52,7 +52,8 @@ class Backend {
   virtual void write_loss() = 0;
 
   /// dlogits of scores computed again, into `block`: scores() and to_gradient() in one.
-  virtual void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) = 0;
+  virtual void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
+                              bool add_bias) = 0;
   /// dlogits in place; adds them to the gradient of the bias when `add_bias` is set.
   virtual void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) = 0;
   /// Adds dlogits^T W to the tokens' sums (sets them when `first`).
@@ -60,8 +61,8 @@ class Backend {
   virtual void finish_grad_input(Range tokens) = 0;
   /// dlogits x of one slice of classes: `first` begins the sums over tokens, `last` ends them and
   /// updates the rows of grad_weight.
-  virtual void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first, bool last,
-                           WeightUpdate update) = 0;
+  virtual void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first,
+                           bool last, WeightUpdate update) = 0;
   /// Writes what remains: the bias gradient, zeros for tokens left out or when none takes part.
   virtual void finish_gradients() = 0;
 

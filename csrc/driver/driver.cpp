@@ -132,7 +132,8 @@ class Run {
   }
 
   void weight_gradient_of_kept(const Chunk& chunk, WeightUpdate update) {
-    const bool fresh = problem_.grad_input == nullptr;  // else the input's pass left gradients behind
+    const bool fresh =
+        problem_.grad_input == nullptr;  // else the input's pass left gradients behind
     for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
       for_each_block(chunk.tokens, plan_.weight_block, [&](Range tokens) {
         const ScoreBlock block = part(chunk, classes, tokens);
@@ -146,7 +147,7 @@ class Run {
   WeightUpdate update_of(size_t chunk, size_t chunks) const {
     if (chunks == 1) return WeightUpdate::kWrite;
     if (plan_.accumulation == Accumulation::kFloat32 && problem_.dtype == DType::kBFloat16) {
-      return chunk == 0 ? WeightUpdate::kSplitFirst
+      return chunk == 0            ? WeightUpdate::kSplitFirst
              : chunk + 1 == chunks ? WeightUpdate::kSplitLast
                                    : WeightUpdate::kSplitNext;
     }
@@ -216,12 +217,9 @@ class Run {
 void run(const Problem& problem, const Plan& plan, bool statistics_known, Backend& backend) {
   Run run(problem, plan, backend);
   switch (plan.kind) {
-    case PlanKind::kStatistics:
-      return run.statistics();
-    case PlanKind::kTokenChunks:
-      return run.token_chunks();
-    case PlanKind::kVocabSlices:
-      return run.vocab_slices(statistics_known);
+    case PlanKind::kStatistics: return run.statistics();
+    case PlanKind::kTokenChunks: return run.token_chunks();
+    case PlanKind::kVocabSlices: return run.vocab_slices(statistics_known);
   }
 }
 
