@@ -17,13 +17,14 @@ BUILT_FROM := $(shell find csrc buildtools -type f -not -name '*.pyc') setup.py 
 
 # Two targets at once would be two pip processes in one environment.
 .NOTPARALLEL:
-.PHONY: help bench demo test ctest sanitize lint format clean
+.PHONY: help bench demo test ctest sanitize emulate lint format clean
 
 help:
 	@echo "make bench      the loss of this library against the standard way, on this machine"
 	@echo "make demo       train a small language model with both"
 	@echo "make test       every test"
 	@echo "make ctest      the C++ tests only;  make sanitize: the same with ASan and UBSan"
+	@echo "make emulate    the CUDA kernels in the emulator (see tests/emulator)"
 	@echo "make lint       what CI checks about style and types;  make format: mend what can be mended"
 
 $(BIN)/python:
@@ -45,6 +46,12 @@ demo: $(STAMP)-bench
 test: $(STAMP)-test
 	@if command -v cmake > /dev/null; then $(MAKE) ctest; else echo "no cmake: C++ tests left out"; fi
 	$(BIN)/python -m pytest $(ARGS)
+
+# The CUDA kernels on the CPU, checked; needs the headers of a CUDA toolkit.
+emulate:
+	cmake -S tests/emulator -B build/emulator
+	cmake --build build/emulator --parallel 2
+	ctest --test-dir build/emulator --output-on-failure
 
 lint: $(STAMP)-dev
 	$(BIN)/ruff check

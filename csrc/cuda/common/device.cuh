@@ -1,0 +1,61 @@
+// What every kernel includes first: CUDA itself under nvcc, the emulator of tests/emulator under
+// any other compiler. The macros stand for the few constructs that the two cannot spell alike.
+//
+//   MEMEFF_DEVICE                     a device function, inlined
+//   MEMEFF_SHARED_ARRAY(T, name, n)   T name[n] in static shared memory
+//   MEMEFF_DYNAMIC_SHARED(name)       unsigned char* name: the launch's dynamic shared memory
+//   MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
+//   MEMEFF_CHECK_ALIGNED(p, bytes)    nothing on a GPU, where a misaligned access traps by itself
+#pragma once
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define MEMEFF_DEVICE __device__ __forceinline__
+#define MEMEFF_SHARED_ARRAY(type, name, count) __shared__ type name[count]
+// 1024: what the widest swizzle of the tensor memory accelerator asks of a tile
+#define MEMEFF_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+
+#define MEMEFF_CHECK_ALIGNED(pointer, bytes) ((void)0)
+
+#else
+
+#include "emulator/device.h"
+
+#endif
+
+#include "cuda/status.h"
+
+namespace memeff::cuda {
+
+// Whether the launches so far in this thread were accepted. Clears the error, so that it is not
+// blamed on the next caller. (static: a program may link the emulated build as well.)
+static inline Status launch_status() {
+#if defined(__CUDACC__)
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+#endif
+  return {};
+}
+
+// Lets `kernel` use more dynamic shared memory than the 48 KiB that every GPU grants.
+template <class Kernel>
+static inline Status allow_shared_memory(Kernel kernel, int bytes) {
+#if defined(__CUDACC__)
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return {cudaGetErrorString(error)};
+#else
+  (void)kernel, (void)bytes;
+#endif
+  return {};
+}
+
+}  // namespace memeff::cuda

@@ -1,0 +1,163 @@
+// Registered global buffers: exact bounds, read-only inputs, and races inside a block and between
+// blocks. Blocks of a launch have no order, so any conflict between two of them is a race; launches
+// follow one another.
+#include "emulator/internal.h"
+
+#include <algorithm>
+#include <map>
+
+namespace memeff::emulator {
+
+namespace {
+
+// The shadow of one granule. Two readers are remembered: enough to notice a write that overtakes a
+// read, at a cost that buffers of many megabytes can bear.
+struct Cell {
+  int launch = -1;
+  int write_block = -1, read_block = -1;
+  bool atomic_write = false, several_reading_blocks = false;
+  Step write;
+  Step reads[2];
+  int read_count = 0;
+};
+
+struct Buffer {
+  const unsigned char* data;
+  std::size_t bytes;
+  std::string name;
+  bool read_only;
+  std::size_t granule;
+  std::vector<Cell> cells;  // none for read-only buffers
+};
+
+std::map<const unsigned char*, Buffer> buffers;
+Buffer* last_found = nullptr;
+
+Buffer* buffer_below(const unsigned char* pointer) {
+  auto next = buffers.upper_bound(pointer);
+  return next == buffers.begin() ? nullptr : &std::prev(next)->second;
+}
+
+bool contains(const Buffer& buffer, const unsigned char* pointer, std::size_t bytes) {
+  return pointer >= buffer.data && pointer + bytes <= buffer.data + buffer.bytes;
+}
+
+bool ordered(const Step& earlier) { return earlier.clock <= current->clock.seen[earlier.agent]; }
+
+const char* conflict(const Cell& cell, AccessType type) {
+  const bool both_atomic = cell.atomic_write && type == AccessType::kAtomic;
+  if (cell.write_block >= 0 && !both_atomic) {
+    if (cell.write_block != block->linear) return "written by another block";
+    if (!ordered(cell.write)) return "written by another thread of this block";
+  }
+  if (type == AccessType::kRead) return nullptr;
+  if (cell.several_reading_blocks || (cell.read_block >= 0 && cell.read_block != block->linear))
+    return "read by another block";
+  for (int i = 0; i < cell.read_count; ++i)
+    if (!ordered(cell.reads[i])) return "read by another thread of this block";
+  return nullptr;
+}
+
+void record(Cell& cell, AccessType type) {
+  const auto me = static_cast<std::uint32_t>(current->linear);
+  const Step step{me, current->clock.seen[me]};
+  if (type != AccessType::kRead) {
+    cell.write_block = block->linear;
+    cell.write = step;
+    cell.atomic_write = type == AccessType::kAtomic;
+    cell.read_block = -1;
+    cell.read_count = 0;
+    cell.several_reading_blocks = false;
+    return;
+  }
+  if (cell.read_block != block->linear) {
+    cell.several_reading_blocks |= cell.read_block >= 0;
+    cell.read_block = block->linear;
+    cell.read_count = 0;
+  }
+  for (int i = 0; i < cell.read_count; ++i)
+    if (cell.reads[i].agent == me || ordered(cell.reads[i])) {
+      cell.reads[i] = step;
+      return;
+    }
+  if (cell.read_count < 2) {
+    cell.reads[cell.read_count++] = step;
+  } else {
+    cell.reads[0] = cell.reads[1];
+    cell.reads[1] = step;
+  }
+}
+
+const char* verb(AccessType type) {
+  return type == AccessType::kRead    ? "read"
+         : type == AccessType::kWrite ? "write"
+                                      : "atomic update";
+}
+
+}  // namespace
+
+void register_buffer(const void* data, std::size_t bytes, const char* name, BufferAccess access,
+                     int granule) {
+  const auto* begin = static_cast<const unsigned char*>(data);
+  const bool read_only = access == BufferAccess::kReadOnly;
+  Buffer buffer{begin, bytes, name, read_only, static_cast<std::size_t>(granule), {}};
+  if (!read_only && config().check_races)
+    buffer.cells.resize((bytes + buffer.granule - 1) / buffer.granule);
+  buffers[begin] = std::move(buffer);
+  last_found = nullptr;
+}
+
+void unregister_buffer(const void* data) {
+  buffers.erase(static_cast<const unsigned char*>(data));
+  last_found = nullptr;
+}
+
+bool is_misaligned(const void* pointer, std::size_t bytes) {
+  const bool vector_size = bytes != 0 && (bytes & (bytes - 1)) == 0 && bytes <= 16;
+  return vector_size && reinterpret_cast<std::uintptr_t>(pointer) % bytes != 0;
+}
+
+bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc,
+                  bool report_unknown) {
+  const auto* p = static_cast<const unsigned char*>(pointer);
+  Buffer* buffer = last_found;
+  if (buffer == nullptr || !contains(*buffer, p, bytes)) {
+    buffer = buffer_below(p);
+    if (buffer == nullptr || !contains(*buffer, p, bytes)) {
+      if (!report_unknown) return false;
+      if (buffer != nullptr)
+        report(Defect::kOutOfBounds, pc, "%s of %zu bytes at byte %td of buffer '%s' of %zu bytes",
+               verb(type), bytes, p - buffer->data, buffer->name.c_str(), buffer->bytes);
+      else
+        report(Defect::kOutOfBounds, pc, "%s of %zu bytes at %p, in no registered buffer",
+               verb(type), bytes, pointer);
+      return false;
+    }
+    last_found = buffer;
+  }
+  if (type != AccessType::kRead && buffer->read_only) {
+    report(Defect::kReadOnlyWrite, pc, "%s of byte %td of buffer '%s'", verb(type),
+           p - buffer->data, buffer->name.c_str());
+    return false;
+  }
+  if (buffer->cells.empty() || bytes == 0) return true;
+  ++counters().checked_accesses;
+  const auto offset = static_cast<std::size_t>(p - buffer->data);
+  for (std::size_t i = offset / buffer->granule; i <= (offset + bytes - 1) / buffer->granule; ++i) {
+    Cell& cell = buffer->cells[i];
+    if (cell.launch != block->launch) {
+      cell = Cell{};
+      cell.launch = block->launch;
+    }
+    if (const char* other = conflict(cell, type)) {
+      report(Defect::kGlobalRace, pc, "%s of byte %zu of buffer '%s', which was %s", verb(type),
+             i * buffer->granule, buffer->name.c_str(), other);
+      record(cell, type);
+      return true;
+    }
+    record(cell, type);
+  }
+  return true;
+}
+
+}  // namespace memeff::emulator

@@ -1,0 +1,205 @@
+// Shared by the emulator's own sources, which are compiled without instrumentation.
+#pragma once
+
+#include "emulator/emulator.h"
+#include "emulator/fiber.h"
+
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+
+namespace memeff::emulator {
+
+// Where in the kernel something happened: the return address of the hook or primitive it called.
+using Pc = const void*;
+#define MEMEFF_CALLER_PC (__builtin_return_address(0))
+
+// ---- reports (report.cpp) ----
+
+struct SourceLine {
+  std::string file;
+  int line = 0;
+};
+SourceLine source_line(
+    Pc pc);  // the innermost line that is neither a PTX primitive nor a CUDA header
+__attribute__((format(printf, 3, 4))) void report(Defect defect, Pc pc, const char* format, ...);
+
+// ---- happens-before ----
+
+struct Clock {
+  std::vector<std::uint32_t> seen;  // per agent: its last step that happened before now
+  std::vector<std::uint32_t>
+      seen_async;  // the same, for the asynchronous proxy: advanced by fences
+
+  void reset(int agents) {
+    seen.assign(agents, 0);
+    seen_async.assign(agents, 0);
+  }
+  void join(const Clock& other) {
+    for (std::size_t i = 0; i < seen.size(); ++i) {
+      if (seen[i] < other.seen[i]) seen[i] = other.seen[i];
+      if (seen_async[i] < other.seen_async[i]) seen_async[i] = other.seen_async[i];
+    }
+  }
+};
+
+// Step `clock` of agent `agent`. Agents are the block's threads and everything asynchronous.
+struct Step {
+  std::uint32_t agent = 0, clock = 0;
+};
+
+enum class Proxy : std::uint8_t { kGeneric, kAsync };
+enum class AccessType : std::uint8_t { kRead, kWrite, kAtomic };
+
+struct Access {
+  AccessType type;
+  Step by;
+  const Clock* knowledge;  // what the issuing thread knows at the moment of issue
+  Proxy proxy = Proxy::kGeneric;
+};
+
+// ---- threads and blocks ----
+
+struct AsyncCopy {  // one cp.async
+  unsigned char* destination;
+  const void* source;
+  int bytes, source_bytes;  // the rest is filled with zeros
+};
+struct AsyncCopyGroup {
+  std::vector<AsyncCopy> copies;
+  std::uint32_t clock = 0;
+};
+
+constexpr std::size_t kStackBytes = 256 * 1024;  // of a thread
+
+enum class ThreadState { kReady, kBlocked, kDone };
+
+struct Thread {
+  uint3 index;
+  int linear, lane, warp;
+  ThreadState state = ThreadState::kReady;
+  const char* waits_for = "";
+  Pc waits_at = nullptr;
+  FiberContext fiber;
+  char* stack = nullptr;
+  Clock clock;
+  AsyncCopyGroup open_copies;              // issued, not yet committed
+  std::deque<AsyncCopyGroup> copy_groups;  // committed, not yet waited for
+};
+
+struct Barrier {
+  int arrived = 0, expected = 0;
+  bool whole_block = false;  // __syncthreads: everybody who has not exited
+  std::vector<Thread*> waiting;
+  Clock joined;
+  Pc first_pc = nullptr;
+};
+
+// Lanes of one warp that have arrived at a collective operation and wait for the others.
+enum class WarpOp { kSync, kShuffle, kVote, kMatch, kLdmatrix, kStmatrix, kMma };
+struct WarpMeeting {
+  WarpOp op;
+  unsigned mask = 0, arrived = 0;
+  Pc first_pc = nullptr;
+  void (*complete)(WarpMeeting&) = nullptr;  // run once, by the last lane
+  Thread* thread[32] = {};
+  void* operand[32] = {};
+};
+
+constexpr int kAsyncAgents = 104;  // besides cp.async: wgmma, TMA loads and stores (hopper.h)
+
+struct HopperState;  // mbarriers and warpgroups (hopper.h)
+struct HopperDeleter {
+  void operator()(HopperState*) const;
+};
+
+struct Block {
+  uint3 index;
+  dim3 dim, grid;
+  int linear = 0, launch = 0;
+  int thread_count = 0, live = 0;
+  bool abandoned = false;  // a defect after which running on would corrupt the test program
+  std::size_t shared_bytes = 0;
+  const char* arguments = nullptr;  // readable: the launched closure, i.e. the kernel's arguments
+  std::size_t argument_bytes = 0;
+  std::vector<Thread> threads;
+  std::vector<std::uint32_t> agent_clock;
+  Barrier barriers[16];
+  std::vector<std::vector<WarpMeeting>> meetings;  // per warp
+  struct StaticArray {
+    const char *function, *name;
+    unsigned char* data;
+  };
+  std::vector<StaticArray> static_arrays;
+  std::vector<std::function<void()>> deliveries;  // pending bulk copies, in any order
+  std::unique_ptr<HopperState, HopperDeleter> hopper;
+
+  int agents() const { return 2 * thread_count + kAsyncAgents; }
+  std::uint32_t copy_agent(const Thread& t) const { return thread_count + t.linear; }
+  std::uint32_t async_agent(int i) const { return 2 * thread_count + i; }
+  std::uint32_t tick(std::uint32_t agent) { return ++agent_clock[agent]; }
+};
+
+extern Thread* current;  // null outside kernels
+extern Block* block;
+
+void block_current(const char* waits_for, Pc pc);  // returns when another fiber has woken this one
+inline void wake(Thread& thread) { thread.state = ThreadState::kReady; }
+[[noreturn]] void abandon_block();
+
+// After a release (barrier arrival, fence) later steps of the thread are new ones.
+inline void release_step(Thread& thread) { ++thread.clock.seen[thread.linear]; }
+inline Access generic_access(AccessType type, const Thread& thread) {
+  const auto agent = static_cast<std::uint32_t>(thread.linear);
+  return {type, {agent, thread.clock.seen[agent]}, &thread.clock};
+}
+
+// ---- shared memory (shared_memory.cpp) ----
+
+constexpr std::size_t kArenaBytes = 240 * 1024;
+// The address of the first byte in the shared window. Not 0, so that null is not a valid address;
+// 1024, so that alignment in the arena is alignment of the address.
+constexpr std::uint32_t kSharedWindow = 1024;
+extern unsigned char shared_arena[kArenaBytes];
+
+inline bool in_shared_arena(const void* pointer) {
+  const auto* p = static_cast<const unsigned char*>(pointer);
+  return p >= shared_arena && p < shared_arena + kArenaBytes;
+}
+void reset_shared_memory(std::size_t previously_used);
+bool check_shared(const void* pointer, std::size_t bytes, const Access& access, Pc pc);
+// Pointer to `bytes` at a shared-window address, or null after a report.
+unsigned char* shared_pointer(std::uint32_t address, std::size_t bytes, const char* user, Pc pc);
+std::string describe_agent(std::uint32_t agent);
+
+// ---- global memory (global_memory.cpp) ----
+
+// False when the address lies in no registered buffer; `report_unknown` says whether to complain.
+bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc,
+                  bool report_unknown = true);
+bool is_misaligned(const void* pointer, std::size_t bytes);
+
+// ---- warp collectives (warp.cpp) ----
+
+void warp_meet(WarpOp op, unsigned mask, void* operand, bool aligned, Pc pc,
+               void (*complete)(WarpMeeting&));
+void warp_thread_exits();
+void barrier_thread_exits();
+
+// ---- asynchronous work (sm80.cpp, hopper) ----
+
+void copies_thread_exits();
+void hopper_thread_exits();
+bool overlaps_mbarrier(const void* pointer, std::size_t bytes);
+std::string describe_hopper_agent(int index);
+
+inline float bf16_to_float(std::uint16_t bits) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+float fp16_to_float(std::uint16_t bits);
+
+}  // namespace memeff::emulator

@@ -1,0 +1,170 @@
+// mbarriers, the fences of the asynchronous proxy, and the life cycle of a block's Hopper state.
+#include <algorithm>
+
+#include "emulator/hopper.h"
+
+namespace memeff::emulator {
+
+void HopperDeleter::operator()(HopperState* state) const { delete state; }
+
+HopperState& hopper() {
+  if (block->hopper == nullptr) {
+    block->hopper.reset(new HopperState);
+    block->hopper->warpgroups.resize((block->thread_count + 127) / 128);
+  }
+  return *block->hopper;
+}
+
+void hopper_thread_exits() {
+  if (block->hopper == nullptr) return;
+  wgmma_thread_exits();
+  bulk_stores_thread_exits();
+}
+
+std::string describe_hopper_agent(int index) {
+  if (index < kWgmmaAgents) return "wgmma of warp " + std::to_string(index);
+  index -= kWgmmaAgents;
+  if (index < kMbarrierAgents) return "the TMA load of mbarrier #" + std::to_string(index);
+  return "a TMA store";
+}
+
+bool overlaps_mbarrier(const void* pointer, std::size_t bytes) {
+  if (block->hopper == nullptr) return false;
+  const auto& barriers = hopper().mbarriers;
+  const auto begin =
+      static_cast<std::uint32_t>(static_cast<const unsigned char*>(pointer) - shared_arena) +
+      kSharedWindow;
+  const auto first = barriers.lower_bound(begin & ~7u);
+  return first != barriers.end() && first->first < begin + bytes;
+}
+
+Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc) {
+  const auto entry = hopper().mbarriers.find(address);
+  if (entry == hopper().mbarriers.end()) {
+    report(Defect::kBadArgument, pc, "%s: shared byte %u is not an initialised mbarrier", user,
+           address - kSharedWindow);
+    return nullptr;
+  }
+  const Step& init = entry->second.initialised_by;
+  if (init.clock > current->clock.seen[init.agent])
+    report(Defect::kSharedRace, pc, "%s is not ordered after mbarrier.init by thread %u", user,
+           init.agent);
+  return &entry->second;
+}
+
+void mbarrier_init(std::uint32_t address, int count) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  auto& barriers = hopper().mbarriers;
+  if (address % 8 != 0) report(Defect::kMisaligned, pc, "mbarrier.init at %u", address);
+  if (shared_pointer(address, 8, "mbarrier.init", pc) == nullptr) return;
+  if (count < 1 || count >= 1 << 20)
+    report(Defect::kBadArgument, pc, "mbarrier.init with count %d", count);
+  if (barriers.count(address) != 0)
+    report(Defect::kBadArgument, pc, "mbarrier.init of a live mbarrier");
+  if (static_cast<int>(barriers.size()) >= kMbarrierAgents) {
+    report(Defect::kBadArgument, pc, "the emulator has room for %d mbarriers", kMbarrierAgents);
+    abandon_block();
+  }
+  Mbarrier barrier;
+  barrier.count = barrier.pending = count;
+  barrier.slot = static_cast<int>(barriers.size());
+  barrier.arriving.reset(block->agents());
+  barrier.completed.reset(block->agents());
+  const auto me = static_cast<std::uint32_t>(current->linear);
+  barrier.initialised_by = {me, current->clock.seen[me]};
+  barriers[address] = std::move(barrier);
+  release_step(*current);
+}
+
+void mbarrier_inval(std::uint32_t address) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  Mbarrier* barrier = find_mbarrier(address, "mbarrier.inval", pc);
+  if (barrier == nullptr) return;
+  if (!barrier->waiting.empty() || barrier->pending_bytes != 0)
+    report(Defect::kBadArgument, pc, "mbarrier.inval of an mbarrier in use");
+  hopper().mbarriers.erase(address);
+}
+
+void update_phase(Mbarrier& barrier, Pc pc) {
+  if (barrier.pending < 0) {
+    report(Defect::kBadArgument, pc, "mbarrier: more arrivals than its count %d", barrier.count);
+    barrier.pending = 0;
+  }
+  constexpr std::int64_t kMaxBytes = (1 << 20) - 1;
+  if (barrier.pending_bytes > kMaxBytes || barrier.pending_bytes < -kMaxBytes)
+    report(Defect::kBadArgument, pc, "mbarrier: transaction count out of range");
+  if (barrier.pending != 0 || barrier.pending_bytes != 0) return;
+
+  barrier.phase ^= 1;
+  barrier.pending = barrier.count;
+  barrier.completed.join(barrier.arriving);
+  auto& waiting = barrier.waiting;
+  for (const auto& [thread, parity] : waiting)
+    if (parity != barrier.phase) wake(*thread);
+  const auto woken = [&](const auto& entry) { return entry.second != barrier.phase; };
+  waiting.erase(std::remove_if(waiting.begin(), waiting.end(), woken), waiting.end());
+}
+
+namespace {
+
+void arrive(Mbarrier& barrier, Pc pc) {
+  barrier.arriving.join(current->clock);
+  release_step(*current);
+  --barrier.pending;
+  update_phase(barrier, pc);
+}
+
+}  // namespace
+
+void mbarrier_arrive(std::uint32_t address) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  if (Mbarrier* barrier = find_mbarrier(address, "mbarrier.arrive", pc)) arrive(*barrier, pc);
+}
+
+void mbarrier_expect_tx(std::uint32_t address, std::uint32_t bytes, bool also_arrive) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  Mbarrier* barrier = find_mbarrier(address, "mbarrier.expect_tx", pc);
+  if (barrier == nullptr) return;
+  barrier->pending_bytes += bytes;
+  if (also_arrive) arrive(*barrier, pc);
+}
+
+bool mbarrier_test(std::uint32_t address, int parity) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  Mbarrier* barrier = find_mbarrier(address, "mbarrier.test_wait", pc);
+  if (barrier == nullptr || barrier->phase == parity) return false;
+  current->clock.join(barrier->completed);
+  return true;
+}
+
+void mbarrier_wait(std::uint32_t address, int parity) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  Mbarrier* barrier = find_mbarrier(address, "mbarrier.try_wait", pc);
+  if (barrier == nullptr) return;
+  if ((parity & ~1) != 0) {
+    report(Defect::kBadArgument, pc, "mbarrier.try_wait with parity %d", parity);
+    return;
+  }
+  if (barrier->phase == parity) {
+    barrier->waiting.emplace_back(current, parity);
+    block_current(parity != 0 ? "mbarrier wait, parity 1" : "mbarrier wait, parity 0", pc);
+  }
+  current->clock.join(barrier->completed);
+}
+
+void fence_mbarrier_init() {
+  for (auto& [address, barrier] : hopper().mbarriers)
+    if (barrier.initialised_by.agent == static_cast<std::uint32_t>(current->linear))
+      barrier.fenced = true;
+}
+
+// All that this thread knows to have happened is now visible to the asynchronous proxy, too.
+void fence_proxy_async() {
+  Clock& clock = current->clock;
+  for (std::size_t i = 0; i < clock.seen.size(); ++i)
+    clock.seen_async[i] = std::max(clock.seen_async[i], clock.seen[i]);
+  release_step(*current);
+  fence_mbarrier_init();
+}
+
+}  // namespace memeff::emulator

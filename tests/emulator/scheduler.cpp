@@ -1,0 +1,222 @@
+// Launches: one block at a time, one fiber per thread. A fiber runs until it waits for others.
+#include "emulator/internal.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <random>
+
+namespace memeff::emulator {
+
+Thread* current = nullptr;
+Block* block = nullptr;
+
+Config& config() {
+  static Config instance;
+  return instance;
+}
+Counters& counters() {
+  static Counters instance{};
+  return instance;
+}
+
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+FiberContext scheduler_fiber;
+std::mt19937_64 random_bits;
+int launches = 0;
+std::size_t shared_used_before = kArenaBytes;
+void (*kernel_body)(const void*) = nullptr;
+
+// Stacks are mapped once and reused by every block; untouched pages cost nothing.
+char* stack_of_thread(int i) {
+  static std::vector<char*> stacks;
+  while (static_cast<int>(stacks.size()) <= i) {
+    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    stacks.push_back(static_cast<char*>(memory));
+  }
+  return stacks[i];
+}
+
+void yield_to_scheduler() { fiber_switch(current->fiber, scheduler_fiber); }
+
+void fiber_main() {
+  kernel_body(block->arguments);
+  copies_thread_exits();
+  hopper_thread_exits();
+  current->state = ThreadState::kDone;
+  --block->live;
+  // Those who wait for "everybody still alive" may have been waiting for this thread only.
+  barrier_thread_exits();
+  warp_thread_exits();
+  yield_to_scheduler();
+  std::abort();  // a finished fiber is never resumed
+}
+
+uint3 unflatten(unsigned i, dim3 dim) {
+  return {i % dim.x, i / dim.x % dim.y, i / (dim.x * dim.y)};
+}
+
+void create_threads(Block& b) {
+  b.threads.resize(b.thread_count);
+  for (int i = 0; i < b.thread_count; ++i) {
+    Thread& thread = b.threads[i];
+    thread.index = unflatten(i, b.dim);
+    thread.linear = i;
+    thread.lane = i % 32;
+    thread.warp = i / 32;
+    thread.stack = stack_of_thread(i);
+    thread.clock.reset(b.agents());
+    thread.clock.seen[i] = 1;
+    fiber_prepare(thread.fiber, thread.stack, kStackBytes, fiber_main);
+  }
+  b.agent_clock.assign(b.agents(), 0);
+  b.meetings.resize((b.thread_count + 31) / 32);
+}
+
+// The order in which ready threads run until each of them blocks.
+std::vector<int> next_round(const Block& b) {
+  std::vector<int> ready;
+  for (const Thread& thread : b.threads)
+    if (thread.state == ThreadState::kReady) ready.push_back(thread.linear);
+  if (ready.empty()) return ready;
+  switch (config().schedule) {
+    case Schedule::kInOrder: break;
+    case Schedule::kReversed: std::reverse(ready.begin(), ready.end()); break;
+    case Schedule::kRandom:
+      if (random_bits() % 2 == 0) {
+        std::shuffle(ready.begin(), ready.end(), random_bits);
+      } else {
+        // One warp runs alone, as far as it can get: the others fall behind by several barriers.
+        const int warp = b.threads[ready[random_bits() % ready.size()]].warp;
+        auto elsewhere = [&](int i) { return b.threads[i].warp != warp; };
+        ready.erase(std::remove_if(ready.begin(), ready.end(), elsewhere), ready.end());
+      }
+      break;
+  }
+  return ready;
+}
+
+// Hands over one pending bulk copy; which one is up to the hardware, hence to the random schedule.
+bool deliver_one(Block& b) {
+  if (b.deliveries.empty()) return false;
+  const bool random = config().schedule == Schedule::kRandom;
+  const std::size_t i = random ? random_bits() % b.deliveries.size() : 0;
+  const auto deliver = std::move(b.deliveries[i]);
+  b.deliveries.erase(b.deliveries.begin() + static_cast<std::ptrdiff_t>(i));
+  deliver();
+  return true;
+}
+
+void report_deadlock(const Block& b) {
+  std::map<std::string, std::vector<int>> groups;
+  Pc any_pc = nullptr;
+  for (const Thread& thread : b.threads) {
+    if (thread.state != ThreadState::kBlocked) continue;
+    const SourceLine at = source_line(thread.waits_at);
+    groups[std::string(thread.waits_for) + " at " + at.file + ":" + std::to_string(at.line)]
+        .push_back(thread.linear);
+    if (any_pc == nullptr) any_pc = thread.waits_at;
+  }
+  std::string where;
+  for (const auto& [place, threads] : groups)
+    where += "; " + std::to_string(threads.size()) + " (first " + std::to_string(threads.front()) +
+             ", last " + std::to_string(threads.back()) + ") wait in " + place;
+  report(Defect::kDeadlock, any_pc, "%d of %d threads of block %u,%u,%u cannot go on%s", b.live,
+         b.thread_count, b.index.x, b.index.y, b.index.z, where.c_str());
+}
+
+// False when the launch must stop.
+bool run_block(Block& b) {
+  block = &b;
+  reset_shared_memory(shared_used_before);
+  create_threads(b);
+  while (!b.abandoned) {
+    const std::vector<int> round = next_round(b);
+    // With nobody ready, asynchronous work is at its last legal moment.
+    if (round.empty() && !deliver_one(b)) break;
+    for (const int i : round) {
+      if (b.threads[i].state != ThreadState::kReady) continue;
+      if (config().schedule == Schedule::kRandom && random_bits() % 64 == 0) deliver_one(b);
+      current = &b.threads[i];
+      ++counters().fiber_switches;
+      fiber_switch(scheduler_fiber, current->fiber);
+      current = nullptr;
+      if (b.abandoned) break;
+    }
+  }
+  const bool deadlock = !b.abandoned && b.live > 0;
+  if (deadlock) report_deadlock(b);
+  while (!b.abandoned && deliver_one(b)) {
+  }
+  shared_used_before = b.shared_bytes;
+  block = nullptr;
+  return !b.abandoned && !deadlock;
+}
+
+bool launch_is_legal(const char* kernel, dim3 grid, dim3 dim, std::size_t dynamic_bytes) {
+  const std::uint64_t threads = std::uint64_t{dim.x} * dim.y * dim.z;
+  const char* problem = nullptr;
+  if (threads == 0 || threads > kMaxThreads || dim.z > 64) problem = "block dimensions";
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) problem = "an empty grid";
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) problem = "grid dimensions";
+  if (dynamic_bytes > config().shared_memory_limit) problem = "dynamic shared memory";
+  if (problem == nullptr) return true;
+  report(Defect::kBadArgument, nullptr,
+         "launch of %s: %s (grid %u,%u,%u block %u,%u,%u, %zu bytes)", kernel, problem, grid.x,
+         grid.y, grid.z, dim.x, dim.y, dim.z, dynamic_bytes);
+  return false;
+}
+
+}  // namespace
+
+void block_current(const char* waits_for, Pc pc) {
+  current->state = ThreadState::kBlocked;
+  current->waits_for = waits_for;
+  current->waits_at = pc;
+  yield_to_scheduler();
+}
+
+void abandon_block() {
+  block->abandoned = true;
+  yield_to_scheduler();
+  std::abort();
+}
+
+void launch_erased(const char* kernel_name, dim3 grid, dim3 block_dim,
+                   std::size_t dynamic_shared_bytes, void (*body)(const void*),
+                   const void* arguments, std::size_t argument_bytes) {
+  static std::mutex one_launch_at_a_time;  // torch's autograd threads launch kernels too
+  const std::lock_guard<std::mutex> guard(one_launch_at_a_time);
+  if (!launch_is_legal(kernel_name, grid, block_dim, dynamic_shared_bytes)) return;
+
+  ++launches;
+  kernel_body = body;
+  random_bits.seed(config().seed * 7919 + static_cast<std::uint64_t>(launches));
+  std::vector<unsigned> order(grid.x * grid.y * grid.z);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  if (config().schedule == Schedule::kReversed) std::reverse(order.begin(), order.end());
+  if (config().schedule == Schedule::kRandom) std::shuffle(order.begin(), order.end(), random_bits);
+
+  for (const unsigned i : order) {
+    Block b;
+    b.index = unflatten(i, grid);
+    b.dim = block_dim;
+    b.grid = grid;
+    b.linear = static_cast<int>(i);
+    b.launch = launches;
+    b.thread_count = b.live = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
+    b.shared_bytes = dynamic_shared_bytes;
+    b.arguments = static_cast<const char*>(arguments);
+    b.argument_bytes = argument_bytes;
+    if (!run_block(b)) break;
+  }
+}
+
+}  // namespace memeff::emulator

@@ -1,0 +1,158 @@
+// The block's shared memory and its shadow. For every two bytes the shadow keeps the last write and
+// all reads since; a new access must be ordered after whatever it conflicts with, by a barrier, a
+// warp synchronisation or a wait. Order is decided by vector clocks, so a race is reported even
+// when this run happened to execute the accesses in the order that the author had in mind.
+#include "emulator/internal.h"
+
+#include <algorithm>
+
+namespace memeff::emulator {
+
+alignas(4096) unsigned char shared_arena[kArenaBytes];
+
+namespace {
+
+struct Cell {
+  bool initialised = false, muted = false;  // muted: already reported in this block
+  bool atomic_write = false;
+  Proxy write_proxy = Proxy::kGeneric;
+  Step write;
+  std::vector<Step> reads;  // since the last write, each by another agent
+};
+
+constexpr std::size_t kGranule = 2;  // bytes per cell: the smallest element kernels share
+std::vector<Cell> shadow(kArenaBytes / kGranule);
+
+bool ordered(const Step& earlier, const Access& now) {
+  return earlier.clock <= now.knowledge->seen[earlier.agent];
+}
+bool fenced(const Step& earlier, const Access& now) {
+  return earlier.clock <= now.knowledge->seen_async[earlier.agent];
+}
+bool is_thread(std::uint32_t agent) {
+  return agent < static_cast<std::uint32_t>(block->thread_count);
+}
+
+const char* verb(AccessType type) {
+  switch (type) {
+    case AccessType::kRead: return "read";
+    case AccessType::kWrite: return "write";
+    case AccessType::kAtomic: return "atomic update";
+  }
+  return "?";
+}
+
+// Generic accesses become visible to the asynchronous proxy by a fence only, also the reads that a
+// later asynchronous write must not overtake.
+const Step* unfenced_step(const Cell& cell, const Access& now) {
+  if (now.proxy != Proxy::kAsync) return nullptr;
+  if (cell.initialised && cell.write_proxy == Proxy::kGeneric && !fenced(cell.write, now))
+    return &cell.write;
+  if (now.type == AccessType::kRead) return nullptr;
+  for (const Step& read : cell.reads)
+    if (is_thread(read.agent) && !fenced(read, now)) return &read;
+  return nullptr;
+}
+
+const Step* conflicting_step(const Cell& cell, const Access& now, const char** kind) {
+  const bool both_atomic = cell.atomic_write && now.type == AccessType::kAtomic;
+  if (cell.initialised && !both_atomic && !ordered(cell.write, now)) {
+    *kind = now.type == AccessType::kRead ? "read after write" : "write after write";
+    return &cell.write;
+  }
+  if (now.type == AccessType::kRead) return nullptr;
+  *kind = "write after read";
+  for (const Step& read : cell.reads)
+    if (!ordered(read, now)) return &read;
+  return nullptr;
+}
+
+bool check_cell(Cell& cell, std::size_t offset, const Access& now, Pc pc) {
+  if (cell.muted) return true;
+  if (!cell.initialised && now.type != AccessType::kWrite) {
+    cell.muted = true;
+    report(Defect::kUninitialisedRead, pc,
+           "%s of shared byte %zu, which nothing has written, by %s", verb(now.type), offset,
+           describe_agent(now.by.agent).c_str());
+    return false;
+  }
+  const char* kind = "";
+  if (const Step* other = conflicting_step(cell, now, &kind)) {
+    cell.muted = true;
+    report(Defect::kSharedRace, pc, "%s at shared byte %zu: %s by %s is not ordered after %s", kind,
+           offset, verb(now.type), describe_agent(now.by.agent).c_str(),
+           describe_agent(other->agent).c_str());
+    return false;
+  }
+  if (const Step* other = unfenced_step(cell, now)) {
+    cell.muted = true;
+    report(Defect::kMissingProxyFence, pc,
+           "%s of shared byte %zu by %s needs a fence.proxy.async after the access by %s",
+           verb(now.type), offset, describe_agent(now.by.agent).c_str(),
+           describe_agent(other->agent).c_str());
+    return false;
+  }
+  return true;
+}
+
+void record(Cell& cell, const Access& now) {
+  if (now.type != AccessType::kRead) {
+    cell.initialised = true;
+    cell.atomic_write = now.type == AccessType::kAtomic;
+    cell.write_proxy = now.proxy;
+    cell.write = now.by;
+    cell.reads.clear();
+    return;
+  }
+  // A read ordered before this one needs no record: who is ordered after this one is so after both.
+  auto superseded = [&](const Step& read) {
+    return read.agent == now.by.agent || ordered(read, now);
+  };
+  cell.reads.erase(std::remove_if(cell.reads.begin(), cell.reads.end(), superseded),
+                   cell.reads.end());
+  cell.reads.push_back(now.by);
+}
+
+}  // namespace
+
+void reset_shared_memory(std::size_t previously_used) {
+  // 0xff is NaN in every floating-point format: data used before it is written is loud.
+  std::memset(shared_arena, 0xff, kArenaBytes);
+  const std::size_t cells = (previously_used + kGranule - 1) / kGranule;
+  for (std::size_t i = 0; i < cells; ++i) {
+    Cell& cell = shadow[i];
+    cell.initialised = cell.muted = cell.atomic_write = false;
+    cell.reads.clear();
+  }
+}
+
+bool check_shared(const void* pointer, std::size_t bytes, const Access& access, Pc pc) {
+  if (!config().check_races || bytes == 0) return true;
+  ++counters().checked_accesses;
+  const auto offset =
+      static_cast<std::size_t>(static_cast<const unsigned char*>(pointer) - shared_arena);
+  for (std::size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
+    if (!check_cell(shadow[i], std::max(offset, i * kGranule), access, pc)) return false;
+    record(shadow[i], access);
+  }
+  return true;
+}
+
+unsigned char* shared_pointer(std::uint32_t address, std::size_t bytes, const char* user, Pc pc) {
+  const std::int64_t offset = static_cast<std::int64_t>(address) - kSharedWindow;
+  if (offset < 0 || offset + bytes > block->shared_bytes) {
+    report(Defect::kOutOfBounds, pc, "%s: %zu bytes at shared byte %lld, but the block has %zu",
+           user, bytes, static_cast<long long>(offset), block->shared_bytes);
+    return nullptr;
+  }
+  return shared_arena + offset;
+}
+
+std::string describe_agent(std::uint32_t agent) {
+  const auto threads = static_cast<std::uint32_t>(block->thread_count);
+  if (agent < threads) return "thread " + std::to_string(agent);
+  if (agent < 2 * threads) return "cp.async of thread " + std::to_string(agent - threads);
+  return describe_hopper_agent(static_cast<int>(agent - 2 * threads));
+}
+
+}  // namespace memeff::emulator

@@ -1,0 +1,220 @@
+// Bulk copies of two-dimensional tiles between global and shared memory.
+//
+// A tile's rows lie one after the other in shared memory. With a swizzle of 128 (64, 32) bytes the
+// 16-byte pieces of each row are permuted: address bits 4-6 (4-5, 4) are xored with bits 7-9 (7-8,
+// 7), so that pieces at the same column of adjacent rows lie in different banks.
+#include <algorithm>
+
+#include "emulator/hopper.h"
+
+namespace memeff::emulator {
+
+namespace {
+
+std::size_t tile_row_bytes(const TensorMap& map) {
+  return std::size_t{map.box_columns} * map.element_bytes;
+}
+std::size_t tile_bytes(const TensorMap& map) { return tile_row_bytes(map) * map.box_rows; }
+
+// Of a byte of the tile, by its address in the shared window.
+std::uint32_t swizzled(const TensorMap& map, std::uint32_t address) {
+  const std::uint32_t pieces = map.swizzle_bytes / 16;  // 8, 4, 2 or 0 for no swizzle
+  const std::uint32_t mask = pieces == 0 ? 0 : pieces - 1;
+  return address ^ ((address >> 7 & mask) << 4);
+}
+
+bool tile_is_legal(const TensorMap& map, std::uint32_t shared, const char* user, Pc pc) {
+  const char* problem = nullptr;
+  const std::size_t row = tile_row_bytes(map);
+  if (map.box_columns == 0 || map.box_columns > 256 || map.box_rows == 0 || map.box_rows > 256)
+    problem = "box dimensions";
+  if (row % 16 != 0) problem = "box rows are not a multiple of 16 bytes";
+  if (map.swizzle_bytes != 0 && row > map.swizzle_bytes) problem = "box rows exceed the swizzle";
+  if (reinterpret_cast<std::uintptr_t>(map.base) % 16 != 0 || map.row_bytes % 16 != 0)
+    problem = "global base or row distance is not a multiple of 16 bytes";
+  if (shared % 128 != 0) problem = "shared address is not a multiple of 128";
+  if (map.swizzle_bytes != 0 && shared % (8 * map.swizzle_bytes) != 0)
+    problem = "shared address is not aligned to the swizzle's pattern";
+  if (problem == nullptr) return true;
+  report(Defect::kBadArgument, pc, "%s: %s", user, problem);
+  return false;
+}
+
+// The part of tile row `r` that lies inside the tensor: columns [begin, end) of the tensor.
+struct Span {
+  std::int64_t row, begin, end;
+  bool empty() const { return begin >= end; }
+};
+Span tensor_span(const TensorMap& map, int column, int row, std::uint32_t r) {
+  Span span{std::int64_t{row} + r, std::max<std::int64_t>(column, 0),
+            std::min<std::int64_t>(std::int64_t{column} + map.box_columns,
+                                   static_cast<std::int64_t>(map.columns))};
+  if (span.row < 0 || span.row >= static_cast<std::int64_t>(map.rows)) span.end = span.begin;
+  return span;
+}
+unsigned char* element(const TensorMap& map, std::int64_t row, std::int64_t column) {
+  return map.base + row * static_cast<std::int64_t>(map.row_bytes) + column * map.element_bytes;
+}
+
+bool check_tensor(const TensorMap& map, int column, int row, AccessType type, Pc pc) {
+  for (std::uint32_t r = 0; r < map.box_rows; ++r) {
+    const Span span = tensor_span(map, column, row, r);
+    if (span.empty()) continue;
+    if (!check_global(element(map, span.row, span.begin),
+                      static_cast<std::size_t>(span.end - span.begin) * map.element_bytes, type,
+                      pc))
+      return false;
+  }
+  return true;
+}
+
+// Calls body(element in the tensor or null outside it, element in shared memory).
+template <class Body>
+void for_each_element(const TensorMap& map, std::uint32_t shared, int column, int row, Body body) {
+  for (std::uint32_t r = 0; r < map.box_rows; ++r) {
+    const Span span = tensor_span(map, column, row, r);
+    for (std::uint32_t c = 0; c < map.box_columns; ++c) {
+      const std::int64_t x = std::int64_t{column} + c;
+      const auto address =
+          static_cast<std::uint32_t>(shared + r * tile_row_bytes(map) + c * map.element_bytes);
+      body(x >= span.begin && x < span.end ? element(map, span.row, x) : nullptr,
+           shared_arena + swizzled(map, address) - kSharedWindow);
+    }
+  }
+}
+
+}  // namespace
+
+// ---- loads: completion is counted in bytes on an mbarrier ----
+
+void tma_load_2d(std::uint32_t destination, const TensorMap* tensor_map, int column, int row,
+                 std::uint32_t mbarrier) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  ++counters().tma;
+  const TensorMap map = *tensor_map;
+  Mbarrier* barrier = find_mbarrier(mbarrier, "TMA load", pc);
+  if (barrier == nullptr || !tile_is_legal(map, destination, "TMA load", pc)) return;
+  if (!barrier->fenced)
+    report(Defect::kMissingProxyFence, pc,
+           "TMA load: the mbarrier's initialisation is not visible to the asynchronous proxy");
+  unsigned char* target = shared_pointer(destination, tile_bytes(map), "TMA load", pc);
+  if (target == nullptr || !check_tensor(map, column, row, AccessType::kRead, pc)) return;
+
+  const std::uint32_t agent = mbarrier_agent(*barrier);
+  const std::uint32_t clock = block->tick(agent);
+  check_shared(target, tile_bytes(map),
+               {AccessType::kWrite, {agent, clock}, &current->clock, Proxy::kAsync}, pc);
+
+  const auto deliver = [=] {
+    for_each_element(map, destination, column, row,
+                     [&](const unsigned char* from, unsigned char* to) {
+                       if (from != nullptr)
+                         std::memcpy(to, from, map.element_bytes);
+                       else
+                         std::memset(to, 0, map.element_bytes);
+                     });
+    Mbarrier& done = hopper().mbarriers[mbarrier];
+    // The whole box counts, also what lies outside the tensor.
+    done.pending_bytes -= static_cast<std::int64_t>(tile_bytes(map));
+    done.arriving.seen[agent] = std::max(done.arriving.seen[agent], clock);
+    update_phase(done, pc);
+  };
+  if (config().late_delivery) {
+    std::memset(target, 0xff, tile_bytes(map));
+    block->deliveries.push_back(deliver);
+  } else {
+    deliver();
+  }
+}
+
+// ---- stores and reductions: completion is waited for by the issuing thread, in groups ----
+
+namespace {
+
+BulkStores& stores_of_current() {
+  auto& all = hopper().stores;
+  const auto found = all.find(current->linear);
+  if (found != all.end()) return found->second;
+  if (static_cast<int>(all.size()) >= kBulkStoreAgents) {
+    report(Defect::kBadArgument, nullptr, "the emulator lets %d threads issue TMA stores",
+           kBulkStoreAgents);
+    abandon_block();
+  }
+  BulkStores& mine = all[current->linear];
+  mine.agent =
+      block->async_agent(kWgmmaAgents + kMbarrierAgents + static_cast<int>(all.size()) - 1);
+  return mine;
+}
+
+void deliver(const BulkStore& store) {
+  const auto shared = static_cast<std::uint32_t>(store.source - shared_arena) + kSharedWindow;
+  for_each_element(store.map, shared, store.column, store.row,
+                   [&](unsigned char* to, const unsigned char* from) {
+                     if (to == nullptr) return;
+                     if (!store.add) {
+                       std::memcpy(to, from, store.map.element_bytes);
+                       return;
+                     }
+                     float sum, term;
+                     std::memcpy(&sum, to, sizeof sum);
+                     std::memcpy(&term, from, sizeof term);
+                     sum += term;
+                     std::memcpy(to, &sum, sizeof sum);
+                   });
+}
+
+}  // namespace
+
+void tma_store_2d(const TensorMap* tensor_map, std::uint32_t source, int column, int row,
+                  bool add) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  ++counters().tma;
+  const TensorMap map = *tensor_map;
+  if (!tile_is_legal(map, source, "TMA store", pc)) return;
+  if (add && map.element_bytes != 4) {
+    report(Defect::kBadArgument, pc, "TMA reduce: only float is emulated");
+    return;
+  }
+  unsigned char* from = shared_pointer(source, tile_bytes(map), "TMA store", pc);
+  const AccessType type = add ? AccessType::kAtomic : AccessType::kWrite;
+  if (from == nullptr || !check_tensor(map, column, row, type, pc)) return;
+
+  BulkStores& mine = stores_of_current();
+  if (mine.open.stores.empty()) mine.open.clock = block->tick(mine.agent);
+  check_shared(from, tile_bytes(map),
+               {AccessType::kRead, {mine.agent, mine.open.clock}, &current->clock, Proxy::kAsync},
+               pc);
+  mine.open.stores.push_back({map, from, column, row, add});
+  if (!config().late_delivery) deliver(mine.open.stores.back());
+}
+
+void bulk_commit() {
+  BulkStores& mine = stores_of_current();
+  mine.groups.push_back(std::move(mine.open));
+  mine.open = {};
+}
+
+void bulk_wait(int pending, bool) {
+  // Reading and writing happen at once here, at the last moment that a waiting thread could notice.
+  BulkStores& mine = stores_of_current();
+  while (static_cast<int>(mine.groups.size()) > pending) {
+    const BulkStoreGroup& group = mine.groups.front();
+    if (config().late_delivery)
+      for (const BulkStore& store : group.stores) deliver(store);
+    std::uint32_t& seen = current->clock.seen[mine.agent];
+    seen = std::max(seen, group.clock);
+    mine.groups.pop_front();
+  }
+}
+
+void bulk_stores_thread_exits() {
+  const auto found = hopper().stores.find(current->linear);
+  if (found == hopper().stores.end()) return;
+  std::size_t unread = found->second.open.stores.size();
+  for (const BulkStoreGroup& group : found->second.groups) unread += group.stores.size();
+  if (unread != 0)
+    report(Defect::kInFlightAtExit, nullptr,
+           "the thread exits before %zu TMA stores have read shared memory", unread);
+}
+
+}  // namespace memeff::emulator
