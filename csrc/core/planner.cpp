@@ -239,7 +239,9 @@ int64_t score_bytes(const PlanRequest& r) {
 }
 
 int64_t tokens_per_gradient_row(const PlanRequest& r) {
-  return r.features * size_of(r.dtype) / score_bytes(r);
+  // None if a row is no whole number of scores (odd D): the rows of scores and of gradients must coincide.
+  const int64_t bytes = r.features * size_of(r.dtype);
+  return bytes % score_bytes(r) == 0 ? bytes / score_bytes(r) : 0;
 }
 
 int64_t thread_scratch_bytes(const PlanRequest& r, const Plan& plan) {
@@ -337,7 +339,7 @@ int64_t least_budget(PlanRequest r) {
     r.memory_budget = budget;
     return choose(r, chunk_limits(r), &plan);
   };
-  int64_t high = 1 << 16;
+  int64_t high = 1;
   while (high < (int64_t{1} << 50) && !fits(high)) high *= 2;
   int64_t low = high / 2;
   while (high - low > 1) {

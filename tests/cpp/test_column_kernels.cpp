@@ -1,0 +1,258 @@
+// Every version of the column kernels against plain loops in double, on ragged tiles. What lies beyond
+// the tile, between rows and around them, must keep its bytes.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "kernel_variants.h"
+#include "memory.h"
+
+namespace {
+
+using namespace memeff;
+using test::GuardedBuffer;
+
+struct Shape {
+  int64_t classes, tokens, padding;
+};
+
+const Shape kShapes[] = {{1, 1, 0},  {3, 5, 2},    {7, 8, 0},    {14, 16, 1},
+                         {5, 17, 3}, {224, 33, 0}, {40, 50, 14}, {2, 64, 7}};
+
+/// A tile between guards, rows `stride` apart; the gaps stay poisoned.
+template <class T>
+struct Tile {
+  Tile(const Shape& shape, uint64_t seed, double spread)
+      : stride(shape.tokens + shape.padding),
+        classes(shape.classes),
+        tokens(shape.tokens),
+        buffer((stride * (classes - 1) + tokens) * static_cast<int64_t>(sizeof(T))) {
+    test::Random random(seed);
+    for (int64_t v = 0; v < classes; ++v) {
+      for (int64_t t = 0; t < tokens; ++t)
+        at(v, t) = static_cast<T>(random.uniform(-spread, spread));
+    }
+  }
+
+  T& at(int64_t v, int64_t t) { return buffer.template as<T>()[v * stride + t]; }
+
+  bool gaps_intact() {
+    for (int64_t v = 0; v + 1 < classes; ++v) {
+      for (int64_t t = tokens; t < stride; ++t) {
+        unsigned char bytes[sizeof(T)];
+        std::memcpy(bytes, &at(v, t), sizeof bytes);
+        for (const unsigned char byte : bytes) {
+          if (byte != 0xff) return false;
+        }
+      }
+    }
+    return buffer.intact();
+  }
+
+  int64_t stride, classes, tokens;
+  GuardedBuffer buffer;
+};
+
+template <class T>
+std::vector<T> random_values(int64_t count, uint64_t seed, double low, double high) {
+  test::Random random(seed);
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& value : values) value = static_cast<T>(random.uniform(low, high));
+  return values;
+}
+
+/// Few enough units in the last place that only rounding passes.
+template <class T>
+double tolerance(double size) {
+  return 40 * static_cast<double>(std::numeric_limits<T>::epsilon()) * (1 + std::abs(size));
+}
+
+template <class T>
+void test_finish_scores(const test::KernelVariant<T>& variant, const Shape& shape, bool bias,
+                        double scale, double softcap, bool class_weight, bool all_partials) {
+  test::context() = test::describe(variant.name, " finish_scores, ", sizeof(T), " bytes, ",
+                                   shape.classes, " x ", shape.tokens, " bias ", bias, " softcap ",
+                                   softcap, " partials ", all_partials);
+  Tile<T> tile(shape, 3, 5);
+  Tile<T> before = tile;
+  const std::vector<T> biases = random_values<T>(shape.classes, 4, -1, 1);
+  const std::vector<T> weights = random_values<T>(shape.classes, 5, 0, 2);
+  ScoreTransform<T> transform;
+  transform.scale = static_cast<T>(scale);
+  transform.softcap = static_cast<T>(softcap);
+  if (bias) transform.bias = biases.data();
+  if (class_weight) transform.class_weight = weights.data();
+
+  const int64_t bytes = shape.tokens * static_cast<int64_t>(sizeof(T));
+  GuardedBuffer maximum(bytes), sum(bytes), smooth(bytes), weighted(bytes), argmax(bytes);
+  TilePartials<T> partials;
+  partials.maximum = maximum.as<T>();
+  partials.sum = sum.as<T>();
+  if (all_partials) {
+    partials.smooth = smooth.as<T>();
+    partials.weighted = weighted.as<T>();
+    partials.argmax = argmax.as<T>();
+  }
+  variant.kernels.finish_scores(tile.buffer.template as<T>(), tile.stride, shape.classes,
+                                shape.tokens, transform, partials);
+
+  for (int64_t t = 0; t < shape.tokens; ++t) {
+    double largest = -std::numeric_limits<double>::infinity(), smoothed = 0, size = 0;
+    int64_t first = 0;
+    for (int64_t v = 0; v < shape.classes; ++v) {
+      const auto index = static_cast<size_t>(v);
+      double z = before.at(v, t);
+      if (bias) z += biases[index];
+      z *= static_cast<double>(transform.scale);
+      if (softcap > 0) z = softcap * std::tanh(z / softcap);
+      CHECK_NEAR(tile.at(v, t), z, tolerance<T>(softcap > 0 ? softcap : z));
+      const double finished = tile.at(v, t);  // the partial sums are those of the rounded scores
+      if (finished > largest) {
+        largest = finished;
+        first = v;
+      }
+      smoothed += finished * (class_weight ? static_cast<double>(weights[index]) : 1.0);
+      size += std::abs(finished);
+    }
+    double total = 0, moment = 0;
+    for (int64_t v = 0; v < shape.classes; ++v) {
+      const double shifted = static_cast<double>(tile.at(v, t)) - largest;
+      total += std::exp(shifted);
+      moment += std::exp(shifted) * shifted;
+    }
+    CHECK_EQ(static_cast<double>(maximum.as<T>()[t]), largest);
+    CHECK_NEAR(sum.as<T>()[t], total, tolerance<T>(total));
+    if (!all_partials) continue;
+    CHECK_NEAR(smooth.as<T>()[t], smoothed, tolerance<T>(size));
+    CHECK_NEAR(weighted.as<T>()[t], moment, tolerance<T>(10 * total));
+    CHECK_EQ(static_cast<int64_t>(argmax.as<T>()[t]), first);
+  }
+  CHECK(tile.gaps_intact());
+  CHECK(maximum.intact() && sum.intact() && smooth.intact() && weighted.intact() &&
+        argmax.intact());
+}
+
+/// Without partial sums only the scores change, and plain ones not at all.
+template <class T>
+void test_scores_only(const test::KernelVariant<T>& variant, const Shape& shape) {
+  test::context() =
+      test::describe(variant.name, " scores only, ", shape.classes, " x ", shape.tokens);
+  Tile<T> tile(shape, 6, 5);
+  Tile<T> before = tile;
+  ScoreTransform<T> transform;
+  variant.kernels.finish_scores(tile.buffer.template as<T>(), tile.stride, shape.classes,
+                                shape.tokens, transform, {});
+  CHECK(tile.buffer == before.buffer);
+  transform.scale = static_cast<T>(0.5);
+  variant.kernels.finish_scores(tile.buffer.template as<T>(), tile.stride, shape.classes,
+                                shape.tokens, transform, {});
+  for (int64_t v = 0; v < shape.classes; ++v) {
+    for (int64_t t = 0; t < shape.tokens; ++t) {
+      CHECK_EQ(static_cast<double>(tile.at(v, t)), 0.5 * static_cast<double>(before.at(v, t)));
+    }
+  }
+  CHECK(tile.gaps_intact());
+}
+
+/// A token all of whose scores are -inf has sum 0; NaN and +inf stay visible.
+template <class T>
+void test_special_scores(const test::KernelVariant<T>& variant) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> z = {-infinity, -infinity, T{1}, T{1},       // first class
+                      -infinity, T{2},      nan,  infinity};  // second class
+  std::vector<T> maximum(4), sum(4), weighted(4);
+  TilePartials<T> partials;
+  partials.maximum = maximum.data();
+  partials.sum = sum.data();
+  partials.weighted = weighted.data();
+  variant.kernels.finish_scores(z.data(), 4, 2, 4, {}, partials);
+  test::context() = test::describe(variant.name, " special scores, ", sizeof(T), " bytes");
+  CHECK_EQ(maximum[0], -infinity);
+  CHECK_EQ(sum[0], 0);
+  CHECK_EQ(weighted[0], 0);
+  CHECK_EQ(maximum[1], 2);
+  CHECK_EQ(sum[1], 1);
+  CHECK_EQ(weighted[1], 0);
+  CHECK(std::isnan(sum[2]));
+  CHECK_EQ(maximum[3], infinity);
+  CHECK(std::isnan(sum[3]));
+}
+
+template <class T>
+void test_to_gradient(const test::KernelVariant<T>& variant, const Shape& shape, double softcap,
+                      bool scale_w, bool class_weight) {
+  test::context() = test::describe(variant.name, " to_gradient, ", sizeof(T), " bytes, ",
+                                   shape.classes, " x ", shape.tokens, " softcap ", softcap);
+  Tile<T> tile(shape, 7, 4);
+  Tile<T> before = tile;
+  const std::vector<T> shift = random_values<T>(shape.tokens, 8, 3, 6);
+  const std::vector<T> factor = random_values<T>(shape.tokens, 9, -1, 1);
+  const std::vector<T> smoothing = random_values<T>(shape.tokens, 10, 0, 0.1);
+  const std::vector<T> weights = random_values<T>(shape.classes, 11, 0, 2);
+  GradientTransform<T> transform;
+  transform.softcap = static_cast<T>(softcap);
+  transform.shift = shift.data();
+  transform.scale_p = factor.data();
+  if (scale_w) transform.scale_w = smoothing.data();
+  if (class_weight) transform.class_weight = weights.data();
+  variant.kernels.to_gradient(tile.buffer.template as<T>(), tile.stride, shape.classes,
+                              shape.tokens, transform);
+  for (int64_t v = 0; v < shape.classes; ++v) {
+    for (int64_t t = 0; t < shape.tokens; ++t) {
+      const auto token = static_cast<size_t>(t);
+      const double z = before.at(v, t);
+      double expected = factor[token] * std::exp(z - static_cast<double>(shift[token]));
+      const double w = class_weight ? static_cast<double>(weights[static_cast<size_t>(v)]) : 1.0;
+      if (scale_w) expected -= smoothing[token] * w;
+      if (softcap > 0) expected *= 1 - (z / softcap) * (z / softcap);
+      CHECK_NEAR(tile.at(v, t), expected, tolerance<T>(2));
+    }
+  }
+  CHECK(tile.gaps_intact());
+}
+
+template <class T>
+void test_add_row_sums(const test::KernelVariant<T>& variant, const Shape& shape) {
+  test::context() =
+      test::describe(variant.name, " add_row_sums, ", shape.classes, " x ", shape.tokens);
+  Tile<T> tile(shape, 12, 1);
+  GuardedBuffer sums(shape.classes * static_cast<int64_t>(sizeof(T)));
+  for (int64_t v = 0; v < shape.classes; ++v) sums.as<T>()[v] = static_cast<T>(v);
+  variant.kernels.add_row_sums(tile.buffer.template as<T>(), tile.stride, shape.classes,
+                               shape.tokens, sums.as<T>());
+  for (int64_t v = 0; v < shape.classes; ++v) {
+    double expected = static_cast<double>(v);
+    for (int64_t t = 0; t < shape.tokens; ++t) expected += tile.at(v, t);
+    CHECK_NEAR(sums.as<T>()[v], expected, tolerance<T>(static_cast<double>(shape.tokens + v)));
+  }
+  CHECK(sums.intact() && tile.gaps_intact());
+}
+
+template <class T>
+void test_variant(const test::KernelVariant<T>& variant) {
+  for (const Shape& shape : kShapes) {
+    for (const double softcap : {0.0, 3.0}) {
+      for (const bool more : {false, true}) {
+        test_finish_scores(variant, shape, more, more ? 1.5 : 1.0, softcap, more, more);
+        test_finish_scores(variant, shape, !more, 0.7, softcap, false, more);
+        test_to_gradient(variant, shape, 1.5 * softcap, more, more);
+        test_to_gradient(variant, shape, 1.5 * softcap, true, !more);
+      }
+    }
+    test_scores_only(variant, shape);
+    test_add_row_sums(variant, shape);
+  }
+  test_special_scores(variant);
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& variant : test::kernel_variants<float>()) test_variant(variant);
+  for (const auto& variant : test::kernel_variants<double>()) test_variant(variant);
+  return test::result();
+}

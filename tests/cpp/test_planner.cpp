@@ -1,0 +1,294 @@
+// Properties of plans over a grid of requests, and of the workspace layout.
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "core/planner.h"
+#include "core/tiling.h"
+
+namespace {
+
+using namespace memeff;
+
+std::string name_of(const PlanRequest& r) {
+  return test::describe("N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ",
+                        static_cast<int>(r.dtype), r.bf16_kernels ? " kernels" : "", " gradients ",
+                        r.grad_input, r.grad_weight, r.grad_bias, " known ", r.statistics_known,
+                        " accumulation ", static_cast<int>(r.accumulation), " threads ", r.threads,
+                        " chunk_size ", r.chunk_size, " budget ", r.memory_budget);
+}
+
+/// Memory that is in use during some of the steps.
+struct Region {
+  const char* name;
+  int64_t begin;
+  int64_t bytes;
+  unsigned steps;
+};
+enum Step : unsigned { kScores = 1, kInput = 2, kWeight = 4, kAlways = 7 };
+
+/// Everything that a plan keeps in the workspace, by what the backends read and write there.
+std::vector<Region> regions_of(const PlanRequest& r, const Plan& plan) {
+  const WorkspaceLayout at = layout_workspace(r, plan);
+  const int64_t sum_bytes = size_of(accumulation_dtype(r.dtype));
+  const int64_t tiles = ceil_div(r.vocab, kTileVocab);
+  const bool chunks = plan.kind == PlanKind::kTokenChunks;
+  const bool slices = plan.kind == PlanKind::kVocabSlices;
+  const int64_t slice = std::min(plan.slice_vocab, r.vocab);
+  // Token chunks: one step after the other. Slices: in turns, except sweeps of their own.
+  const auto steps = [&](Step step) -> unsigned {
+    if (chunks) return step;
+    if (plan.separate_sweeps && step != kScores) return step;
+    return kAlways;
+  };
+  std::vector<Region> regions;
+  const auto add = [&](const char* name, int64_t begin, int64_t bytes, unsigned when) {
+    if (bytes > 0) regions.push_back({name, begin, bytes, when});
+  };
+  add("token arrays", at.token_arrays, 13 * 8 * r.tokens, kAlways);
+  add("class arrays", at.class_arrays, 2 * r.vocab * sum_bytes, kAlways);
+  add("thread scratch", at.thread_scratch, r.threads * thread_scratch_bytes(r, plan), kAlways);
+  const bool stores = plan.chunk_tokens > 0 && (chunks || plan.stored_chunks > 0) &&
+                      plan.stored_in_gradient < r.tokens;
+  const int64_t in_gradient = round_up(plan.stored_in_gradient, kPanel);
+  const int64_t in_workspace = stores ? round_up(plan.chunk_tokens, kPanel) : 0;
+  if (r.bf16_kernels) {
+    const int64_t kept = chunks ? std::max(in_gradient, in_workspace) : in_gradient + in_workspace;
+    add("kept maxima", at.kept_maxima, tiles * kept * sum_bytes, kAlways);
+  }
+  add("scores", at.scores, r.vocab * in_workspace * score_bytes(r), kAlways);
+  const bool several_chunks = plan.accumulation == Accumulation::kFloat32;
+  if (several_chunks && r.dtype == DType::kBFloat16 && r.grad_weight) {
+    add("remainder", at.remainder, r.vocab * r.features * 2, kAlways);
+  }
+  const bool discards = plan.kind == PlanKind::kStatistics && !r.bf16_kernels;
+  if (slices || discards) {
+    add("score slice", at.score_slice, slice * plan.token_block * score_bytes(r), kAlways);
+  }
+  const bool upcasts = !r.bf16_kernels && is_16_bit(r.dtype);
+  const auto input_bytes = [&](int64_t tokens) {
+    if (r.bf16_kernels) return round_up(tokens, kPanel) * round_up(r.features, 2) * 2;
+    return tokens * r.features * sum_bytes;
+  };
+  const int64_t upcast = upcasts ? slice * r.features * sum_bytes : 0;
+  const int64_t padded_features = round_up(r.features, kPanel);
+  add("score input", at.score_step.input_block, input_bytes(plan.token_block), steps(kScores));
+  add("score weight", at.score_step.weight_block, upcast, steps(kScores));
+  add("partials", at.score_step.partials, r.partials * tiles * plan.token_block * sum_bytes,
+      steps(kScores));
+  if (r.grad_input) {
+    if (is_16_bit(r.dtype)) {
+      const int64_t kept = plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens;
+      const bool all = slices && r.grad_weight && !plan.separate_sweeps;
+      const int64_t tokens = all ? std::max(r.tokens - kept, std::min(kept, plan.token_block))
+                                 : std::min(plan.token_block, r.tokens);
+      add("input sum", at.input_step.sum, tokens * sum_stride(r.features) * sum_bytes,
+          steps(kInput));
+    }
+    const int64_t packed_weight = round_up(slice, 2) * padded_features * 2;
+    add("input weight", at.input_step.weight_block, r.bf16_kernels ? packed_weight : upcast,
+        steps(kInput));
+    if (r.bf16_kernels) {
+      add("input gradient", at.input_step.gradient_block,
+          round_up(slice, 2) * round_up(std::min(plan.token_block, r.tokens), kTokenTile) * 2,
+          steps(kInput));
+    }
+  }
+  if (r.grad_weight) {
+    const int64_t tokens = std::min(plan.weight_block, round_up(r.tokens, kPanel));
+    const int64_t packed = round_up(tokens, 2) * padded_features * 2;
+    add("weight input", at.weight_step.input_block, r.bf16_kernels ? packed : input_bytes(tokens),
+        steps(kWeight));
+    const bool in_cache = r.bf16_kernels && chunks &&
+                          plan.weight_block >= std::max(plan.stored_in_gradient, plan.chunk_tokens);
+    if (!in_cache) {
+      add("weight sum", at.weight_step.sum, slice * sum_stride(r.features) * sum_bytes,
+          steps(kWeight));
+    }
+  }
+  return regions;
+}
+
+void check_layout(const PlanRequest& r, const Plan& plan) {
+  const std::vector<Region> regions = regions_of(r, plan);
+  const int64_t total = layout_workspace(r, plan).total;
+  CHECK_EQ(plan.workspace_bytes, total);
+  for (size_t i = 0; i < regions.size(); ++i) {
+    const Region& a = regions[i];
+    if (a.begin % 64 != 0 || a.begin < 0 || a.begin + a.bytes > total) {
+      test::fail(__FILE__, __LINE__,
+                 test::describe(a.name, " at ", a.begin, ", ", a.bytes, " bytes of ", total));
+    }
+    for (size_t j = 0; j < i; ++j) {
+      const Region& b = regions[j];
+      const bool together = (a.steps & b.steps) != 0;
+      if (together && a.begin < b.begin + b.bytes && b.begin < a.begin + a.bytes) {
+        test::fail(__FILE__, __LINE__, test::describe(a.name, " overlaps ", b.name));
+      }
+    }
+  }
+}
+
+void check_plan(const PlanRequest& r, const Plan& plan) {
+  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes <= r.memory_budget);
+  CHECK(plan.workspace_bytes > 0 || r.tokens + r.vocab == 0);
+  CHECK(plan.stored_in_gradient <= std::min(r.tokens, tokens_per_gradient_row(r)));
+  CHECK(plan.stored_in_gradient == 0 || r.grad_weight);
+  CHECK(plan.flops >= plan.floor_flops);
+  CHECK(plan.token_block > 0 && plan.token_block % kPanel == 0);
+  CHECK(plan.slice_vocab > 0 && plan.slice_vocab % kTileVocab == 0);
+  const int64_t gradients = (r.grad_input ? r.tokens * r.features : 0) +
+                            (r.grad_weight ? r.vocab * r.features : 0) +
+                            (r.grad_bias ? r.vocab : 0);
+  CHECK_EQ(plan.floor_bytes, gradients * size_of(r.dtype));
+  CHECK(plan.kind != PlanKind::kStatistics || gradients == 0 ||
+        !(r.grad_input || r.grad_weight || r.grad_bias));
+  if (plan.kind == PlanKind::kTokenChunks) {
+    CHECK(plan.stored_in_gradient == r.tokens || plan.chunk_tokens > 0);
+    const bool several = r.grad_weight && plan.num_chunks > 1;
+    CHECK(several || plan.accumulation == Accumulation::kExact);
+    CHECK(!several || plan.accumulation != Accumulation::kExact);
+    if (r.accumulation == GradAccumulation::kFloat32)
+      CHECK(plan.accumulation != Accumulation::kNative);
+  }
+  if (r.chunk_size > 0) {
+    CHECK(plan.stored_in_gradient <= r.chunk_size);
+    CHECK(plan.token_block <= round_up(r.chunk_size, kPanel));
+    if (plan.kind == PlanKind::kTokenChunks) CHECK(plan.chunk_tokens <= r.chunk_size);
+  }
+  check_layout(r, plan);
+}
+
+/// The least budget that the planner names when it refuses one byte.
+int64_t named_budget(PlanRequest r) {
+  Plan plan;
+  r.memory_budget = 1;
+  const std::string error = make_plan(r, &plan);
+  const size_t at = error.rfind("works is ");
+  CHECK(at != std::string::npos);
+  CHECK(error.find("memory_budget=1 bytes") != std::string::npos);
+  return at == std::string::npos ? -1 : std::stoll(error.substr(at + 9));
+}
+
+void test_request(const PlanRequest& request) {
+  PlanRequest r = request;
+  test::context() = name_of(r);
+  Plan free_plan;
+  CHECK_EQ(make_plan(r, &free_plan), "");
+  check_plan(r, free_plan);
+
+  const int64_t least = named_budget(r);
+  r.memory_budget = least - 1;
+  test::context() = name_of(r);
+  Plan plan;
+  CHECK(!make_plan(r, &plan).empty());
+  // By kind of plan: which kind a budget gets is a matter of memory traffic too, not of FLOPs alone.
+  std::map<std::pair<PlanKind, bool>, double> least_flops;
+  const int64_t most = std::max(least + 4096, 2 * free_plan.workspace_bytes);
+  const int steps = 24;
+  for (int i = 0; i <= steps; ++i) {
+    r.memory_budget =
+        least + static_cast<int64_t>(static_cast<double>(most - least) * i * i / (steps * steps));
+    test::context() = name_of(r);
+    const std::string error = make_plan(r, &plan);
+    CHECK_EQ(error, "");
+    if (!error.empty()) continue;
+    check_plan(r, plan);
+    // More memory may go to larger slices instead of stored scores: slightly more arithmetic, fewer passes.
+    const auto at = least_flops.insert({{plan.kind, plan.separate_sweeps}, plan.flops}).first;
+    CHECK(plan.flops <= 1.1 * at->second);
+    at->second = std::min(at->second, plan.flops);
+  }
+}
+
+struct Kind {
+  DType dtype;
+  bool bf16_kernels;
+};
+
+void test_grid() {
+  const Kind kinds[] = {{DType::kBFloat16, true},
+                        {DType::kBFloat16, false},
+                        {DType::kFloat16, false},
+                        {DType::kFloat32, false},
+                        {DType::kFloat64, false}};
+  const int64_t sizes[][3] = {{1, 1, 1},           {33, 7, 225},         {700, 64, 1000},
+                              {4096, 1024, 32000}, {8192, 4096, 128256}, {100000, 2304, 256000},
+                              {20, 33, 500000},    {5000, 3, 449}};
+  for (const Kind& kind : kinds) {
+    for (const auto& size : sizes) {
+      for (int gradients = 0; gradients < 8; ++gradients) {
+        for (const bool known : {false, true}) {
+          PlanRequest r;
+          r.tokens = size[0], r.features = size[1], r.vocab = size[2];
+          r.dtype = kind.dtype, r.bf16_kernels = kind.bf16_kernels;
+          r.grad_input = (gradients & 1) != 0, r.grad_weight = (gradients & 2) != 0;
+          r.grad_bias = (gradients & 4) != 0;
+          r.statistics_known = known && gradients != 0;
+          r.threads = 1 + gradients, r.partials = 2 + gradients % 4;
+          test_request(r);
+          for (const int64_t chunk_size : {1, 100, 1024}) {
+            r.chunk_size = chunk_size;
+            r.accumulation =
+                chunk_size == 100 ? GradAccumulation::kNative : GradAccumulation::kFloat32;
+            test_request(r);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Sizes whose products do not fit 32 bits, and scores that do not fit 2^31 elements.
+void test_large() {
+  PlanRequest r;
+  r.tokens = int64_t{3} << 30, r.features = 8192, r.vocab = int64_t{1} << 22;
+  r.dtype = DType::kBFloat16, r.bf16_kernels = true;
+  r.grad_input = r.grad_weight = r.grad_bias = true;
+  test_request(r);
+  Plan plan;
+  CHECK_EQ(make_plan(r, &plan), "");
+  CHECK_EQ(plan.floor_bytes, (r.tokens * r.features + r.vocab * r.features + r.vocab) * 2);
+  CHECK(plan.flops >=
+        6.0 * static_cast<double>(r.tokens) * static_cast<double>(r.features * r.vocab));
+}
+
+/// No tokens at all, or none of the inner dimension.
+void test_empty() {
+  for (const int64_t features : {0, 5}) {
+    PlanRequest r;
+    r.tokens = features == 0 ? 10 : 0, r.features = features, r.vocab = 300;
+    r.grad_input = r.grad_weight = r.grad_bias = true;
+    test::context() = name_of(r);
+    Plan plan;
+    CHECK_EQ(make_plan(r, &plan), "");
+    check_plan(r, plan);
+  }
+}
+
+/// Rows of scores kept in grad_weight must start where its own rows do.
+void test_tokens_per_gradient_row() {
+  PlanRequest r;
+  r.dtype = DType::kBFloat16;
+  for (const int64_t features : {1, 2, 3, 64, 65}) {
+    r.features = features;
+    r.bf16_kernels = true;
+    CHECK_EQ(tokens_per_gradient_row(r), features);
+    r.bf16_kernels = false;  // fp32 scores
+    CHECK_EQ(tokens_per_gradient_row(r), features % 2 == 0 ? features / 2 : 0);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_grid();
+  test_large();
+  test_empty();
+  test_tokens_per_gradient_row();
+  return test::result();
+}
