@@ -54,9 +54,8 @@ struct PlanRequest {
 struct Plan {
   PlanKind kind = PlanKind::kStatistics;
   Accumulation accumulation = Accumulation::kExact;
-  int64_t stored_in_gradient =
-      0;                      // tokens whose scores live in grad_weight's memory (the first chunk)
-  int64_t chunk_tokens = 0;   // tokens of every other stored chunk
+  int64_t stored_in_gradient = 0;  // tokens of the first chunk, whose scores live in grad_weight
+  int64_t chunk_tokens = 0;        // tokens of every other stored chunk
   int64_t stored_chunks = 0;  // vocab slices: chunks of chunk_tokens kept in the workspace (0 or 1)
   int64_t token_block = 0;    // tokens that pass through the matrix products together
   int64_t weight_block = 0;   // tokens per grad_weight product: whole chunks if there is room

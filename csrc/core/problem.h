@@ -61,12 +61,11 @@ struct Problem {
   void* loss = nullptr;   // [N] when reduction is none, else [1]
   double* lse = nullptr;  // [N]; read instead of written by the backward pass. fp64, because
                           // exp(z - lse) would inherit the rounding of a large lse
-  void* statistics_out =
-      nullptr;  // [4, N]: loss, target logit, entropy, max logit; null unless statistics
-  int64_t* argmax = nullptr;    // [N]; null unless statistics
-  void* grad_input = nullptr;   // [N, D] contiguous, or null when not wanted
-  void* grad_weight = nullptr;  // [V, D] contiguous, or null
-  void* grad_bias = nullptr;    // [V], or null
+  void* statistics_out = nullptr;  // [4, N]: loss, target logit, entropy, max; or null
+  int64_t* argmax = nullptr;       // [N]; null unless statistics
+  void* grad_input = nullptr;      // [N, D] contiguous, or null when not wanted
+  void* grad_weight = nullptr;     // [V, D] contiguous, or null
+  void* grad_bias = nullptr;       // [V], or null
 };
 
 }  // namespace memeff

@@ -27,6 +27,7 @@ constexpr int64_t kTileTokens = 512;
 constexpr int64_t kTileStride = kTileTokens + 16;
 /// Inner dimension per pass over a tile: a panel of B (28 KiB) stays in the first-level cache.
 constexpr int64_t kInnerBlock = 448;
+
 /// A tile of scores, its partial statistics and 16-bit form.
 struct ScoreTile {
   const uint16_t* weight;  // [classes, features] bf16, first class of the tile

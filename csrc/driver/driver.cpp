@@ -132,8 +132,8 @@ class Run {
   }
 
   void weight_gradient_of_kept(const Chunk& chunk, WeightUpdate update) {
-    const bool fresh =
-        problem_.grad_input == nullptr;  // else the input's pass left gradients behind
+    // With grad_input wanted, its pass has already turned the scores into gradients.
+    const bool fresh = problem_.grad_input == nullptr;
     for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
       for_each_block(chunk.tokens, plan_.weight_block, [&](Range tokens) {
         const ScoreBlock block = part(chunk, classes, tokens);
