@@ -1,112 +1,216 @@
 // Host entry points of the CUDA kernels: plain structs of device pointers and a stream in, a status
-// out. No torch, no CUDA headers; nothing synchronises. All functions are safe inside a CUDA graph
-// capture.
+// out. No torch, no CUDA headers; nothing synchronises or allocates. All functions are safe inside
+// a CUDA graph capture.
 //
-// "Accumulation type" means float, or double when the logits are double.
+// Everything is vocabulary-major: a block of scores is a matrix [classes, tokens] with adjacent
+// tokens, "stride" elements from class to class, so that row v of a block can live in row v of
+// grad_weight (docs/design.md). Stride and pointers of 16-bit and float blocks are best multiples of
+// 16 bytes; anything else works, slower.
+//
+// "A" is the accumulation type: float, or double when the inputs are double. Arrays over tokens
+// start at the block's first token; arrays over classes at class 0 of the vocabulary.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/weight_update.h"
 #include "cuda/status.h"
 
 namespace memeff::cuda {
 
-/// A block of products u = x W^T: some tokens, a range of the vocabulary. The kernels add the bias,
-/// scale and cap while they read:
-///   z = logit_scale * (u + bias)                      softcap == 0
-///   z = softcap * tanh(logit_scale * (u + bias) / softcap)
-struct LogitsBlock {
-  void* logits = nullptr;  // [tokens, classes], rows `row_stride` elements apart; fastest when rows
-                           // start at multiples of 16 bytes
-  int64_t tokens = 0;
-  int64_t classes = 0;
-  int64_t row_stride = 0;
-  DType dtype = DType::kFloat32;
-  int64_t first_class = 0;  // vocabulary index of column 0; indexes bias, class_weight, target
+// ---- what a block of scores is ----
 
-  const void* bias = nullptr;          // [V] in the accumulation type, or null
-  const void* class_weight = nullptr;  // [V] in the accumulation type, or null (all ones)
+/// From the product u = x W^T to the logit:
+///   z = logit_scale * (u + bias)                                softcap == 0
+///   z = softcap * tanh(logit_scale * (u + bias) / softcap)
+struct LogitTerms {
+  const void* bias = nullptr;          // A [V], or null
+  const void* class_weight = nullptr;  // A [V], or null (all ones)
   double logit_scale = 1.0;
   double softcap = 0.0;
-
-  // At most one of the two targets is set.
-  const int64_t* target = nullptr;  // [tokens] vocabulary indices; others (ignored) match nothing
-  const void* probabilities = nullptr;  // [tokens, V], rows `probabilities_stride` elements apart
-  DType probabilities_dtype = DType::kFloat32;
-  int64_t probabilities_stride = 0;
 };
 
-/// What a loss needs to know of each token's logits. Every array is [tokens] in the accumulation
-/// type, argmax is int64. Null members beyond `max` and `sum` are not computed.
-///
-///   lse = max + log(sum)
-struct TokenStatistics {
-  void* max = nullptr;     // max_v z_v
-  void* sum = nullptr;     // sum_v exp(z_v - max)
-  void* target = nullptr;  // z_y, or sum_v w_v q_v z_v with probabilities q and class weights w
-  void* target_mass = nullptr;  // sum_v w_v q_v; with probabilities only
-  void* weighted = nullptr;     // sum_v w_v z_v, for label smoothing
-  void* entropy = nullptr;      // sum_v exp(z_v - max) z_v; entropy = lse - this / sum
-  int64_t* argmax =
-      nullptr;  // the first class of largest z; with max and sum of all earlier slices
+/// At most one of the two is set.
+struct Targets {
+  const int64_t* index = nullptr;       // [tokens], vocabulary index; < 0: the token has none
+  const void* probabilities = nullptr;  // element of token 0 of the block and class 0, or null
+  DType dtype = DType::kFloat32;
+  int64_t token_stride = 0;  // elements
+  int64_t class_stride = 0;
 };
 
-/// Reads the block once. With `continues`, the statistics of earlier slices of the vocabulary are
-/// combined with this one's; slices come in ascending order.
-Status row_statistics(const LogitsBlock& block, const TokenStatistics& statistics, bool continues,
+struct Block {
+  int64_t first_class = 0;  // of the vocabulary
+  int64_t classes = 0;
+  int64_t tokens = 0;
+};
+
+/// Statistics of ranges of classes, [ranges, tokens] each, "stride" elements from range to range; to
+/// be merged by merge_statistics. Null members are not computed; max and sum always are. A range
+/// of -inf logits alone has max -inf and sum 0; a NaN logit makes the sum NaN.
+struct PartialStatistics {
+  void* max = nullptr;  // A: max_v z_v
+  int64_t max_stride = 0;  // of max alone: it may be kept elsewhere, as the maxima of stored scores
+  int64_t stride = 0;      // of all others
+  void* sum = nullptr;      // A: sum_v exp(z_v - max)
+  void* entropy = nullptr;  // A: sum_v exp(z_v - max) (z_v - max)
+  void* smooth = nullptr;   // A: sum_v w_v z_v
+  int32_t* argmax = nullptr;    // the first class of the largest logit
+  void* target_dot = nullptr;   // A: sum_v w_v q_v z_v, of class probabilities q; 0 * -inf is 0
+  void* target_mass = nullptr;  // A: sum_v w_v q_v
+  void* target_plain = nullptr;  // A: sum_v q_v z_v
+};
+
+/// The gradient with respect to z, per token (arrays [tokens] of A):
+///   dz_v = p_v (softmax + entropy z_v) + target [v == y] + weighted w_v     p_v = exp(z_v - shift)
+/// or, with class probabilities q,  ... + target w_v q_v. A token whose coefficients are all zero
+/// gets zeros, whatever its logits. For index targets the entry of y is computed as
+///   softmax expm1(z_y - shift) + target_rest + p_y entropy z_y + weighted w_y
+/// whose digits survive a softmax close to 1; target_rest = softmax + target, made in fp64.
+struct Coefficients {
+  const void* shift = nullptr;        // lse, rounded to A
+  const void* softmax = nullptr;      // includes exp(shift - lse)
+  const void* entropy = nullptr;      // null: zero
+  const void* target = nullptr;       // of class probabilities; null: none
+  const void* target_rest = nullptr;  // of index targets; null: none
+  const void* weighted = nullptr;     // null: zero
+};
+
+/// Scores kept in 16 bits: E = exp(z - m), fp16 (relative error 2^-12), with the maximum m of each
+/// tile of kStoredTile classes and token in fp32.
+struct StoredScores {
+  void* data = nullptr;  // [classes, tokens] fp16
+  int64_t stride = 0;
+  float* maxima = nullptr;  // [ceil(classes / kStoredTile), tokens]
+  int64_t maxima_stride = 0;
+};
+constexpr int64_t kStoredTile = 128;
+
+// ---- generic kernels: every GPU from sm_75 on, elementwise or reductions, bound by memory ----
+
+/// Partial statistics of stored products u, [classes, tokens] of A, one range per
+/// `classes_per_range` (a multiple of 64) classes. `target_logit` [tokens] of A gets z_y of the
+/// tokens whose index target lies in the block; null: not wanted.
+Status block_statistics(const Block& block, const void* products, int64_t stride, DType dtype,
+                        const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
+                        const PartialStatistics& partials, void* target_logit, void* stream);
+
+/// Replaces u by the gradient with respect to u, in place. The gradient's type is that of u, or a
+/// 16-bit type for float u; its rows then start where those of u start, 2 stride elements apart.
+Status block_gradient(const Block& block, void* products, int64_t stride, DType dtype,
+                      DType gradient_dtype, const LogitTerms& terms, const Targets& targets,
+                      const Coefficients& coefficients, void* stream);
+
+/// Replaces stored scores by the gradient with respect to u, in place, in the 16-bit type
+/// `gradient_dtype`. The entry of an index target is target_gradient[token] (float), as it is.
+/// first_class is a multiple of kStoredTile. No class probabilities; not softcap with `weighted`.
+Status stored_gradient(const Block& block, const StoredScores& scores, DType gradient_dtype,
+                       const LogitTerms& terms, const Targets& targets,
+                       const Coefficients& coefficients, const float* target_gradient,
+                       void* stream);
+
+/// sums[v] += sum over tokens of gradient[v, token], sums [V] of A: the gradient of the bias.
+Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
+                         void* sums, void* stream);
+
+/// Rows of sums [rows, columns] of A into a gradient of type `dtype`, scaled by *scale (A, on the
+/// device; null: 1). `remainder` holds the lower halves of kSplit sums (bf16 only), [rows, columns].
+struct RowUpdate {
+  const void* sums = nullptr;
+  int64_t sums_stride = 0;
+  void* gradient = nullptr;
+  int64_t gradient_stride = 0;
+  uint16_t* remainder = nullptr;
+  int64_t remainder_stride = 0;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, columns = 0;
+  WeightUpdate update = WeightUpdate::kWrite;
+  const void* scale = nullptr;  // kSplitFirst and kSplitNext keep unscaled sums
+};
+Status update_rows(const RowUpdate& update, void* stream);
+
+/// Copies a matrix, converting from one type to another (same type, or 16 bits to A).
+Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
+                 int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream);
+
+/// gradient *= *scale (fp64, on the device), n adjacent elements, computed in A; nothing is written
+/// where the scale is 1. `from` may be `gradient`.
+Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
                       void* stream);
 
-/// The gradient of any loss that is a function of the token statistics, with respect to z:
-///
-///   dz_v = p_v (A + B z_v) + C [v == y] + S w_v          p_v = exp(z_v - lse)
-///
-/// and with class probabilities q, C w_v q_v in place of C [v == y].
-struct GradientCoefficients {
-  const void* lse = nullptr;       // [tokens], accumulation type, as are the others
-  const void* softmax = nullptr;   // A
-  const void* entropy = nullptr;   // B, or null (zero)
-  const void* target = nullptr;    // C
-  const void* weighted = nullptr;  // S, or null (zero)
-};
+// ---- products of 16-bit matrices on tensor cores ----
+//
+// The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer) and sm90 (wgmma, TMA;
+// sm_90a). Sums in fp32; nothing but the results is rounded.
 
-/// Replaces each u of the block by the gradient with respect to u, reading and writing it once. The
-/// gradient has type `gradient_dtype`, either the logits' own or, for float logits, a 16-bit type;
-/// in that case its rows start where the rows of logits start, 2 row_stride elements apart. A token
-/// whose coefficients are all zero gets zeros, whatever its logits.
-Status logits_gradient(const LogitsBlock& block, const GradientCoefficients& coefficients,
-                       DType gradient_dtype, void* stream);
-
-/// sums[first_class + v] += sum_n gradient[n, v] in the accumulation type: the bias's gradient.
-/// `gradient` describes the block that logits_gradient left behind (dtype, row_stride).
-Status add_column_sums(const LogitsBlock& gradient, void* sums, void* stream);
-
-/// Logits that are never stored: u = x W^T, of 16-bit inputs. Bias, scale, cap and index target as
-/// in LogitsBlock.
-struct LinearLogits {
-  const void* input = nullptr;   // x [tokens, features], features adjacent
-  const void* weight = nullptr;  // W [classes, features], features adjacent
-  int64_t tokens = 0;
+/// u = x W^T of some tokens and classes.
+struct LinearOperands {
+  const void* input = nullptr;  // x [tokens, features], features adjacent
+  int64_t input_stride = 0;
+  const void* weight = nullptr;  // W [classes, features]: from the block's first class on
+  int64_t weight_stride = 0;
   int64_t features = 0;
-  int64_t classes = 0;
-  int64_t input_stride = 0;   // elements from row to row; fastest when both strides and addresses
-  int64_t weight_stride = 0;  // are multiples of 8 elements
-  DType dtype = DType::kBFloat16;
-  int64_t first_class = 0;
-
-  const void* bias = nullptr;          // [V] float, or null
-  const void* class_weight = nullptr;  // [V] float, or null (all ones)
-  double logit_scale = 1.0;
-  double softcap = 0.0;
-  const int64_t* target = nullptr;  // [tokens] or null
+  DType dtype = DType::kBFloat16;  // or fp16
 };
 
-/// Bytes of device memory that linear_statistics needs besides its arguments.
-int64_t linear_statistics_workspace(int64_t tokens, int64_t classes);
+/// A gradient with respect to u, times the other operand of the linear layer.
+struct GradientOperands {
+  const void* gradient = nullptr;  // G [classes, tokens] of `dtype`
+  int64_t gradient_stride = 0;
+  const void* other = nullptr;  // W [classes, features] for grad_input, x [tokens, features] else
+  int64_t other_stride = 0;
+  int64_t features = 0;
+  DType dtype = DType::kBFloat16;
+  // [ceil(classes / kStoredTile), ceil(tokens / kTokenTile)], 0 where the tile of G counts as zero,
+  // "tiles_stride" apart; null: every tile counts
+  const uint8_t* tiles = nullptr;
+  int64_t tiles_stride = 0;
+};
+constexpr int64_t kTokenTile = 128;
 
-/// row_statistics of x W^T straight from the accumulators of the matrix product; sm_80 and newer.
-/// Statistics are floats. `workspace` is 16-byte aligned.
-Status linear_statistics(const LinearLogits& logits, const TokenStatistics& statistics,
-                         bool continues, void* workspace, void* stream);
+/// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
+/// `accumulate`); else it goes to the gradient as RowUpdate describes.
+struct ProductOutput {
+  float* sums = nullptr;
+  int64_t sums_stride = 0;
+  bool accumulate = false;
+  void* gradient = nullptr;
+  int64_t gradient_stride = 0;
+  uint16_t* remainder = nullptr;
+  int64_t remainder_stride = 0;
+  WeightUpdate update = WeightUpdate::kWrite;
+  const float* scale = nullptr;
+};
+
+#define MEMEFF_DECLARE_PRODUCTS                                                                    \
+  /* Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores;  \
+     then classes_per_range is kStoredTile and first_class a multiple of it. No probabilities. */ \
+  Status linear_statistics(const Block& block, const LinearOperands& operands,                     \
+                           const LogitTerms& terms, const Targets& targets,                        \
+                           int64_t classes_per_range, const PartialStatistics& partials,           \
+                           float* target_logit, const StoredScores& scores, void* stream);         \
+  /* The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the   \
+     operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where each token's  \
+     probability mass in it is less than skip_mass * (classes of the tile) / vocab and no target   \
+     lies in it, else 1. No probabilities. */                                                      \
+  Status linear_gradient(const Block& block, const LinearOperands& operands,                       \
+                         const LogitTerms& terms, const Targets& targets,                          \
+                         const Coefficients& coefficients, void* gradient, int64_t stride,         \
+                         uint8_t* tiles, int64_t tiles_stride, double skip_mass, int64_t vocab,    \
+                         void* stream);                                                            \
+  /* G^T W: [tokens, features] */                                                                  \
+  Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,     \
+                            const ProductOutput& output, void* stream);                            \
+  /* G x: [classes, features] */                                                                   \
+  Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,    \
+                             const ProductOutput& output, void* stream);
+
+namespace sm80 {
+MEMEFF_DECLARE_PRODUCTS
+}
+namespace sm90 {
+MEMEFF_DECLARE_PRODUCTS
+}
 
 }  // namespace memeff::cuda

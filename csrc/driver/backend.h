@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "core/dtype.h"
+#include "core/weight_update.h"
 
 namespace memeff {
 
@@ -24,14 +24,6 @@ struct ScoreBlock {
   int64_t stride = 0;      // elements between classes
   void* maxima = nullptr;  // per tile of kTileVocab classes and token; null if the backend has none
   int64_t maxima_stride = 0;  // elements between tiles
-};
-
-enum class WeightUpdate {
-  kWrite,       // grad_weight = sum
-  kAddNative,   // grad_weight += sum, rounded to its dtype
-  kSplitFirst,  // fp32 sum kept as (upper half in grad_weight, lower half in the workspace)
-  kSplitNext,
-  kSplitLast,  // ... and rounded at last
 };
 
 class Backend {

@@ -1,0 +1,72 @@
+// Host entry points of the kernels that work on tokens, not on scores: what takes part, statistics
+// from partial statistics, coefficients of the gradient, the loss. The formulas are those of
+// core/problem.h; all pointers of the Problem are device pointers here. As in launch.h nothing
+// synchronises; arithmetic is in fp64 (a few numbers per token), in a fixed order.
+#pragma once
+
+#include <cstdint>
+
+#include "core/problem.h"
+#include "cuda/launch.h"
+
+namespace memeff::cuda {
+
+/// Numbers that all tokens share, in device memory.
+struct CallScalars {
+  double denominator;         // of the cross entropy terms of the loss
+  double z_denominator;       // of the z-loss
+  double class_weight_total;  // sum_v w_v (V without class weights)
+  // Factor of all gradients of 16-bit inputs, applied to their fp32 sums: logit_scale / denominator
+  // times a scalar upstream gradient. 1 for fp32 and fp64, whose coefficients contain it.
+  double output_scale;
+  float output_scale_float;
+};
+
+/// All that is kept of N tokens: device arrays [N], fp64 unless said otherwise.
+struct TokenArrays {
+  CallScalars* scalars = nullptr;
+  int64_t* target = nullptr;  // class index; kNoTarget: left out (or class probabilities);
+                              // kBadTarget: out of range, whose loss and gradients become NaN
+  double* lse = nullptr;
+  void* target_logit = nullptr;    // A: z_y; prepare_tokens sets it to 0
+  double* target_dot = nullptr;    // of class probabilities q: sum_v w_v q_v z_v
+  double* target_mass = nullptr;   // w_y, or sum_v w_v q_v
+  double* target_plain = nullptr;  // of class probabilities: sum_v q_v z_v
+  double* smooth = nullptr;        // sum_v w_v z_v; null without label smoothing
+  double* entropy = nullptr;       // null unless the problem wants statistics; so are:
+  double* maximum = nullptr;
+  int64_t* argmax = nullptr;
+  // The arrays of Coefficients (launch.h), of A; weighted is null without label smoothing.
+  void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
+       *weighted = nullptr;
+  float* target_gradient = nullptr;  // of stored scores: dz_y times dz/du (without logit_scale for
+                                     // 16-bit inputs, whose output_scale has it)
+};
+constexpr int64_t kNoTarget = -1;
+constexpr int64_t kBadTarget = -2;
+
+/// Reads the targets: fills `target`, `scalars`; target_logit = 0. A token takes part in the loss
+/// unless its target is ignore_index.
+Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* stream);
+
+/// Merges `ranges` partial statistics of tokens [begin, end), whose arrays start at `begin`, in
+/// ascending order: lse and the other statistics, then the coefficients.
+Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                        int64_t end, const PartialStatistics& partials, int64_t ranges,
+                        void* stream);
+
+/// lse of all tokens from problem.lse instead (the backward op), then the coefficients.
+Status restore_statistics(const Problem& problem, const TokenArrays& tokens, void* stream);
+
+/// problem.loss, lse, statistics_out, argmax from the statistics of all tokens. One thread block
+/// sums the loss: the order is fixed.
+Status write_loss(const Problem& problem, const TokenArrays& tokens, void* stream);
+
+/// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where each
+/// token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target
+/// lies. Ranges of the partial statistics are tiles of kStoredTile classes.
+Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,
+                  const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
+                  int64_t tiles_stride, void* stream);
+
+}  // namespace memeff::cuda
