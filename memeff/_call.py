@@ -23,6 +23,7 @@ class Settings(NamedTuple):
     memory_budget: int  # bytes, -1: none given
     chunk_size: int  # tokens, 0: the planner's choice
     grad_accumulation: str
+    skip_mass: float
     backend: str
 
 
@@ -48,7 +49,7 @@ def call_op(
     """One call of the op: input [N, D], linear_weight [V, D], target [N] or [N, V]."""
     # The op computes gradients in its forward, so it must know which ones are wanted.
     grad = torch.is_grad_enabled()
-    results = ops.linear_cross_entropy_forward(
+    results = ops.LIBRARIES[settings.backend].linear_cross_entropy_forward(
         input,
         linear_weight,
         target,
@@ -69,6 +70,6 @@ def call_op(
         settings.memory_budget,
         settings.chunk_size,
         settings.grad_accumulation,
-        settings.backend,
+        settings.skip_mass,
     )
     return RowResults(*results[:4])

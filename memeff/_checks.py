@@ -180,6 +180,12 @@ def check_numbers(
         raise ValueError(f"z_loss is {z_loss}, expected a finite coefficient >= 0")
 
 
+def check_skip_mass(skip_mass: float) -> None:
+    check_number("skip_mass", skip_mass)
+    if not 0.0 <= skip_mass < 1.0:
+        raise ValueError(f"skip_mass is {skip_mass}, expected a probability in [0, 1)")
+
+
 def check_ignore_index(ignore_index: int | None, probabilities: bool) -> None:
     if ignore_index is None:
         return

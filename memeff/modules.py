@@ -31,6 +31,7 @@ _SETTINGS = (
     "memory_budget",
     "chunk_size",
     "grad_accumulation",
+    "skip_mass",
     "backend",
 )
 
@@ -53,7 +54,7 @@ class LinearCrossEntropyLoss(nn.Module):
         linear: the classifier to share, instead of owning one.
         weight: class weights [V], kept as a buffer.
         reduction, ignore_index, label_smoothing, options, softcap, logit_scale, z_loss, shift,
-            memory_budget, chunk_size, grad_accumulation, backend: see
+            memory_budget, chunk_size, grad_accumulation, skip_mass, backend: see
             :func:`memeff.linear_cross_entropy`.
 
     Under FSDP, wrap this module (or what contains it) so that its forward is where the weight is
@@ -84,6 +85,7 @@ class LinearCrossEntropyLoss(nn.Module):
         memory_budget: int | str | None = None,
         chunk_size: int | None = None,
         grad_accumulation: str = "auto",
+        skip_mass: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -133,6 +135,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.memory_budget = memory_budget
         self.chunk_size = chunk_size
         self.grad_accumulation = grad_accumulation
+        self.skip_mass = skip_mass
         self.backend = backend
 
     def reset_parameters(self) -> None:

@@ -19,15 +19,7 @@ from torch import Tensor
 
 from memeff import _library
 
-_library.load()
-
-_forward = torch.ops.memeff.linear_cross_entropy_forward.default
-_recompute = torch.ops.memeff.linear_cross_entropy_backward.default
-_scale = torch.ops.memeff.scale_gradient.default
-_scale_in_place = torch.ops.memeff.scale_gradient_.default
-
 # Arguments of the forward op: seven tensors, then scalars, of which backward takes all but one.
-_NUM_ARGUMENTS = len(_forward._schema.arguments)
 _NUM_TENSORS = 7
 _STATISTICS = 16
 
@@ -96,18 +88,94 @@ def _scale_in_place_fake(gradient: Tensor, scale: Tensor) -> None:
     return None
 
 
-def linear_cross_entropy_forward(*arguments: Any) -> Sequence[Tensor]:
-    """Call torch.ops.memeff.linear_cross_entropy_forward, also inside transforms of torch.func."""
-    results: Sequence[Tensor] = _call(_forward, _ForwardInTransform, arguments)
-    return results
+class Operators:
+    """The operators of one library, torch.ops.<name>.*, completed by fake kernels and autograd.
+
+    The extension's own library is "memeff"; a second build of the same operators for another device
+    takes another name.
+    """
+
+    def __init__(self, name: str) -> None:
+        operators = getattr(torch.ops, name)
+        self._forward = operators.linear_cross_entropy_forward.default
+        self._recompute = operators.linear_cross_entropy_backward.default
+        self._scale = operators.scale_gradient.default
+        self._scale_in_place = operators.scale_gradient_.default
+        self._num_arguments = len(self._forward._schema.arguments)
+
+        forward, recompute = self._forward.name(), self._recompute.name()
+        scale, scale_in_place = self._scale.name(), self._scale_in_place.name()
+        torch.library.register_fake(forward, _forward_fake)
+        torch.library.register_fake(recompute, _backward_fake)
+        torch.library.register_fake(scale, _scale_fake)
+        torch.library.register_fake(scale_in_place, _scale_in_place_fake)
+        torch.library.register_autograd(forward, self._backward, setup_context=_setup_context)
+        torch.library.register_autograd(recompute, _refuse_second_derivative)
+        torch.library.register_autograd(scale, _refuse_second_derivative)
+
+        # What register_autograd generates refuses to run in transforms such as torch.func.grad,
+        # where an autograd.Function of the same formula works.
+        self._in_transform = {
+            self._forward: _function(self._forward, _setup_context, self._backward),
+            self._recompute: _function(self._recompute, _save_nothing, _refuse_second_derivative),
+            self._scale: _function(self._scale, _save_nothing, _refuse_second_derivative),
+        }
+
+    def linear_cross_entropy_forward(self, *arguments: Any) -> Sequence[Tensor]:
+        """Call the forward op, also inside transforms of torch.func."""
+        results: Sequence[Tensor] = self._call(self._forward, arguments)
+        return results
+
+    def _call(self, op: Any, arguments: tuple[Any, ...]) -> Any:
+        # (A compiler traces the op itself.)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return self._in_transform[op].apply(*arguments)
+        return op(*arguments)
+
+    def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        result: list[Tensor | None] = [None] * self._num_arguments
+        if grad_loss is None:
+            return tuple(result)
+        needed = [ctx.needs_input_grad[position] for position in (0, 1, 3)]
+        names = ("input", "linear_weight", "linear_bias")
+        for name, need, computed in zip(names, needed, ctx.computed, strict=True):
+            if need and not computed:
+                raise RuntimeError(
+                    f"{self._forward.name()} was told not to prepare the gradient of {name}, but "
+                    "it requires grad; expected the flags to say what requires grad"
+                )
+        if ctx.scale_only:
+            gradients = self._scaled(grad_loss, *ctx.saved_tensors)
+        else:
+            arguments = (grad_loss, *ctx.saved_tensors, *ctx.scalars)
+            gradients = self._call(self._recompute, arguments)
+        for position, need, gradient in zip((0, 1, 3), needed, gradients, strict=True):
+            if need:
+                result[position] = gradient
+        return tuple(result)
+
+    def _scaled(self, grad_loss: Tensor, loss: Tensor, *gradients: Tensor) -> list[Tensor]:
+        """The saved gradients times the upstream one; in their own memory if this is their last
+        use."""
+        if torch.is_grad_enabled():
+            # create_graph: these gradients must not look like constants to a second derivative.
+            # Adding the empty sum ties them to this node, so that scale_gradient can refuse.
+            grad_loss = grad_loss + loss.reshape(1)[:0].sum()
+        elif _is_last_backward():
+            for gradient in gradients:
+                self._scale_in_place(gradient, grad_loss)
+            return list(gradients)
+        return [self._call(self._scale, (gradient, grad_loss)) for gradient in gradients]
 
 
-def _call(op: Any, in_transform: Any, arguments: tuple[Any, ...]) -> Any:
-    # What register_autograd generates refuses to run in transforms such as torch.func.grad, where
-    # an autograd.Function of the same formula works. (A compiler traces the op itself.)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return in_transform.apply(*arguments)
-    return op(*arguments)
+def _function(op: Any, setup_context: Any, backward: Any) -> type[torch.autograd.Function]:
+    """An autograd.Function that runs `op`."""
+    members = {
+        "forward": staticmethod(op.__call__),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    return type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -124,42 +192,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         statistics = _STATISTICS - _NUM_TENSORS
         ctx.scalars = scalars[:statistics] + scalars[statistics + 1 :]
         ctx.save_for_backward(lse, *tensors)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    result: list[Tensor | None] = [None] * _NUM_ARGUMENTS
-    if grad_loss is None:
-        return tuple(result)
-    needed = [ctx.needs_input_grad[position] for position in (0, 1, 3)]
-    names = ("input", "linear_weight", "linear_bias")
-    for name, need, computed in zip(names, needed, ctx.computed, strict=True):
-        if need and not computed:
-            raise RuntimeError(
-                f"memeff::linear_cross_entropy_forward was told not to prepare the gradient of "
-                f"{name}, but it requires grad; expected the flags to say what requires grad"
-            )
-    if ctx.scale_only:
-        gradients = _scaled(grad_loss, *ctx.saved_tensors)
-    else:
-        arguments = (grad_loss, *ctx.saved_tensors, *ctx.scalars)
-        gradients = _call(_recompute, _RecomputeInTransform, arguments)
-    for position, need, gradient in zip((0, 1, 3), needed, gradients, strict=True):
-        if need:
-            result[position] = gradient
-    return tuple(result)
-
-
-def _scaled(grad_loss: Tensor, loss: Tensor, *gradients: Tensor) -> list[Tensor]:
-    """The saved gradients times the upstream one; in their own memory if this is their last use."""
-    if torch.is_grad_enabled():
-        # create_graph: these gradients must not look like constants to a second derivative. Adding
-        # the empty sum ties them to this node, so that scale_gradient's backward can refuse.
-        grad_loss = grad_loss + loss.reshape(1)[:0].sum()
-    elif _is_last_backward():
-        for gradient in gradients:
-            _scale_in_place(gradient, grad_loss)
-        return list(gradients)
-    return [_call(_scale, _ScaleInTransform, (gradient, grad_loss)) for gradient in gradients]
 
 
 def _is_last_backward() -> bool:
@@ -180,32 +212,7 @@ def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
     )
 
 
-class _ForwardInTransform(torch.autograd.Function):
-    """The autograd formula of linear_cross_entropy_forward for the transforms of torch.func."""
-
-    forward = staticmethod(_forward.__call__)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
-
-
-class _RecomputeInTransform(torch.autograd.Function):
-    forward = staticmethod(_recompute.__call__)
-    setup_context = staticmethod(_save_nothing)
-    backward = staticmethod(_refuse_second_derivative)
-
-
-class _ScaleInTransform(torch.autograd.Function):
-    forward = staticmethod(_scale.__call__)
-    setup_context = staticmethod(_save_nothing)
-    backward = staticmethod(_refuse_second_derivative)
-
-
-torch.library.register_fake("memeff::linear_cross_entropy_forward", _forward_fake)
-torch.library.register_fake("memeff::linear_cross_entropy_backward", _backward_fake)
-torch.library.register_fake("memeff::scale_gradient", _scale_fake)
-torch.library.register_fake("memeff::scale_gradient_", _scale_in_place_fake)
-torch.library.register_autograd(
-    "memeff::linear_cross_entropy_forward", _backward, setup_context=_setup_context
-)
-torch.library.register_autograd("memeff::linear_cross_entropy_backward", _refuse_second_derivative)
-torch.library.register_autograd("memeff::scale_gradient", _refuse_second_derivative)
+_library.load()
+_memeff = Operators("memeff")
+# The library that computes for a backend (memeff/_arguments.py resolves their names).
+LIBRARIES = {"cpu": _memeff, "cuda": _memeff}

@@ -11,7 +11,7 @@ TORCH_LIBRARY(memeff, m) {
       "reduction, "
       "int ignore_index, float label_smoothing, float softcap, float logit_scale, float z_loss, "
       "bool input_grad, bool weight_grad, bool bias_grad, bool statistics, SymInt memory_budget, "
-      "SymInt chunk_size, str grad_accumulation, str backend) -> "
+      "SymInt chunk_size, str grad_accumulation, float skip_mass) -> "
       "(Tensor loss, Tensor lse, Tensor statistics, Tensor argmax, Tensor grad_input, "
       "Tensor grad_weight, Tensor grad_bias)");
   m.def(
@@ -21,7 +21,7 @@ TORCH_LIBRARY(memeff, m) {
       "num_items, "
       "str reduction, int ignore_index, float label_smoothing, float softcap, float logit_scale, "
       "float z_loss, bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, "
-      "SymInt chunk_size, str grad_accumulation, str backend) -> "
+      "SymInt chunk_size, str grad_accumulation, float skip_mass) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("scale_gradient(Tensor gradient, Tensor scale) -> Tensor");
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()");

@@ -50,7 +50,10 @@ struct Problem {
   double softcap = 0.0;  // 0: off
   double logit_scale = 1.0;
   double z_loss = 0.0;
-  double num_items = 0.0;  // > 0: denominator of the mean, in place of the counts
+  const double* num_items =
+      nullptr;  // [1]: denominator of the mean, in place of the counts; or null
+  // Gradients may leave out parts of the softmax that sum to less than this per token; 0: exact.
+  double skip_mass = 0.0;
 
   bool statistics = false;  // also loss, target logit, entropy, max, argmax of every token
 

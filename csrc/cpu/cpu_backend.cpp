@@ -92,8 +92,9 @@ int64_t CpuBackend<T>::select_tokens() {
     ++count_;
   }
   if (problem_.reduction == Reduction::kMean) {
-    denominator_ = problem_.num_items > 0 ? problem_.num_items : weight;
-    z_denominator_ = problem_.num_items > 0 ? problem_.num_items : static_cast<double>(counted);
+    const double* num_items = problem_.num_items;
+    denominator_ = num_items != nullptr ? *num_items : weight;
+    z_denominator_ = num_items != nullptr ? *num_items : static_cast<double>(counted);
   }
   if (is_16_bit(problem_.dtype)) {
     output_scale_ =

@@ -84,7 +84,7 @@ class ReferenceRun {
       denominator_ += p_.target != nullptr ? class_weight(size(p_.target[n])) : 1;
       z_denominator_ += 1;
     }
-    if (p_.num_items > 0) denominator_ = z_denominator_ = p_.num_items;
+    if (p_.num_items != nullptr) denominator_ = z_denominator_ = *p_.num_items;
   }
 
   /// Scores, their statistics, and the mass that the target gives to each class.

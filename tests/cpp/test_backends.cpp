@@ -109,7 +109,8 @@ class Case {
     p.tokens = shape.tokens, p.features = shape.features, p.vocab = shape.vocab;
     p.dtype = dtype, p.reduction = options.reduction, p.label_smoothing = options.smoothing;
     p.softcap = options.softcap, p.logit_scale = options.logit_scale, p.z_loss = options.z_loss;
-    p.num_items = options.num_items, p.statistics = options.statistics;
+    p.num_items = options.num_items > 0 ? &options.num_items : nullptr,
+    p.statistics = options.statistics;
     p.input = input_.as<void>(), p.input_stride = shape.features + 3;
     p.weight = weight_.as<void>(), p.weight_stride = shape.features + 5;
     fill_rows(&input_, p.tokens, p.input_stride, 1.5);

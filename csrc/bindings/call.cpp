@@ -1,0 +1,198 @@
+#include "bindings/call.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+namespace memeff {
+
+DType dtype_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    default:
+      TORCH_CHECK(false, name, " has dtype ", tensor.scalar_type(),
+                  ": expected bfloat16, float16, float32 or float64");
+  }
+}
+
+Call::Call(const Device& device, const at::Tensor& input, const at::Tensor& weight,
+           const at::Tensor& target, const OptionalTensor& bias, const OptionalTensor& class_weight,
+           const OptionalTensor& token_weight, const OptionalTensor& num_items,
+           const Options& options)
+    : device_(device), options_(options), input_(input), weight_(weight), target_(target) {
+  check_shapes(bias);
+  Problem& p = problem_;
+  p.tokens = input.size(0);
+  p.features = input.size(1);
+  p.vocab = weight.size(0);
+  p.dtype = dtype_of(input, "input");
+  p.reduction = options.reduction;
+  p.ignore_index = options.ignore_index;
+  p.label_smoothing = options.label_smoothing;
+  p.softcap = options.softcap;
+  p.logit_scale = options.logit_scale;
+  p.z_loss = options.z_loss;
+  p.skip_mass = options.skip_mass;
+  // Kernels take any distance between rows, but adjacent features.
+  if (p.features > 1 && input_.stride(1) != 1) input_ = input_.contiguous();
+  if (p.features > 1 && weight_.stride(1) != 1) weight_ = weight_.contiguous();
+  p.input = input_.const_data_ptr();
+  p.input_stride = input_.stride(0);
+  p.weight = weight_.const_data_ptr();
+  p.weight_stride = weight_.stride(0);
+  if (bias) {
+    bias_ = bias->contiguous();
+    p.bias = bias_.const_data_ptr();
+  }
+  p.class_weight = as_double(class_weight, p.vocab, "weight", &class_weight_);
+  p.token_weight = as_double(token_weight, p.tokens, "token_weight", &token_weight_);
+  if (num_items) {
+    num_items_ = num_items->to(at::kDouble);
+    p.num_items = num_items_.const_data_ptr<double>();
+    if (device_.values_are_at_hand()) {
+      TORCH_CHECK_VALUE(*p.num_items > 0, "num_items=", *p.num_items,
+                        ": expected a number greater than 0");
+    }
+  }
+  set_target();
+}
+
+void Call::allocate_statistics(bool statistics) {
+  const auto options = input_.options().dtype(
+      accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const int64_t n = problem_.tokens;
+  loss = options_.reduction == Reduction::kNone ? at::empty({n}, options) : at::empty({}, options);
+  lse = at::empty({n}, options.dtype(at::kDouble));
+  this->statistics = statistics ? at::zeros({4, n}, options) : at::empty({0}, options);
+  argmax = at::empty({statistics ? n : 0}, options.dtype(at::kLong));
+  problem_.statistics = statistics;
+  problem_.loss = loss.mutable_data_ptr();
+  problem_.lse = lse.mutable_data_ptr<double>();
+  if (statistics) {
+    problem_.statistics_out = this->statistics.mutable_data_ptr();
+    problem_.argmax = argmax.mutable_data_ptr<int64_t>();
+  }
+}
+
+void Call::use_statistics(const at::Tensor& known_lse, const at::Tensor& grad_loss) {
+  const bool per_token = options_.reduction == Reduction::kNone;
+  TORCH_CHECK(known_lse.dim() == 1 && known_lse.size(0) == problem_.tokens, "lse has shape ",
+              known_lse.sizes(), ": expected [", problem_.tokens, "]");
+  TORCH_CHECK(grad_loss.numel() == (per_token ? problem_.tokens : 1), "grad_loss has ",
+              grad_loss.numel(), " elements: expected ", per_token ? problem_.tokens : 1);
+  lse = known_lse.to(at::kDouble).contiguous();
+  problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
+  grad_loss_ = grad_loss.to(at::kDouble).contiguous();
+  problem_.grad_loss = grad_loss_.const_data_ptr<double>();
+}
+
+void Call::allocate_gradients(bool wanted) {
+  const auto allocate = [&](bool want, const at::Tensor& like, void** data) {
+    at::Tensor gradient =
+        want ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+    if (want) *data = gradient.mutable_data_ptr();
+    return gradient;
+  };
+  grad_input = allocate(wanted && options_.input_grad, input_, &problem_.grad_input);
+  grad_weight = allocate(wanted && options_.weight_grad, weight_, &problem_.grad_weight);
+  const bool bias = wanted && options_.bias_grad && bias_.defined();
+  grad_bias = allocate(bias, bias ? bias_ : weight_, &problem_.grad_bias);
+}
+
+void Call::run(bool statistics_known) {
+  const bool nothing_wanted = problem_.grad_input == nullptr && problem_.grad_weight == nullptr &&
+                              problem_.grad_bias == nullptr;
+  if (statistics_known && nothing_wanted) return;
+  PlanRequest request =
+      plan_request(statistics_known, problem_.grad_input != nullptr,
+                   problem_.grad_weight != nullptr, problem_.grad_bias != nullptr);
+  Plan plan;
+  const std::string problem = device_.make_plan(problem_, &request, &plan);
+  TORCH_CHECK_VALUE(problem.empty(), problem);
+  device_.run(problem_, request, plan, input_);
+}
+
+void Call::check_backward_budget() const {
+  if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
+  PlanRequest request =
+      plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad);
+  Plan plan;
+  const std::string problem = device_.make_plan(problem_, &request, &plan);
+  TORCH_CHECK_VALUE(problem.empty(), problem);
+}
+
+PlanRequest Call::plan_request(bool statistics_known, bool input_grad, bool weight_grad,
+                               bool bias_grad) const {
+  PlanRequest request;
+  request.tokens = problem_.tokens;
+  request.features = problem_.features;
+  request.vocab = problem_.vocab;
+  request.dtype = problem_.dtype;
+  request.grad_input = input_grad;
+  request.grad_weight = weight_grad;
+  request.grad_bias = bias_grad;
+  request.statistics_known = statistics_known;
+  request.memory_budget = options_.memory_budget;
+  request.chunk_size = options_.chunk_size;
+  request.accumulation = options_.accumulation;
+  return request;
+}
+
+void Call::check_shapes(const OptionalTensor& bias) const {
+  TORCH_CHECK(input_.dim() == 2, "input has ", input_.dim(), " dimensions: expected 2, [N, D]");
+  TORCH_CHECK(weight_.dim() == 2, "linear_weight has ", weight_.dim(),
+              " dimensions: expected 2, [V, D]");
+  TORCH_CHECK(input_.size(1) == weight_.size(1), "input has ", input_.size(1),
+              " features and linear_weight ", weight_.size(1), ": expected the same number");
+  TORCH_CHECK(input_.scalar_type() == weight_.scalar_type(), "input has dtype ",
+              input_.scalar_type(), " and linear_weight ", weight_.scalar_type(),
+              ": expected the same");
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight_.size(0), "linear_bias has shape ",
+              bias->sizes(), ": expected [", weight_.size(0), "]");
+  TORCH_CHECK(bias->scalar_type() == input_.scalar_type(), "linear_bias has dtype ",
+              bias->scalar_type(), ": expected ", input_.scalar_type(), ", as input");
+}
+
+const double* Call::as_double(const OptionalTensor& tensor, int64_t size, const char* name,
+                              at::Tensor* owner) {
+  if (!tensor) return nullptr;
+  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size, name, " has shape ", tensor->sizes(),
+              ": expected [", size, "]");
+  *owner = tensor->to(at::kDouble).contiguous();
+  return owner->const_data_ptr<double>();
+}
+
+void Call::set_target() {
+  Problem& p = problem_;
+  if (at::isFloatingType(target_.scalar_type())) {
+    TORCH_CHECK(target_.dim() == 2 && target_.size(0) == p.tokens && target_.size(1) == p.vocab,
+                "target has shape ", target_.sizes(), ": expected probabilities of shape [",
+                p.tokens, ", ", p.vocab, "]");
+    p.probabilities = target_.const_data_ptr();
+    p.probabilities_dtype = dtype_of(target_, "target");
+    p.probabilities_token_stride = target_.stride(0);
+    p.probabilities_class_stride = target_.stride(1);
+    return;
+  }
+  TORCH_CHECK(target_.dim() == 1 && target_.size(0) == p.tokens, "target has shape ",
+              target_.sizes(), ": expected [", p.tokens, "], one class index per token");
+  target_ = target_.to(at::kLong).contiguous();
+  p.target = target_.const_data_ptr<int64_t>();
+  if (device_.values_are_at_hand()) check_target_values();
+}
+
+void Call::check_target_values() const {
+  const Problem& p = problem_;
+  for (int64_t n = 0; n < p.tokens; ++n) {
+    const int64_t y = p.target[n];
+    TORCH_CHECK_INDEX(y == p.ignore_index || (y >= 0 && y < p.vocab), "target[", n, "] is ", y,
+                      ": expected a class index in [0, ", p.vocab,
+                      ") or ignore_index=", p.ignore_index);
+  }
+}
+
+}  // namespace memeff

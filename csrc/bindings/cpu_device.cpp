@@ -1,0 +1,90 @@
+// The CPU as a device of the operators, and their registration for CPU tensors.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <string>
+
+#include "bindings/call.h"
+#include "bindings/device.h"
+#include "bindings/ops.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/number.h"
+#include "driver/driver.h"
+
+namespace memeff {
+namespace {
+
+/// Workspace of one call, straight from the system and back to it. Through malloc it would come from the
+/// heap once a call or two have raised glibc's threshold, and the heap, cut up by other allocations, would
+/// keep more than memory_budget.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
+    if (bytes_ == 0) return;
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK(data_ != MAP_FAILED, "no memory for a workspace of ", bytes, " bytes");
+  }
+  ~Workspace() {
+    if (bytes_ > 0) munmap(data_, bytes_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  size_t bytes_;
+  void* data_ = nullptr;
+};
+
+void scale_elements(const at::Tensor& from, double scale, const at::Tensor& to) {
+  dispatch(dtype_of(from, "gradient"), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const T* source = static_cast<const T*>(from.const_data_ptr());
+    T* target = static_cast<T*>(to.mutable_data_ptr());
+    const auto factor = static_cast<Arithmetic>(scale);
+    at::parallel_for(0, from.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        store(target + i, static_cast<Arithmetic>(to_arithmetic(source[i]) * factor));
+      }
+    });
+  });
+}
+
+class CpuDevice : public Device {
+ public:
+  static const Device& get() {
+    static const CpuDevice device;
+    return device;
+  }
+
+  bool values_are_at_hand() const override { return true; }
+
+  std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
+    request->bf16_kernels = uses_bf16_kernels(problem);
+    request->partials = count_partials(problem);
+    request->threads = at::get_num_threads();
+    return memeff::make_plan(*request, plan);
+  }
+
+  void run(const Problem& problem, const PlanRequest& request, const Plan& plan,
+           const at::Tensor&) const override {
+    const Workspace workspace(plan.workspace_bytes);
+    const CpuContext context{&problem, &request, &plan, workspace.data()};
+    memeff::run(problem, plan, request.statistics_known, *make_cpu_backend(context));
+  }
+
+  void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {
+    const double factor = scale.item().toDouble();
+    if (factor != 1.0 || !from.is_same(to)) scale_elements(from, factor, to);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(memeff, CPU, m) { implement_operators<CpuDevice>(m); }
+
+}  // namespace memeff
