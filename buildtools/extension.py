@@ -1,13 +1,16 @@
 """The extension module memeff._C for setuptools."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
+from buildtools.build_plan import BuildPlan
 from buildtools.config import BuildConfig
+from buildtools.cuda_toolkit import Toolkit, choose_toolkit, find_toolkit
 from buildtools.environment import missing_torch_message
 from buildtools.ninja_objects import compile_objects
 from buildtools.sources import ROOT, find_sources
@@ -15,7 +18,7 @@ from buildtools.sources import ROOT, find_sources
 
 def memeff_extension() -> Extension:
     """memeff._C with the sources that torch compiles; build_ext_command() adds everything else."""
-    sources = [source.path for source in find_sources() if source.toolchain == "torch"]
+    sources = [s.path for s in find_sources() if s.toolchain == "torch" and not s.needs_cuda]
     return Extension("memeff._C", sources, language="c++")
 
 
@@ -45,11 +48,24 @@ def build_ext_command() -> type[build_ext]:
         def build_extensions(self) -> None:
             config = BuildConfig.from_environment()
             os.environ["MAX_JOBS"] = str(config.jobs)  # torch reads the same variable
+            toolkit = choose_toolkit(
+                config.cuda, torch.__version__, torch.version.cuda, find_toolkit()
+            )
+            plan = BuildPlan.make(config, toolkit)
             for extension in self.extensions:
+                extension.sources = [s.path for s in plan.sources if s.toolchain == "torch"]
                 extension.libraries = ["c10", "torch", "torch_cpu"]
                 extension.library_dirs = cpp_extension.library_paths()
                 extension.extra_compile_args = self._torch_flags(config)
-                extension.extra_objects = self._torch_free_objects(config)
+                extension.extra_objects = self._torch_free_objects(plan, config, toolkit)
+                if toolkit is not None:
+                    # The static runtime: torch's own may be absent, and need not be the same.
+                    extension.libraries += ["cudart_static", "dl", "pthread", "rt"]
+                    extension.library_dirs.append(str(toolkit.library_folder))
+                    extension.extra_compile_args += [
+                        f'-DMEMEFF_WITH_CUDA="{toolkit.version}"',
+                        f'-DMEMEFF_CUDA_ARCHS="{plan.archs}"',
+                    ]
             super().build_extensions()
 
         def _torch_flags(self, config: BuildConfig) -> list[str]:
@@ -66,13 +82,19 @@ def build_ext_command() -> type[build_ext]:
             flags.append(f'-DMEMEFF_CXX_FLAGS="{" ".join(config.cxx_flags)}"')
             return flags
 
-        def _torch_free_objects(self, config: BuildConfig) -> list[str]:
+        def _torch_free_objects(
+            self, plan: BuildPlan, config: BuildConfig, toolkit: Toolkit | None
+        ) -> list[str]:
+            include = f"-I{ROOT / 'csrc'}"
+            cxx = shlex.split(cpp_extension.get_cxx_compiler())
+            compilers = {"cxx": [*cxx, "-std=c++17", "-fPIC", *config.cxx_flags, include]}
+            if toolkit is not None:
+                compilers["nvcc"] = [*config.nvcc_command(toolkit.nvcc), include]
             objects = compile_objects(
-                [source for source in find_sources() if source.toolchain == "cxx"],
+                plan.compilations,
+                compilers=compilers,
                 root=ROOT,
                 build_folder=Path(self.build_temp) / "torch-free",
-                compiler=cpp_extension.get_cxx_compiler(),
-                flags=["-std=c++17", "-fPIC", *config.cxx_flags, f"-I{ROOT / 'csrc'}"],
                 jobs=config.jobs,
             )
             return [str(path) for path in objects]

@@ -1,10 +1,12 @@
-"""Reads sources.json: which source is compiled by which toolchain, with which flags."""
+"""Reads sources.json: which source is compiled by what, with which flags, for which GPUs."""
 
 import fnmatch
 import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+
+from buildtools.cuda_archs import Arch
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "buildtools" / "sources.json"
@@ -16,7 +18,9 @@ class Source:
 
     path: str
     toolchain: str
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    archs: tuple[Arch, ...] = ()  # of toolchain "cuda"
+    needs_cuda: bool = False  # part of builds with CUDA only
 
 
 def warning_flags() -> list[str]:
@@ -25,7 +29,8 @@ def warning_flags() -> list[str]:
 
 
 def find_sources(root: Path = ROOT, machine: str | None = None) -> list[Source]:
-    """Every C++ file under csrc/ with its row of the table; sorted, files without own flags first.
+    """Every C++ and CUDA source under csrc/ with its row of the table; sorted, files without own
+    flags first.
 
     The order matters to the linker: where two objects define the same inline function it keeps the
     first, and that one must run on every processor.
@@ -36,15 +41,23 @@ def find_sources(root: Path = ROOT, machine: str | None = None) -> list[Source]:
     machine = machine or platform.machine()
     rows = json.loads(TABLE.read_text())["rows"]
     sources = []
-    for file in sorted((root / "csrc").rglob("*.cpp")):
+    files = [file for suffix in ("cpp", "cu") for file in (root / "csrc").rglob(f"*.{suffix}")]
+    for file in sorted(files):
         path = file.relative_to(root).as_posix()
         row = next((row for row in rows if _matches(path, row["pattern"])), None)
         if row is None:
             raise SystemExit(
                 f"memeff: {path} matches no pattern of buildtools/sources.json: nothing compiles it"
             )
-        flags = tuple(row.get("flags", {}).get(machine, ()))
-        sources.append(Source(path, row["toolchain"], flags))
+        sources.append(
+            Source(
+                path,
+                row["toolchain"],
+                flags=tuple(row.get("flags", {}).get(machine, ())),
+                archs=tuple(Arch.parse(arch) for arch in row.get("archs", ())),
+                needs_cuda=row["toolchain"] == "cuda" or row.get("requires") == "cuda",
+            )
+        )
     return sorted(sources, key=lambda source: bool(source.flags))
 
 

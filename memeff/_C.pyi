@@ -1,6 +1,6 @@
 # What csrc/bindings/module.cpp defines. Importing it also registers torch.ops.memeff.*.
 
-def build_info() -> dict[str, str | bool]: ...
+def build_info() -> dict[str, str | None]: ...
 def plan(
     tokens: int,
     features: int,

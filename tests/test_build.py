@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from buildtools.config import BuildConfig
+from buildtools.cuda_archs import parse_archs
+from buildtools.ninja_objects import object_path
 from buildtools.sources import ROOT, TABLE, Source, find_sources
 from memeff import _library, diagnostics
 
@@ -31,7 +33,10 @@ class TestBuildInfo:
         info = _library.load().build_info()
         assert re.search(r"\d+\.\d+", info["compiler"])
         assert "-O" in info["flags"]
-        assert info["cuda"] is False
+        assert (info["cuda"] is None) == (info["cuda_archs"] is None)
+        if info["cuda"] is not None:
+            assert re.fullmatch(r"\d+\.\d+", info["cuda"])
+            assert parse_archs(info["cuda_archs"].replace(" ", ";"))
 
     def test_torch_version_is_readable_from_the_file(self):
         assert _library.built_torch_version() == _library.load().build_info()["torch"]
@@ -139,11 +144,29 @@ class TestSwitches:
         assert BuildConfig.from_environment({}).jobs >= 1
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("MAX_JOBS", "0"), ("MAX_JOBS", "many"), ("MEMEFF_DEBUG", "yes")]
+        ("name", "value"),
+        [
+            ("MAX_JOBS", "0"),
+            ("MAX_JOBS", "many"),
+            ("MEMEFF_DEBUG", "yes"),
+            ("MEMEFF_CUDA", "on"),
+            ("MEMEFF_CUDA_ARCHS", "9.0"),
+            ("MEMEFF_NVCC_THREADS", "all"),
+        ],
     )
     def test_meaningless_value_is_named(self, name, value):
         with pytest.raises(SystemExit, match=f"{name}='{value}'"):
             BuildConfig.from_environment({name: value})
+
+    def test_cuda(self):
+        assert BuildConfig.from_environment({}).cuda is None
+        assert BuildConfig.from_environment({"MEMEFF_CUDA": "0"}).cuda is False
+        config = BuildConfig.from_environment(
+            {"MEMEFF_CUDA": "1", "MEMEFF_CUDA_ARCHS": "80;90a", "MEMEFF_LINEINFO": "1"}
+        )
+        assert config.cuda is True
+        assert [str(arch) for arch in config.cuda_archs] == ["80", "90a"]
+        assert "-lineinfo" in config.nvcc_flags
 
 
 class TestSources:
@@ -153,7 +176,6 @@ class TestSources:
             path.relative_to(ROOT).as_posix()
             for path in (ROOT / "csrc").rglob("*")
             if path.suffix in (".c", ".cc", ".cpp", ".cxx", ".cu")
-            and path.parts[len(ROOT.parts) + 1] != "cuda"  # so far built by tests/emulator only
         }
         assert paths == on_disk
 
@@ -195,7 +217,7 @@ class TestSources:
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-release" / "torch-free"
         if not folder.exists():
             pytest.skip("memeff was not built in this folder")
-        sources = [source for source in find_sources() if source.toolchain == "cxx"]
+        sources = [s for s in find_sources() if s.toolchain == "cxx" and not s.needs_cuda]
         shared = {source: _shared_functions(folder, source) for source in sources}
         for a, b in itertools.combinations(sources, 2):
             if a.flags != b.flags:
@@ -204,9 +226,11 @@ class TestSources:
 
 def _shared_functions(folder: Path, source: Source) -> set[str]:
     """Names of the functions in an object that the linker merges with those of other objects."""
-    path = folder / Path(source.path).with_suffix(".o")
     answer = subprocess.run(
-        ["nm", "--demangle", "--defined-only", path], capture_output=True, text=True, check=True
+        ["nm", "--demangle", "--defined-only", object_path(folder, source)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = (line.split(maxsplit=2) for line in answer.stdout.splitlines())
     return {name for _, kind, name in lines if kind == "W"}

@@ -34,7 +34,12 @@ py::dict build_info() {
 #endif
   info["flags"] = MEMEFF_CXX_FLAGS;
   info["cpu_capability"] = cpu_capability();
-  info["cuda"] = false;
+#ifdef MEMEFF_WITH_CUDA
+  info["cuda"] = MEMEFF_WITH_CUDA;  // the toolkit's version
+  info["cuda_archs"] = MEMEFF_CUDA_ARCHS;
+#else
+  info["cuda"] = info["cuda_archs"] = py::none();
+#endif
   return info;
 }
 
