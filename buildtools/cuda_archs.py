@@ -6,6 +6,7 @@ which drivers translate for every newer GPU.
 """
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -87,3 +88,8 @@ def describe_archs(archs: Iterable[Arch]) -> str:
         merged[arch.name] = replace(known, ptx=known.ptx or arch.ptx)
     ordered = sorted(merged.values(), key=lambda arch: (arch.number, arch.suffix))
     return " ".join(str(arch) for arch in ordered)
+
+
+if __name__ == "__main__":  # CMake: row and requested architectures in, CUDA_ARCHITECTURES out
+    chosen = choose_archs(parse_archs(sys.argv[1]), parse_archs(sys.argv[2]))
+    print(";".join(arch.cmake for arch in chosen))
