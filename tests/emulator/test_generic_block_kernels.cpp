@@ -385,6 +385,25 @@ void test_target_of_a_peaked_softmax() {
     compare(e.products.at(n % 2 * e.stride + n), -5e-10, 1e-15, "peaked target", DType::kFloat32);
 }
 
+// Targets without coefficients are none: every entry is softmax p.
+void test_targets_without_coefficients() {
+  for (const bool probabilities : {false, true}) {
+    Case shape{2, 3, 1};
+    shape.probabilities = probabilities;
+    Experiment e(shape, DType::kFloat32);
+    LossCoefficients k(DType::kFloat32, 3);
+    for (int64_t n = 0; n < 3; ++n) {
+      k.shift.set(n, 0.0), k.softmax.set(n, 0.5);
+      for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, 0.0);
+    }
+    CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32,
+                         {}, e.targets(), {k.shift.data(), k.softmax.data()}, nullptr)
+              .ok());
+    for (int64_t v = 0; v < 2; ++v)
+      for (int64_t n = 0; n < 3; ++n) CHECK(e.products.at(v * e.stride + n) == 0.5);
+  }
+}
+
 void test_statuses() {
   Experiment e({2, 8, 0}, DType::kFloat32);
   Array max(DType::kFloat32, 8, "max"), sum(DType::kFloat32, 8, "sum");
@@ -419,6 +438,7 @@ int main() {
   test_many_classes();
   test_special_values();
   test_target_of_a_peaked_softmax();
+  test_targets_without_coefficients();
   test_statuses();
   CHECK(emulator::reports().empty());
   emulator::print_reports();

@@ -13,8 +13,9 @@ using emulator::Array;
 
 namespace {
 
-constexpr int64_t kRows = 3, kColumns = 5;
-constexpr int64_t kFarStride = (int64_t{1} << 30) + 8;  // the last row lies beyond 2^31 elements
+// Rows from the fifth on, which kernels reach in a second step, lie beyond 2^31 elements.
+constexpr int64_t kRows = 6, kColumns = 5;
+constexpr int64_t kFarStride = (int64_t{1} << 29) + 8;
 
 // A matrix [kRows, kColumns] of 16-bit or float elements in reserved, not allocated, address space;
 // only its rows exist for the emulator.

@@ -121,9 +121,11 @@ Status launch(const Block& block, void* products, int64_t stride, const LogitTer
   arguments.stride = stride;
   arguments.block = block;
   arguments.transform = logit_transform<T>(terms, block.first_class);
-  arguments.index = targets.index;
-  arguments.probabilities = probability_targets<T>(targets, block.first_class);
   arguments.coefficients = coefficients;
+  // Targets without coefficients are none.
+  arguments.index = coefficients.target_rest == nullptr ? nullptr : targets.index;
+  arguments.probabilities = probability_targets<T>(targets, block.first_class);
+  if (coefficients.target == nullptr) arguments.probabilities.data = nullptr;
 
   const unsigned lanes = threads_along(block.tokens, kPerVector<T>, kThreads);
   const int64_t steps = ceil_div(block.tokens, lanes * kPerVector<T>);
