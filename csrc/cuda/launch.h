@@ -217,6 +217,11 @@ MEMEFF_DECLARE_PRODUCTS
 }
 namespace sm90 {
 MEMEFF_DECLARE_PRODUCTS
-}
+
+/// Whether this family can work on the operands: TMA wants 16-bit rows that start at multiples of 16
+/// bytes. `block` is what is stored, scores or a gradient [classes, tokens], or null.
+bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride);
+bool accepts(const GradientOperands& operands, const ProductOutput& output);
+}  // namespace sm90
 
 }  // namespace memeff::cuda
