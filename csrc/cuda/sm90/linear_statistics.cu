@@ -20,6 +20,7 @@
 // TFLOP/s that such pipelines reach on an H100 or H200. Epilogue: per tile 32768 exponentials, 2048
 // cycles of the special function units, against 1024 * features / 64 of tensor cores: 3 % at 4096
 // features where it does not overlap. Kept scores write 2.1 GB there, 0.6 ms of 3.3 TB/s, overlapped.
+#include "cuda/common/online_softmax.cuh"
 #include "cuda/sm90/logits.cuh"
 
 namespace memeff::cuda::sm90 {
@@ -36,52 +37,31 @@ struct StatisticsOutput {
   int tiles_per_unit;
 };
 
-// Of one token, over the classes of a range so far. `max` is the same in all lanes of a quad, and so
-// is argmax; the sums are each lane's own until the range ends.
-struct RunningState {
-  float max, sum, entropy, smooth;
-  int argmax;
-
-  MEMEFF_DEVICE void clear() {
-    max = -INFINITY;
-    sum = entropy = smooth = 0.f;
-    argmax = -1;
-  }
-};
-
-// exp is taken relative to the maximum; with nothing but -inf, relative to 0: the sum stays 0, while
-// a NaN logit still makes it NaN.
-MEMEFF_DEVICE float reference_of(float max) { return max == -INFINITY ? 0.f : max; }
-
 // Logits of 128 classes join the states of the thread's two tokens; `first` is its first class. With
-// kStore, z becomes exp(z - max); then a range is one half.
+// kStore, z becomes exp(z - max); then a range is one half. Maximum and argmax are the same in all
+// lanes of a quad; the sums are each lane's own until the range ends.
 template <bool kFull, bool kStore>
-MEMEFF_DEVICE void fold_half(RunningState (&states)[2], float (&z)[kHalfCount], int first,
-                             const Scores& scores) {
+MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)[kHalfCount],
+                             int first, const Scores& scores) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    RunningState& state = states[r];
+    auto& state = states[r];
     float half_max = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) half_max = fmaxf(half_max, z[accumulator(r, k)]);
     half_max = quad_max(half_max);
     if (kFull) {
-      int best = kHalfN - 1;
+      int best = kHalfN;
 #pragma unroll
       for (int k = 0; k < kClassesPerThread; ++k)
         if (z[accumulator(r, k)] == half_max) best = min(best, class_offset(k));
-      best = min(best + first, scores.classes - 1);  // NaN equal nothing
+      best += first;
       best = min(best, __shfl_xor_sync(~0u, best, 1));
       best = min(best, __shfl_xor_sync(~0u, best, 2));
-      if (half_max > state.max || state.argmax < 0) state.argmax = best;  // the first of equals
+      if (half_max > state.max) state.argmax = static_cast<int>(scores.first_class + best);
     }
-
-    const float max = fmaxf(state.max, half_max), reference = reference_of(max);
-    const float factor = __expf(state.max - reference);
-    if (kFull && state.sum != 0.f)
-      state.entropy = factor * (state.entropy + (state.max - max) * state.sum);
-    state.sum *= factor;
-    state.max = max;
+    state.raise(fmaxf(state.max, half_max));
+    const float reference = reference_of(state.max);
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) {
       float& value = z[accumulator(r, k)];
@@ -89,31 +69,25 @@ MEMEFF_DEVICE void fold_half(RunningState (&states)[2], float (&z)[kHalfCount], 
       state.sum += e;
       if (kFull && class_offset(k) < scores.classes - first) {
         if (x != -INFINITY) state.entropy += e * x;
-        state.smooth += scores.weight(first + class_offset(k)) * value;
+        state.smooth += scores.transform.weight_of(first + class_offset(k)) * value;
       }
       if (kStore) value = e;
     }
   }
 }
 
+// The range ends: the quad's sums meet, one lane writes them.
 template <bool kFull>
-MEMEFF_DEVICE void write_range(RunningState& state, int64_t range, int token, const Scores& scores,
-                               const StatisticsOutput& out) {
+MEMEFF_DEVICE void write_range(SoftmaxState<float, kFull> state, int64_t range, int token,
+                               const Scores& scores, const StatisticsOutput& out) {
   state.sum = quad_sum(state.sum);
   if (kFull) {
     state.entropy = quad_sum(state.entropy);
     state.smooth = quad_sum(state.smooth);
   }
   if (lane_index() % 4 != 0 || token >= scores.tokens) return;
-  const PartialStatistics& to = out.partials;
-  const int64_t at = range * to.stride + token;
-  static_cast<float*>(to.max)[range * to.max_stride + token] = state.max;
-  static_cast<float*>(to.sum)[at] = state.sum;
+  state.write(out.partials, range, token);
   if (out.kept_maxima != nullptr) out.kept_maxima[range * out.maxima_stride + token] = state.max;
-  if (!kFull) return;
-  if (to.entropy != nullptr) static_cast<float*>(to.entropy)[at] = state.entropy;
-  if (to.smooth != nullptr) static_cast<float*>(to.smooth)[at] = state.smooth;
-  if (to.argmax != nullptr) to.argmax[at] = static_cast<int32_t>(scores.first_class + state.argmax);
 }
 
 template <class T, bool kFull, bool kStore>
@@ -152,12 +126,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     order.place(unit, &row, &column);
     const int unit_class = column * out.tiles_per_unit * kTileN;
     int token[2], target[2];
-    RunningState states[2];
+    SoftmaxState<float, kFull> states[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       token[r] = row * kTileM + token_in_tile(r);
       target[r] = scores.target_of(token[r]);
-      states[r].clear();
     }
     for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile) {
       float c[kTileN / 2];
@@ -169,16 +142,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         float(&z)[kHalfCount] = reinterpret_cast<float(&)[kHalfCount]>(c[half * kHalfCount]);
         const int mine = first_class_of_thread(first);
         scores.to_logits(z, mine);
-        // Few halves contain a target of any of the warp's 16 tokens.
-        const bool hit = (target[0] >= first && target[0] < first + kHalfN) ||
-                         (target[1] >= first && target[1] < first + kHalfN);
-        if (out.target_logit != nullptr && __any_sync(~0u, hit)) {
+        if (out.target_logit != nullptr && warp_has_target(target, first)) {
 #pragma unroll
           for (int k = 0; k < kClassesPerThread; ++k)
 #pragma unroll
             for (int r = 0; r < 2; ++r)
               if (class_offset(k) == target[r] - mine)
                 out.target_logit[token[r]] = z[accumulator(r, k)];
+        }
+        if (half_number % out.halves_per_range == 0) {
+#pragma unroll
+          for (auto& state : states) {
+            state = {};
+            state.argmax = static_cast<int>(scores.first_class + first);
+          }
         }
         fold_half<kFull, kStore>(states, z, mine, scores);
         if (kStore) {
@@ -192,10 +169,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (!range_ends && first + kHalfN < scores.classes) continue;
         const int64_t range = first / kHalfN / out.halves_per_range;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          write_range<kFull>(states[r], range, token[r], scores, out);
-          states[r].clear();
-        }
+        for (int r = 0; r < 2; ++r) write_range<kFull>(states[r], range, token[r], scores, out);
       }
     }
   }
@@ -229,8 +203,7 @@ template <class T>
 Status select(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
               const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
               void* stream) {
-  const PartialStatistics& to = out.partials;
-  const bool full = to.entropy != nullptr || to.smooth != nullptr || to.argmax != nullptr;
+  const bool full = wants_full(out.partials);
   const bool store = kept.data != nullptr;
   const auto run = full    ? store ? launch<T, true, true> : launch<T, true, false>
                       : store ? launch<T, false, true>

@@ -5,7 +5,7 @@
 // accumulators per thread, 2 tokens x 32 classes; the 4 lanes of a quad share the tokens.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/common/logit_transform.cuh"
 #include "cuda/sm90/tile_store.cuh"
 
 namespace memeff::cuda::sm90 {
@@ -44,42 +44,36 @@ MEMEFF_DEVICE float quad_sum(float x) {
 
 // What turns products into logits, for a block of scores.
 struct Scores {
-  const float* bias;          // of the block's first class, or null
-  const float* class_weight;  // the same
-  float logit_scale, softcap;
-  const int64_t* target;  // [tokens] or null
+  LogitTransform<float> transform;
+  const int64_t* target;  // [tokens] of the vocabulary, or null
   int64_t first_class;
   int classes, tokens;
 
-  // Counted from the block's first class; negative: none.
+  // Counted from the block's first class; negative: none there.
   MEMEFF_DEVICE int target_of(int token) const {
     if (target == nullptr || token >= tokens) return -1;
     const int64_t index = target[token] - first_class;
     return index >= 0 && index < classes ? static_cast<int>(index) : -1;
   }
-  MEMEFF_DEVICE float weight(int of_class) const {
-    return class_weight == nullptr ? 1.f : class_weight[of_class];
-  }
 
   // Products of a half become logits; -inf past the last class. `first` is the thread's first class.
   // Loops are repeated rather than their conditions: these are the same for the whole launch.
   MEMEFF_DEVICE void to_logits(float (&z)[kHalfCount], int first) const {
-    if (bias != nullptr) {
+    if (transform.bias != nullptr) {
 #pragma unroll
       for (int k = 0; k < kClassesPerThread; ++k) {
         const int offset = class_offset(k);
-        const float b = offset < classes - first ? bias[first + offset] : 0.f;
-        z[accumulator(0, k)] += b;
-        z[accumulator(1, k)] += b;
+        const float bias = offset < classes - first ? transform.bias[first + offset] : 0.f;
+        z[accumulator(0, k)] += bias;
+        z[accumulator(1, k)] += bias;
       }
     }
-    if (logit_scale != 1.f) {
+    if (transform.softcap != 0.f) {
 #pragma unroll
-      for (float& x : z) x *= logit_scale;
-    }
-    if (softcap != 0.f) {
+      for (float& x : z) x = transform.logit(x, 0.f);
+    } else if (transform.scale != 1.f) {
 #pragma unroll
-      for (float& x : z) x = softcap * tanhf(x / softcap);
+      for (float& x : z) x *= transform.scale;
     }
     if (classes - first < kHalfN) {
 #pragma unroll
@@ -91,17 +85,14 @@ struct Scores {
 };
 
 inline Scores make_scores(const Block& block, const LogitTerms& terms, const Targets& targets) {
-  const auto from_first = [&](const void* array) {
-    return array == nullptr ? nullptr : static_cast<const float*>(array) + block.first_class;
-  };
-  return {from_first(terms.bias),
-          from_first(terms.class_weight),
-          static_cast<float>(terms.logit_scale),
-          static_cast<float>(terms.softcap),
-          targets.index,
-          block.first_class,
-          static_cast<int>(block.classes),
-          static_cast<int>(block.tokens)};
+  return {logit_transform<float>(terms, block.first_class), targets.index, block.first_class,
+          static_cast<int>(block.classes), static_cast<int>(block.tokens)};
+}
+
+// Few halves contain a target of any of the warp's 16 tokens: whether this one does.
+MEMEFF_DEVICE bool warp_has_target(const int (&target)[2], int first_of_half) {
+  const int a = target[0] - first_of_half, b = target[1] - first_of_half;
+  return __any_sync(~0u, (a >= 0 && a < kHalfN) || (b >= 0 && b < kHalfN)) != 0;
 }
 
 // Maps of x and W.

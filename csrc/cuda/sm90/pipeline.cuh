@@ -44,7 +44,7 @@ constexpr int kBoxBytes = 64 * 128;
 constexpr int kBoxesAt = kStages * kStageBytes;
 constexpr int kMbarriersAt = kBoxesAt + kConsumerGroups * 2 * kBoxBytes;
 constexpr int kScratchAt = kMbarriersAt + 2 * kStages * 8;
-constexpr int kScratchBytes = 64;
+constexpr int kScratchBytes = 128;
 constexpr int kSharedBytes = kScratchAt + kScratchBytes;
 static_assert(kSharedBytes <= 227 * 1024);
 
