@@ -266,6 +266,18 @@ MEMEFF_DEVICE void wgmma_wait() {
 #endif
 }
 
+// Keeps the compiler from moving arithmetic on accumulators across this line: it does not know that
+// wgmma_wait completes them.
+template <int kCount>
+MEMEFF_DEVICE void accumulators_are_ready(float (&d)[kCount]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#else
+  (void)d;
+#endif
+}
+
 #if defined(__CUDACC__)
 
 // The accumulators' places in the instruction, and the asm operands that fill them.

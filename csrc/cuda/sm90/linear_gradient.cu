@@ -1,0 +1,214 @@
+// The gradient with respect to the products u = x W^T, from products computed again, on sm_90a.
+//
+//   dz_v = p_v (softmax + entropy z_v) + weighted w_v,   p_v = exp(z_v - shift)   (Coefficients)
+//   du_v = dz_v (1 - (z_v / softcap)^2)                                          [classes, tokens]
+//
+// x [tokens, features], W [classes, features]; the gradient has their type. One coefficient of each
+// kind per token. The pipeline, its tiles of 128 tokens x 256 classes and its map of shared memory
+// are pipeline.cuh's.
+//
+// M is tokens, as in linear_statistics.cu: a thread's 128 accumulators need the coefficients of two
+// tokens only. Results are transposed on the way to shared memory and leave by TMA.
+//
+// Marks: a tile of 128 classes x 128 tokens counts unless every token's mass in it, sum p, is less
+// than skip_mass * classes / vocab, and no target lies in it. The quad sums a token's mass; the 8
+// consumer warps vote through shared memory.
+//
+// Numerics: fp32, rounded once. exp by ex2.approx: relative error 2^-22 near p = 1 and 2^-18 at
+// e^-30, far below the rounding of the result; the target's entry by expm1f.
+//
+// Work: 2 tokens classes features FLOPs, and 2 bytes written per score. At 8192 x 128256 x 4096: 8.6
+// TFLOP, 12.3 ms at 700 TFLOP/s; the epilogue is as long as that of linear_statistics.
+#include "cuda/common/logit_gradient.cuh"
+#include "cuda/sm90/logits.cuh"
+
+namespace memeff::cuda::sm90 {
+
+namespace {
+
+// Where marks go; null: nobody wants them.
+struct Marks {
+  uint8_t* tiles;
+  int64_t stride;
+  float mass_per_class;  // skip_mass / vocab
+};
+
+// Votes of the consumer warps on two halves, two sets: the next tile's may come before the last have
+// been counted.
+using Votes = uint32_t[2][kHalves][kConsumerWarps];
+static_assert(sizeof(Votes) <= kScratchBytes);
+constexpr int kVotesBarrier = 1 + kConsumerGroups;  // after those of BoxStore
+
+// Logits of a half, from the thread's first class on, become gradients. Returns whether the warp has
+// anything in it that keeps the tile.
+MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
+                               const TokenCoefficients<float> (&coefficients)[2],
+                               const int (&target)[2], const Scores& scores, bool has_target,
+                               float smallest_mass) {
+  const LogitTransform<float>& transform = scores.transform;
+  float target_z[2] = {};
+  if (has_target) {
+#pragma unroll
+    for (int k = 0; k < kClassesPerThread; ++k)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (class_offset(k) == target[r] - first) target_z[r] = z[accumulator(r, k)];
+  }
+
+  bool keep = has_target;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const TokenCoefficients<float>& c = coefficients[r];
+    const bool nothing = c.all_zero();
+    float mass = 0.f;
+#pragma unroll
+    for (int k = 0; k < kClassesPerThread; ++k) {
+      float& value = z[accumulator(r, k)];
+      const float p = __expf(value - c.shift);
+      mass += p;
+      float dz = p * c.softmax;
+      if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * value;
+      if (c.weighted != 0.f && class_offset(k) < scores.classes - first)
+        dz += c.weighted * transform.weight_of(first + class_offset(k));
+      if (transform.softcap != 0.f) dz *= transform.slope(value);
+      value = nothing ? 0.f : dz;
+    }
+    mass = quad_sum(mass);
+    keep |= !nothing && !(mass < smallest_mass);
+  }
+
+  if (has_target) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool mine = target[r] >= 0 && !coefficients[r].all_zero();
+      const float du =
+          mine ? coefficients[r].target_gradient(target_z[r], transform.weight_of(target[r])) *
+                     transform.slope(target_z[r])
+               : 0.f;
+#pragma unroll
+      for (int k = 0; k < kClassesPerThread; ++k)
+        if (mine && class_offset(k) == target[r] - first) z[accumulator(r, k)] = du;
+    }
+  }
+  return __any_sync(~0u, keep) != 0;
+}
+
+// Once per tile, all consumers: who has voted for the marks of its two halves.
+MEMEFF_DEVICE void write_marks(Votes& votes, int set, const Marks& marks, int token_tile,
+                               int first_class, int classes) {
+  ptx::bar_sync(kVotesBarrier, kConsumerGroups * kGroupThreads);
+  const int half = static_cast<int>(threadIdx.x) - kGroupThreads;
+  if (half >= kHalves || first_class + half * kHalfN >= classes) return;
+  uint32_t keep = 0;
+  for (const uint32_t vote : votes[set][half]) keep |= vote;
+  const int64_t class_tile = first_class / kHalfN + half;
+  marks.tiles[class_tile * marks.stride + token_tile] = static_cast<uint8_t>(keep);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_gradient_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+                           const __grid_constant__ TensorMap gradient, Scores scores, int features,
+                           Coefficients coefficients, Marks marks, TileOrder order) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  MEMEFF_DYNAMIC_SHARED(shared_memory);
+  Ring ring = start_ring(shared_memory);
+  const int tiles = order.rows * order.columns, steps = (features + kStepK - 1) / kStepK;
+
+  if (is_producer()) {
+    ptx::decrease_registers<kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      int row, column;
+      order.place(tile, &row, &column);
+      for (int step = 0; step < steps; ++step)
+        load_step<TokensOperand, ClassesOperand>(ring, &x, &w, row * kTileM, column * kTileN,
+                                                 step * kStepK);
+    }
+    return;
+  }
+
+  ptx::increase_registers<kConsumerRegisters>();
+  BoxStore boxes(shared_memory);
+  auto& votes = *reinterpret_cast<Votes*>(shared_memory + kScratchAt);
+  int set = 0;
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, set ^= 1) {
+    int row, column;
+    order.place(tile, &row, &column);
+    const int first_class = column * kTileN;
+    TokenCoefficients<float> of_token[2];
+    int target[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int token = row * kTileM + token_in_tile(r);
+      TokenCoefficients<float> loaded[1];
+      load_coefficients(loaded, coefficients, token, token < scores.tokens ? 1 : 0);
+      of_token[r] = loaded[0];
+      target[r] = scores.target_of(token);
+    }
+    float c[kTileN / 2];
+    multiply<T, TokensOperand, ClassesOperand>(c, ring, steps);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int first = first_class + half * kHalfN;
+      if (first >= scores.classes) break;
+      float(&z)[kHalfCount] = reinterpret_cast<float(&)[kHalfCount]>(c[half * kHalfCount]);
+      const int mine = first_class_of_thread(first);
+      scores.to_logits(z, mine);
+      const float smallest_mass = marks.mass_per_class * min(kHalfN, scores.classes - first);
+      const bool keep = to_gradient(z, mine, of_token, target, scores,
+                                    warp_has_target(target, first), smallest_mass);
+      if (lane_index() == 0) votes[set][half][threadIdx.x / 32 - kGroupThreads / 32] = keep ? 1 : 0;
+#pragma unroll
+      for (int part = 0; part < kHalfN / kPanel; ++part) {
+        fill_box_transposed<T>(boxes.begin(), z + part * kPanel / 2);
+        boxes.end(&gradient, row * kTileM + consumer_group() * kGroupM, first + part * kPanel);
+      }
+    }
+    if (marks.tiles != nullptr) write_marks(votes, set, marks, row, first_class, scores.classes);
+  }
+  boxes.finish();
+#endif
+}
+
+template <class T>
+Status launch(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+              const Targets& targets, const Coefficients& coefficients, void* gradient,
+              int64_t stride, const Marks& marks, void* stream) {
+  TensorMap x, w, gradient_map;
+  Status status = make_operand_maps<T>(block, operands, &x, &w);
+  if (status.ok())
+    status = make_block_map(block, gradient, stride, map_element<T>(), &gradient_map);
+  const TileOrder order{count_tiles(block.tokens, kTileM), count_tiles(block.classes, kTileN)};
+  unsigned blocks = 0;
+  if (status.ok()) status = persistent_blocks(int64_t{order.rows} * order.columns, &blocks);
+  const auto kernel = linear_gradient_kernel<T>;
+  if (status.ok()) status = allow_shared_memory(kernel, kSharedBytes);
+  if (!status.ok()) return status;
+  const Scores scores = make_scores(block, terms, targets);
+  const auto features = static_cast<int>(operands.features);
+  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w, gradient_map,
+                scores, features, coefficients, marks, order);
+  return launch_status();
+}
+
+}  // namespace
+
+Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+                       const Targets& targets, const Coefficients& coefficients, void* gradient,
+                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
+                       int64_t vocab, void* stream) {
+  if (block.tokens == 0 || block.classes == 0) return {};
+  if (targets.probabilities != nullptr)
+    return {"linear_gradient: class probabilities need stored products"};
+  if (coefficients.shift == nullptr || coefficients.softmax == nullptr)
+    return {"linear_gradient: shift and softmax must be given"};
+  if (gradient == nullptr || !accepts(operands, gradient, stride))
+    return {"linear_gradient: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
+  const Marks marks{tiles, tiles_stride,
+                    static_cast<float>(skip_mass / static_cast<double>(vocab))};
+  const auto run = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16> : launch<__half>;
+  return run(block, operands, terms, targets, coefficients, gradient, stride, marks, stream);
+}
+
+}  // namespace memeff::cuda::sm90

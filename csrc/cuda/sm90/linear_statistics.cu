@@ -1,0 +1,248 @@
+// Softmax statistics of logits that are never stored, or are stored in 16 bits, on sm_90a.
+//
+//   u = x W^T  ->  z  ->  per range of classes and token: max z, sum exp(z - max), z_y, ...
+//                         (kStore) E = exp(z - max of 128 classes), fp16, [classes, tokens]
+//
+// x [tokens, features], W [classes, features], partial statistics [ranges, tokens]. The pipeline,
+// its tiles of 128 tokens x 256 classes and its map of shared memory are pipeline.cuh's.
+//
+// A block takes units of one or more tiles of 256 classes and 128 tokens, such that no range of
+// classes is shared between units. M is tokens, so that a thread's 128 accumulators belong to two
+// tokens: their statistics run in its registers and the 4 lanes of a quad meet by shuffles. A tile
+// is folded in two halves of 128 classes, of which each has its own maximum: kept scores need one,
+// and a range ends after any number of halves. Kept scores are transposed on the way to shared
+// memory (stmatrix) and leave by TMA while the next half is computed and the next tile multiplied.
+//
+// Numerics: fp32 throughout; exp by ex2.approx, a relative error of 2^-22 near the maximum that grows
+// by 2^-23 per unit of z below it, where the terms no longer count. E rounds to 2^-12.
+//
+// Work: 2 tokens classes features FLOPs. At 8192 x 128256 x 4096, 8.6 TFLOP: 12.3 ms at the 700
+// TFLOP/s that such pipelines reach on an H100 or H200. Epilogue: per tile 32768 exponentials, 2048
+// cycles of the special function units, against 1024 * features / 64 of tensor cores: 3 % at 4096
+// features where it does not overlap. Kept scores write 2.1 GB there, 0.6 ms of 3.3 TB/s, overlapped.
+#include "cuda/common/online_softmax.cuh"
+#include "cuda/sm90/logits.cuh"
+
+namespace memeff::cuda::sm90 {
+
+namespace {
+
+// Where statistics go, and how classes are divided.
+struct StatisticsOutput {
+  PartialStatistics partials;
+  float* target_logit;  // [tokens] or null
+  float* kept_maxima;   // [halves, tokens] of kept scores; null where partials.max is the same
+  int64_t maxima_stride;
+  int halves_per_range;
+  int tiles_per_unit;
+};
+
+// Logits of 128 classes join the states of the thread's two tokens; `first` is its first class. With
+// kStore, z becomes exp(z - max); then a range is one half. Maximum and argmax are the same in all
+// lanes of a quad; the sums are each lane's own until the range ends.
+template <bool kFull, bool kStore>
+MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)[kHalfCount],
+                             int first, const Scores& scores) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    auto& state = states[r];
+    float half_max = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < kClassesPerThread; ++k) half_max = fmaxf(half_max, z[accumulator(r, k)]);
+    half_max = quad_max(half_max);
+    if (kFull) {
+      int best = kHalfN;
+#pragma unroll
+      for (int k = 0; k < kClassesPerThread; ++k)
+        if (z[accumulator(r, k)] == half_max) best = min(best, class_offset(k));
+      best += first;
+      best = min(best, __shfl_xor_sync(~0u, best, 1));
+      best = min(best, __shfl_xor_sync(~0u, best, 2));
+      if (half_max > state.max) state.argmax = static_cast<int>(scores.first_class + best);
+    }
+    state.raise(fmaxf(state.max, half_max));
+    const float reference = reference_of(state.max);
+#pragma unroll
+    for (int k = 0; k < kClassesPerThread; ++k) {
+      float& value = z[accumulator(r, k)];
+      const float x = value - reference, e = __expf(x);
+      state.sum += e;
+      if (kFull && class_offset(k) < scores.classes - first) {
+        if (x != -INFINITY) state.entropy += e * x;
+        state.smooth += scores.transform.weight_of(first + class_offset(k)) * value;
+      }
+      if (kStore) value = e;
+    }
+  }
+}
+
+// The range ends: the quad's sums meet, one lane writes them.
+template <bool kFull>
+MEMEFF_DEVICE void write_range(SoftmaxState<float, kFull> state, int64_t range, int token,
+                               const Scores& scores, const StatisticsOutput& out) {
+  state.sum = quad_sum(state.sum);
+  if (kFull) {
+    state.entropy = quad_sum(state.entropy);
+    state.smooth = quad_sum(state.smooth);
+  }
+  if (lane_index() % 4 != 0 || token >= scores.tokens) return;
+  state.write(out.partials, range, token);
+  if (out.kept_maxima != nullptr) out.kept_maxima[range * out.maxima_stride + token] = state.max;
+}
+
+template <class T, bool kFull, bool kStore>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_statistics_kernel(const __grid_constant__ TensorMap x,
+                             const __grid_constant__ TensorMap w,
+                             const __grid_constant__ TensorMap kept, Scores scores, int features,
+                             StatisticsOutput out, TileOrder order) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  MEMEFF_DYNAMIC_SHARED(shared_memory);
+  Ring ring = start_ring(shared_memory);
+  const int units = order.rows * order.columns, steps = (features + kStepK - 1) / kStepK;
+  const auto tiles_of_unit = [&](int first_class) {
+    return min(out.tiles_per_unit, (scores.classes - first_class + kTileN - 1) / kTileN);
+  };
+
+  if (is_producer()) {
+    ptx::decrease_registers<kProducerRegisters>();
+    if (threadIdx.x != 0) return;
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+      int row, column;
+      order.place(unit, &row, &column);
+      const int unit_class = column * out.tiles_per_unit * kTileN;
+      for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile)
+        for (int step = 0; step < steps; ++step)
+          load_step<TokensOperand, ClassesOperand>(ring, &x, &w, row * kTileM,
+                                                   unit_class + tile * kTileN, step * kStepK);
+    }
+    return;
+  }
+
+  ptx::increase_registers<kConsumerRegisters>();
+  BoxStore boxes(shared_memory);
+  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    int row, column;
+    order.place(unit, &row, &column);
+    const int unit_class = column * out.tiles_per_unit * kTileN;
+    int token[2], target[2];
+    SoftmaxState<float, kFull> states[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      token[r] = row * kTileM + token_in_tile(r);
+      target[r] = scores.target_of(token[r]);
+    }
+    for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile) {
+      float c[kTileN / 2];
+      multiply<T, TokensOperand, ClassesOperand>(c, ring, steps);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const int half_number = tile * kHalves + half, first = unit_class + half_number * kHalfN;
+        if (first >= scores.classes) break;
+        float(&z)[kHalfCount] = reinterpret_cast<float(&)[kHalfCount]>(c[half * kHalfCount]);
+        const int mine = first_class_of_thread(first);
+        scores.to_logits(z, mine);
+        if (out.target_logit != nullptr && warp_has_target(target, first)) {
+#pragma unroll
+          for (int k = 0; k < kClassesPerThread; ++k)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+              if (class_offset(k) == target[r] - mine)
+                out.target_logit[token[r]] = z[accumulator(r, k)];
+        }
+        if (half_number % out.halves_per_range == 0) {
+#pragma unroll
+          for (auto& state : states) {
+            state = {};
+            state.argmax = static_cast<int>(scores.first_class + first);
+          }
+        }
+        fold_half<kFull, kStore>(states, z, mine, scores);
+        if (kStore) {
+#pragma unroll
+          for (int part = 0; part < kHalfN / kPanel; ++part) {
+            fill_box_transposed<__half>(boxes.begin(), z + part * kPanel / 2);
+            boxes.end(&kept, row * kTileM + consumer_group() * kGroupM, first + part * kPanel);
+          }
+        }
+        const bool range_ends = (half_number + 1) % out.halves_per_range == 0;
+        if (!range_ends && first + kHalfN < scores.classes) continue;
+        const int64_t range = first / kHalfN / out.halves_per_range;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) write_range<kFull>(states[r], range, token[r], scores, out);
+      }
+    }
+  }
+  if (kStore) boxes.finish();
+#endif
+}
+
+template <class T, bool kFull, bool kStore>
+Status launch(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+              const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
+              void* stream) {
+  TensorMap x, w, kept_map{};
+  Status status = make_operand_maps<T>(block, operands, &x, &w);
+  if (status.ok() && kStore)
+    status = make_block_map(block, kept.data, kept.stride, TensorMapElement::kFloat16, &kept_map);
+  const TileOrder order{count_tiles(block.tokens, kTileM),
+                        count_tiles(block.classes, int64_t{out.tiles_per_unit} * kTileN)};
+  unsigned blocks = 0;
+  if (status.ok()) status = persistent_blocks(int64_t{order.rows} * order.columns, &blocks);
+  const auto kernel = linear_statistics_kernel<T, kFull, kStore>;
+  if (status.ok()) status = allow_shared_memory(kernel, kSharedBytes);
+  if (!status.ok()) return status;
+  const Scores scores = make_scores(block, terms, targets);
+  const auto features = static_cast<int>(operands.features);
+  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w, kept_map, scores,
+                features, out, order);
+  return launch_status();
+}
+
+template <class T>
+Status select(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+              const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
+              void* stream) {
+  const bool full = wants_full(out.partials);
+  const bool store = kept.data != nullptr;
+  const auto run = full    ? store ? launch<T, true, true> : launch<T, true, false>
+                      : store ? launch<T, false, true>
+                           : launch<T, false, false>;
+  return run(block, operands, terms, targets, out, kept, stream);
+}
+
+}  // namespace
+
+Status linear_statistics(const Block& block, const LinearOperands& operands,
+                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
+                         const PartialStatistics& partials, float* target_logit,
+                         const StoredScores& scores, void* stream) {
+  if (block.tokens == 0 || block.classes == 0) return {};
+  if (partials.max == nullptr || partials.sum == nullptr)
+    return {"linear_statistics: max and sum must be given"};
+  if (targets.probabilities != nullptr)
+    return {"linear_statistics: class probabilities need stored products"};
+  if (classes_per_range <= 0 || classes_per_range % kHalfN != 0)
+    return {"linear_statistics: classes_per_range must be a multiple of 128"};
+  if (scores.data != nullptr && classes_per_range != kStoredTile)
+    return {"linear_statistics: a range of kept scores has 128 classes"};
+  if (!accepts(operands, scores.data, scores.stride))
+    return {"linear_statistics: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
+
+  const int64_t whole = int64_t{count_tiles(block.classes, kTileN)} * kHalves;
+  const int64_t halves = classes_per_range / kHalfN < whole ? classes_per_range / kHalfN : whole;
+  StatisticsOutput out;
+  out.partials = partials;
+  out.target_logit = target_logit;
+  out.kept_maxima =
+      scores.data != nullptr && scores.maxima != partials.max ? scores.maxima : nullptr;
+  out.maxima_stride = scores.maxima_stride;
+  out.halves_per_range = static_cast<int>(halves);
+  // An odd number of halves: two ranges make a unit, or one half does not need the other.
+  out.tiles_per_unit = static_cast<int>(halves % kHalves == 0 ? halves / kHalves : halves);
+  return operands.dtype == DType::kBFloat16
+             ? select<__nv_bfloat16>(block, operands, terms, targets, out, scores, stream)
+             : select<__half>(block, operands, terms, targets, out, scores, stream);
+}
+
+}  // namespace memeff::cuda::sm90

@@ -1,0 +1,116 @@
+// Logits from the accumulators of u = x W^T, for the two kernels that start with that product:
+// C = [tokens, classes], rows of A are tokens, rows of B classes, both K-major.
+//
+// An epilogue works on halves of 128 classes (kStoredTile) of a warpgroup's 64 tokens: 64
+// accumulators per thread, 2 tokens x 32 classes; the 4 lanes of a quad share the tokens.
+#pragma once
+
+#include "cuda/common/logit_transform.cuh"
+#include "cuda/sm90/tile_store.cuh"
+
+namespace memeff::cuda::sm90 {
+
+constexpr int kHalfN = static_cast<int>(kStoredTile);
+constexpr int kHalves = kTileN / kHalfN;
+constexpr int kHalfCount = kHalfN / 2;  // accumulators per thread
+static_assert(kHalves == 2 && kTokenTile == kTileM);
+
+using TokensOperand = OperandTile<Major::kK, kTileM>;
+using ClassesOperand = OperandTile<Major::kK, kTileN>;
+
+// The thread's k-th class of a half comes class_offset(k) after its first one: a constant, so that
+// comparisons and addresses need no register per accumulator. `accumulator` is where the half's
+// numbers of token r (0 or 1) and this class lie.
+constexpr int kClassesPerThread = kHalfCount / 2;
+MEMEFF_DEVICE constexpr int class_offset(int k) { return k / 2 * 8 + k % 2; }
+MEMEFF_DEVICE constexpr int accumulator(int r, int k) { return k / 2 * 4 + r * 2 + k % 2; }
+MEMEFF_DEVICE int first_class_of_thread(int first_of_half) {
+  return first_of_half + lane_index() % 4 * 2;
+}
+
+// The thread's two tokens, counted from the first one of the block's tile.
+MEMEFF_DEVICE int token_in_tile(int r) {
+  return consumer_group() * kGroupM + warp_of_group() * 16 + lane_index() / 4 + 8 * r;
+}
+
+MEMEFF_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+MEMEFF_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// What turns products into logits, for a block of scores.
+struct Scores {
+  LogitTransform<float> transform;
+  const int64_t* target;  // [tokens] of the vocabulary, or null
+  int64_t first_class;
+  int classes, tokens;
+
+  // Counted from the block's first class; negative: none there.
+  MEMEFF_DEVICE int target_of(int token) const {
+    if (target == nullptr || token >= tokens) return -1;
+    const int64_t index = target[token] - first_class;
+    return index >= 0 && index < classes ? static_cast<int>(index) : -1;
+  }
+
+  // Products of a half become logits; -inf past the last class. `first` is the thread's first class.
+  // Loops are repeated rather than their conditions: these are the same for the whole launch.
+  MEMEFF_DEVICE void to_logits(float (&z)[kHalfCount], int first) const {
+    if (transform.bias != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kClassesPerThread; ++k) {
+        const int offset = class_offset(k);
+        const float bias = offset < classes - first ? transform.bias[first + offset] : 0.f;
+        z[accumulator(0, k)] += bias;
+        z[accumulator(1, k)] += bias;
+      }
+    }
+    if (transform.softcap != 0.f) {
+#pragma unroll
+      for (float& x : z) x = transform.logit(x, 0.f);
+    } else if (transform.scale != 1.f) {
+#pragma unroll
+      for (float& x : z) x *= transform.scale;
+    }
+    if (classes - first < kHalfN) {
+#pragma unroll
+      for (int k = 0; k < kClassesPerThread; ++k)
+        if (class_offset(k) >= classes - first)
+          z[accumulator(0, k)] = z[accumulator(1, k)] = -INFINITY;
+    }
+  }
+};
+
+inline Scores make_scores(const Block& block, const LogitTerms& terms, const Targets& targets) {
+  return {logit_transform<float>(terms, block.first_class), targets.index, block.first_class,
+          static_cast<int>(block.classes), static_cast<int>(block.tokens)};
+}
+
+// Few halves contain a target of any of the warp's 16 tokens: whether this one does.
+MEMEFF_DEVICE bool warp_has_target(const int (&target)[2], int first_of_half) {
+  const int a = target[0] - first_of_half, b = target[1] - first_of_half;
+  return __any_sync(~0u, (a >= 0 && a < kHalfN) || (b >= 0 && b < kHalfN)) != 0;
+}
+
+// Maps of x and W.
+template <class T>
+Status make_operand_maps(const Block& block, const LinearOperands& operands, TensorMap* x,
+                         TensorMap* w) {
+  const Status made = TokensOperand::map(operands.input, map_element<T>(), operands.features,
+                                         block.tokens, operands.input_stride, x);
+  if (!made.ok()) return made;
+  return ClassesOperand::map(operands.weight, map_element<T>(), operands.features, block.classes,
+                             operands.weight_stride, w);
+}
+
+// The map of a tensor [classes, tokens] that boxes of 64 x 64 are stored to.
+inline Status make_block_map(const Block& block, void* data, int64_t stride,
+                             TensorMapElement element, TensorMap* map) {
+  return OperandTile<Major::kMn, kPanel>::map(data, element, block.tokens, block.classes, stride,
+                                              map);
+}
+
+}  // namespace memeff::cuda::sm90

@@ -1,0 +1,122 @@
+// Results on their way from accumulators to global memory, through shared memory and TMA.
+//
+// A box is 64 rows of 128 bytes with 128-byte swizzle: 64 x 64 16-bit numbers, or 64 x 32 floats. Each
+// consumer warpgroup owns two: while TMA reads one, the other is filled. TMA needs no registers and
+// nobody's time, so stores overlap with the next box and with the next tile's main loop, and it clips
+// what reaches past the end of the tensor.
+//
+// In a row, 16-byte piece p lies at p ^ (row % 8). stmatrix then hits all 32 banks once; the 8-byte
+// stores of floats meet 2 to a bank.
+#pragma once
+
+#include "cuda/common/vector_io.cuh"
+#include "cuda/sm90/pipeline.cuh"
+
+namespace memeff::cuda::sm90 {
+
+MEMEFF_DEVICE unsigned char* piece_of(unsigned char* box, int row, int piece) {
+  return box + row * 128 + ((piece ^ (row % 8)) << 4);
+}
+
+MEMEFF_DEVICE uint32_t pack(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, static_cast<const void*>(&pair), sizeof bits);
+  return bits;
+}
+MEMEFF_DEVICE uint32_t pack(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, static_cast<const void*>(&pair), sizeof bits);
+  return bits;
+}
+
+// The two boxes of this thread's warpgroup. All its threads call begin, fill the box, call end.
+class BoxStore {
+ public:
+  MEMEFF_DEVICE explicit BoxStore(unsigned char* shared_memory)
+      : boxes_(shared_memory + kBoxesAt + consumer_group() * 2 * kBoxBytes),
+        barrier_(1 + consumer_group()),
+        issues_(threadIdx.x % kGroupThreads == 0) {}
+
+  // A box that TMA has finished reading.
+  MEMEFF_DEVICE unsigned char* begin() {
+    if (issues_) ptx::bulk_wait_read<1>();  // all but the other box
+    ptx::bar_sync(barrier_, kGroupThreads);
+    return boxes_ + current_ * kBoxBytes;
+  }
+
+  // The box goes to `column`, `row` of the tensor, or is added there.
+  MEMEFF_DEVICE void end(const TensorMap* map, int column, int row, bool add = false) {
+    ptx::fence_proxy_async();
+    ptx::bar_sync(barrier_, kGroupThreads);
+    if (issues_) {
+      const uint32_t box = ptx::shared_address(boxes_ + current_ * kBoxBytes);
+      if (add)
+        ptx::tma_reduce_add_2d(map, box, column, row);
+      else
+        ptx::tma_store_2d(map, box, column, row);
+      ptx::bulk_commit();
+    }
+    current_ ^= 1;
+  }
+
+  // Before the thread ends: its boxes are gone once the block's shared memory is.
+  MEMEFF_DEVICE void finish() {
+    if (issues_) ptx::bulk_wait_read<0>();
+  }
+
+ private:
+  unsigned char* boxes_;
+  int barrier_;  // named barrier of the warpgroup
+  bool issues_;
+  int current_ = 0;
+};
+
+// ---- accumulators to boxes; c are consecutive accumulators, see multiply() ----
+
+// 64 rows x 64 columns of the product become rows of T.
+template <class T>
+MEMEFF_DEVICE void fill_box(unsigned char* box, const float* c) {
+  const int lane = lane_index();
+  // The matrices of a stmatrix: rows 0-7 and 8-15 of 8 columns, then of the next 8.
+  const int row = warp_of_group() * 16 + lane % 16;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float* v = c + 8 * j;
+    const uint32_t r[4] = {pack(v[0], v[1], T{}), pack(v[2], v[3], T{}), pack(v[4], v[5], T{}),
+                           pack(v[6], v[7], T{})};
+    ptx::stmatrix_x4(ptx::shared_address(piece_of(box, row, 2 * j + lane / 16)), r);
+  }
+}
+
+// 64 rows x 64 columns of the product, transposed: a row of the box is a column.
+template <class T>
+MEMEFF_DEVICE void fill_box_transposed(unsigned char* box, const float* c) {
+  const int lane = lane_index();
+  const int column = lane / 16 * 8 + lane % 8, piece = warp_of_group() * 2 + lane / 8 % 2;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float* v = c + 8 * j;
+    const uint32_t r[4] = {pack(v[0], v[1], T{}), pack(v[2], v[3], T{}), pack(v[4], v[5], T{}),
+                           pack(v[6], v[7], T{})};
+    ptx::stmatrix_x4_trans(ptx::shared_address(piece_of(box, 16 * j + column, piece)), r);
+  }
+}
+
+// 64 rows x 32 columns of the product as floats.
+MEMEFF_DEVICE void fill_box_of_floats(unsigned char* box, const float* c) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_of_group() * 16 + lane / 4 + 8 * half;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float pair[2] = {c[4 * j + 2 * half], c[4 * j + 2 * half + 1]};
+      unsigned char* const at = piece_of(box, row, 2 * j + lane % 4 / 2) + lane % 2 * 8;
+      store(reinterpret_cast<float*>(at), pair);
+    }
+  }
+}
+
+}  // namespace memeff::cuda::sm90
