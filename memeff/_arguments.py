@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memeff import _library
 from memeff._checks import check_choice, check_device
 
-BACKENDS = ("auto", "cpu", "cuda", "reference")
+# Backends with kernels, and the type of the devices whose tensors they take.
+DEVICE_TYPES = {"cpu": "cpu", "cuda": "cuda"}
 _UNITS = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+_REMEDIES = {"cuda": " (type: python -m memeff.diagnostics)"}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 NO_MEMORY_BUDGET = -1
@@ -109,34 +112,39 @@ def _check_positive(num_items: float) -> None:
 
 
 def resolve_backend(backend: str, device: torch.device, needs_reference: bool) -> str:
-    """The backend that computes: "cpu" or "reference".
+    """The backend that computes: one of DEVICE_TYPES, or "reference".
 
     ``needs_reference``: a gradient is wanted that only the reference has (class probabilities or
     class weights that require grad); "auto" then takes it.
     """
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, ("auto", *DEVICE_TYPES, "reference"))
     if backend == "reference":
         return backend
-    if backend == "cuda":
+    # Tensors without data are computed by fake kernels, which all backends share.
+    device_type = "cpu" if device.type == "meta" and backend == "auto" else device.type
+    resolved = device_type if backend == "auto" else backend
+    if resolved not in DEVICE_TYPES or (
+        resolved == "cuda" and not _library.load().build_info()["cuda"]
+    ):
         raise RuntimeError(
-            'backend is "cuda", expected "auto", "cpu" or "reference": this build of memeff has no '
-            'CUDA kernels. backend="auto" takes what fits the tensors, backend="reference" runs '
-            "plain PyTorch on any device (and stores the logits)"
+            f"input is on {device} and backend is {backend!r}: this build of memeff has no kernels "
+            f"for {resolved}{_REMEDIES.get(resolved, '')}. backend='reference' runs plain PyTorch "
+            "on any device (and stores the logits)"
         )
-    if device.type not in ("cpu", "meta"):
+    if device_type not in (DEVICE_TYPES[resolved], "meta"):
         raise RuntimeError(
-            f"input is on {device}, expected the CPU for backend={backend!r}: this build of memeff "
-            'has no kernels for other devices. backend="reference" runs plain PyTorch there (and '
-            "stores the logits)"
+            f"input is on {device}, expected a {DEVICE_TYPES[resolved]} tensor for "
+            f"backend={backend!r}"
         )
     if needs_reference:
-        if backend == "cpu":
+        if backend != "auto":
             raise RuntimeError(
-                'backend is "cpu", expected "auto" or "reference": target or weight requires grad, '
-                "and only the reference (which stores the logits) computes gradients for them"
+                f"backend is {backend!r}, expected 'auto' or 'reference': target or weight "
+                "requires grad, and only the reference (which stores the logits) computes "
+                "gradients for them"
             )
         return "reference"
-    return "cpu"
+    return resolved
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -1,28 +1,3 @@
-// Schemas of the operators. Python adds fake kernels and autograd to them (memeff/ops.py).
-//
-// They are functional and positional. Gradients of the forward operator are those of the reduced loss
-// with upstream gradient 1; outputs that are not wanted are empty tensors of shape (0,).
-#include <torch/library.h>
+#include "bindings/schema.h"
 
-TORCH_LIBRARY(memeff, m) {
-  m.def(
-      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, "
-      "Tensor? linear_bias, Tensor? weight, Tensor? token_weight, Tensor? num_items, str "
-      "reduction, "
-      "int ignore_index, float label_smoothing, float softcap, float logit_scale, float z_loss, "
-      "bool input_grad, bool weight_grad, bool bias_grad, bool statistics, SymInt memory_budget, "
-      "SymInt chunk_size, str grad_accumulation, float skip_mass) -> "
-      "(Tensor loss, Tensor lse, Tensor statistics, Tensor argmax, Tensor grad_input, "
-      "Tensor grad_weight, Tensor grad_bias)");
-  m.def(
-      "linear_cross_entropy_backward(Tensor grad_loss, Tensor lse, Tensor input, Tensor "
-      "linear_weight, "
-      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, Tensor? "
-      "num_items, "
-      "str reduction, int ignore_index, float label_smoothing, float softcap, float logit_scale, "
-      "float z_loss, bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, "
-      "SymInt chunk_size, str grad_accumulation, float skip_mass) -> "
-      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  m.def("scale_gradient(Tensor gradient, Tensor scale) -> Tensor");
-  m.def("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()");
-}
+TORCH_LIBRARY(memeff, m) { memeff::define_operators(m); }

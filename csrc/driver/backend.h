@@ -21,9 +21,11 @@ struct Range {
 /// logits in place.
 struct ScoreBlock {
   void* data = nullptr;
-  int64_t stride = 0;      // elements between classes
-  void* maxima = nullptr;  // per tile of kTileVocab classes and token; null if the backend has none
+  int64_t stride = 0;         // elements between classes
+  void* maxima = nullptr;     // per tile of classes and token; null if the backend has none
   int64_t maxima_stride = 0;  // elements between tiles
+  void* tiles = nullptr;      // which tiles must not be skipped; null if the backend skips none
+  int64_t tiles_stride = 0;
 };
 
 class Backend {

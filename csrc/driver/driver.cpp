@@ -43,8 +43,7 @@ class Run {
       const Chunk& chunk = chunks[i];
       score_chunk(chunk);
       if (problem_.grad_input != nullptr) {
-        for_each_block(chunk.tokens, plan_.token_block,
-                       [&](Range tokens) { input_gradient_of_kept(chunk, tokens); });
+        input_gradient_of_kept(chunk);
       }
       if (problem_.grad_weight != nullptr) {
         weight_gradient_of_kept(chunk, update_of(i, chunks.size()));
@@ -72,9 +71,7 @@ class Run {
       // grad_input of kept chunks needs no sums beside those of one block.
       if (input) {
         for (const Chunk& chunk : chunks) {
-          if (!chunk.kept) continue;
-          for_each_block(chunk.tokens, plan_.token_block,
-                         [&](Range tokens) { input_gradient_of_kept(chunk, tokens); });
+          if (chunk.kept) input_gradient_of_kept(chunk);
         }
       }
       sweep_classes(chunks, input);
@@ -122,13 +119,17 @@ class Run {
     });
   }
 
-  void input_gradient_of_kept(const Chunk& chunk, Range tokens) {
-    for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
-      const ScoreBlock block = part(chunk, classes, tokens);
-      backend_.to_gradient(classes, tokens, block, true);
-      backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+  void input_gradient_of_kept(const Chunk& chunk) {
+    const int64_t size = plan_.input_block > 0 ? plan_.input_block : plan_.token_block;
+    const int64_t slice = plan_.input_slice > 0 ? plan_.input_slice : plan_.slice_vocab;
+    for_each_block(chunk.tokens, size, [&](Range tokens) {
+      for_each_block(all_classes_, slice, [&](Range classes) {
+        const ScoreBlock block = part(chunk, classes, tokens);
+        backend_.to_gradient(classes, tokens, block, true);
+        backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
+      });
+      backend_.finish_grad_input(tokens);
     });
-    backend_.finish_grad_input(tokens);
   }
 
   void weight_gradient_of_kept(const Chunk& chunk, WeightUpdate update) {

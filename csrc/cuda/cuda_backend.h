@@ -1,0 +1,36 @@
+// The driver's backend on a GPU: places everything in the workspace and launches kernels, in the
+// stream's order. Nothing waits for the device.
+//
+// All N tokens take part; those without a target have coefficients of zero. What a kept score is
+// depends on the kernels (select.h):
+//
+//   sm80, sm90   exp(z - max) of a tile of classes, 16 bits, with the maxima beside (StoredScores)
+//   generic      the product u = x W^T in the accumulation type
+//
+// Both turn into gradients in place, 16-bit ones for 16-bit inputs. Float products shrink: row v of
+// the gradients then has twice the stride, and starts where the row of the tokens that were converted
+// together started.
+#pragma once
+
+#include <memory>
+
+#include "core/planner.h"
+#include "core/problem.h"
+#include "cuda/plan.h"
+#include "driver/backend.h"
+
+namespace memeff::cuda {
+
+struct CudaContext {
+  const Problem* problem;
+  const PlanRequest* request;
+  const Plan* plan;
+  Selection kernels;
+  char* workspace;  // layout(...).total bytes on the device
+  void* stream;
+};
+
+/// Throws std::runtime_error when a launch is not accepted.
+std::unique_ptr<Backend> make_cuda_backend(const CudaContext& context);
+
+}  // namespace memeff::cuda

@@ -1,0 +1,91 @@
+// gemm through torch: on a GPU that is cuBLAS, with torch's handles, workspaces, settings and current
+// stream. (Under the emulator the same code multiplies CPU tensors.)
+#include "cuda/gemm.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+#include "cuda/runtime.h"
+
+#if !defined(MEMEFF_GEMM_DEVICE)
+#define MEMEFF_GEMM_DEVICE at::kCUDA
+#endif
+
+namespace memeff::cuda {
+namespace {
+
+constexpr at::DeviceType kDeviceType = MEMEFF_GEMM_DEVICE;
+
+at::ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16: return at::kBFloat16;
+    case DType::kFloat16: return at::kHalf;
+    case DType::kFloat32: return at::kFloat;
+    case DType::kFloat64: return at::kDouble;
+  }
+  return at::kFloat;
+}
+
+at::Device current_device() {
+  if (kDeviceType == at::kCPU) return at::kCPU;
+  return c10::impl::VirtualGuardImpl(kDeviceType).getDevice();
+}
+
+at::Tensor view_of(const void* data, DType dtype, at::Device device, int64_t rows, int64_t columns,
+                   int64_t row_stride, int64_t column_stride) {
+  return at::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride},
+                       at::TensorOptions().dtype(scalar_type(dtype)).device(device), device);
+}
+
+at::Tensor view_of(const Matrix& m, at::Device device) {
+  return view_of(m.data, m.dtype, device, m.rows, m.columns, m.row_stride, m.column_stride);
+}
+
+void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, at::Tensor& c) {
+  if (a.scalar_type() == c.scalar_type()) {
+    accumulate ? at::addmm_out(c, c, a, b) : at::mm_out(c, a, b);
+  } else {  // 16-bit operands, fp32 sums
+    accumulate ? at::addmm_out(c, c, a, b, at::kFloat) : at::mm_out(c, a, b, at::kFloat);
+  }
+}
+
+/// Whether the device multiplies matrices of that type into fp32.
+bool has_mixed_product(DType dtype) {
+  if (kDeviceType == at::kCPU) return false;
+  return dtype == DType::kFloat16 || current_gpu().capability >= 80;
+}
+
+// Inner dimension and rows of C that are upcast at once where there is no mixed product.
+constexpr int64_t kUpcastPiece = 4096;
+
+/// C (+)= A B with both operands upcast, piece by piece: bf16 on GPUs older than sm_80.
+void multiply_upcast(const at::Tensor& a, const at::Tensor& b, bool accumulate, at::Tensor& c) {
+  const int64_t rows = a.size(0), inner = a.size(1);
+  for (int64_t k = 0; k < std::max<int64_t>(1, inner); k += kUpcastPiece) {
+    const int64_t depth = std::min(kUpcastPiece, inner - k);
+    const at::Tensor right = b.narrow(0, k, depth).to(at::kFloat);
+    for (int64_t row = 0; row < rows; row += kUpcastPiece) {
+      const int64_t count = std::min(kUpcastPiece, rows - row);
+      at::Tensor out = c.narrow(0, row, count);
+      multiply(a.narrow(0, row, count).narrow(1, k, depth).to(at::kFloat), right,
+               accumulate || k > 0, out);
+    }
+  }
+}
+
+}  // namespace
+
+void gemm(const Matrix& a, const Matrix& b, bool accumulate, void* c, int64_t c_stride) {
+  if (a.rows == 0 || b.columns == 0) return;
+  const at::Device device = current_device();
+  const at::Tensor left = view_of(a, device), right = view_of(b, device);
+  at::Tensor out = view_of(c, accumulation_dtype(a.dtype), device, a.rows, b.columns, c_stride, 1);
+  const bool upcasts = is_16_bit(a.dtype) && !has_mixed_product(a.dtype);
+  upcasts ? multiply_upcast(left, right, accumulate, out) : multiply(left, right, accumulate, out);
+}
+
+}  // namespace memeff::cuda

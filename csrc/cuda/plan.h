@@ -1,0 +1,66 @@
+// Decides how a call runs on a GPU, and lays out its workspace, before anything is allocated: plain
+// C++, tested without a GPU. The plans are those of core/planner.h; sizes differ, because a GPU wants
+// large products and hides nothing in a thread's cache:
+//
+//   scores, statistics    token_block tokens at a time, so that partial statistics stay small
+//   grad_input            of kept scores: input_block tokens, all classes in one product
+//   grad_weight           weight_block tokens, slice_vocab classes
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/planner.h"
+#include "core/problem.h"
+#include "cuda/select.h"
+
+namespace memeff::cuda {
+
+/// What the planner needs to know of a call besides its PlanRequest.
+struct PlanTraits {
+  Selection kernels;
+  int partials = 2;     // partial statistics of A: max, sum, ...
+  bool argmax = false;  // and one of int32
+  bool skips = false;   // skip_mass > 0
+};
+PlanTraits plan_traits(const Problem& problem, const Selection& kernels);
+
+/// Byte offsets of everything in the workspace. What a step needs only while it runs shares memory
+/// with the other steps' under token chunks, as in core/planner.h.
+struct Layout {
+  int64_t scalars = 0;       // CallScalars
+  int64_t token_arrays = 0;  // kTokenArrays arrays of 8-byte numbers [N]
+  int64_t bias = 0;          // A [V]
+  int64_t class_weight = 0;  // A [V]
+  int64_t bias_sum = 0;      // A [V]
+  int64_t kept_maxima = 0;   // [tiles, kept tokens] fp32, of stored scores
+  int64_t tiles = 0;         // [tiles, kept token tiles] bytes: which may not be skipped
+  int64_t scores = 0;        // scores of the chunk [V, chunk_tokens]
+  int64_t remainder = 0;     // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
+  int64_t slice = 0;         // scores or gradients of one slice [slice_vocab, token_block]
+  int64_t slice_tiles = 0;   // their tiles
+  int64_t partials = 0;      // partial statistics of a token block, one array after another
+  int64_t input_sum = 0;     // fp32 sums of grad_input
+  int64_t weight_copy = 0;   // gradients of a slice, moved out of grad_weight [slice, weight_block]
+  int64_t weight_sum = 0;    // sums of a slice of grad_weight [slice_vocab, D] of A
+  int64_t total = 0;
+};
+constexpr int kTokenArrays = 16;
+
+Layout layout(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
+
+/// Classes that share one entry of the partial statistics, for scores that are kept or not.
+int64_t classes_per_range(const PlanRequest& request, const PlanTraits& traits, const Plan& plan,
+                          bool kept);
+
+/// Bytes of one kept score, and tokens whose scores fit a row of grad_weight.
+int64_t kept_score_bytes(const PlanRequest& request, const PlanTraits& traits);
+int64_t tokens_in_gradient_row(const PlanRequest& request, const PlanTraits& traits);
+
+/// Where grad_input is summed in the workspace rather than written by one product per block.
+bool sums_grad_input(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
+
+/// Returns an empty string and fills `plan`, or says why no plan fits and the least budget that does.
+std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan);
+
+}  // namespace memeff::cuda

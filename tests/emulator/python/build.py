@@ -1,0 +1,86 @@
+"""Builds the CUDA kernels for the emulator as a Python extension of torch operators.
+
+    python tests/emulator/python/build.py      # about two minutes the first time
+
+Kernels and emulator come from tests/emulator/CMakeLists.txt; here the code above them (backend,
+driver, operators) is compiled against torch and linked to them. tests/conftest.py loads the result.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "build" / "emulator-python"
+NAME = "_memeff_emulated"
+SOURCES = (
+    "tests/emulator/python/emulated_device.cpp",
+    "csrc/bindings/call.cpp",
+    "csrc/core/planner.cpp",
+    "csrc/cuda/cuda_backend.cpp",
+    "csrc/cuda/gemm_torch.cpp",
+    "csrc/cuda/plan.cpp",
+    "csrc/cuda/select.cpp",
+    "csrc/driver/driver.cpp",
+)
+
+
+def cuda_include() -> Path | None:
+    """The folder with the headers of a CUDA toolkit, which the kernels need."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        if (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def missing() -> str | None:
+    """What keeps the emulated kernels from being built here, or None."""
+    if cuda_include() is None:
+        return "no headers of a CUDA toolkit (set CUDA_HOME)"
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool) is None:
+            return f"no {tool}"
+    return None
+
+
+def compile_kernels() -> Path:
+    """The static libraries of kernels and emulator; returns their folder."""
+    folder = FOLDER / "kernels"
+    compiler = os.environ.get("MEMEFF_EMULATOR_CXX") or shutil.which("clang++-19") or "g++"
+    configure = ["cmake", "-S", ROOT / "tests/emulator", "-B", folder, "-G", "Ninja"]
+    subprocess.run([*configure, f"-DCMAKE_CXX_COMPILER={compiler}"], check=True)
+    targets = ["memeff_cuda_emulated", "memeff_emulator"]
+    subprocess.run(["cmake", "--build", folder, "--target", *targets], check=True)
+    return folder
+
+
+def load(verbose: bool = False) -> ModuleType:
+    """Builds what is out of date, registers the operators and returns the module."""
+    from torch.utils import cpp_extension
+
+    kernels = compile_kernels()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    module: ModuleType = cpp_extension.load(
+        NAME,
+        [str(ROOT / source) for source in SOURCES],
+        extra_cflags=[
+            "-O2",
+            "-fvisibility=hidden",
+            "-DMEMEFF_GEMM_DEVICE=at::kCPU",
+            f"-isystem{cuda_include()}",
+        ],
+        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests")],
+        extra_ldflags=[f"-L{kernels}", "-lmemeff_cuda_emulated", "-lmemeff_emulator", "-ldl"],
+        build_directory=str(FOLDER),
+        verbose=verbose,
+    )
+    return module
+
+
+if __name__ == "__main__":
+    load(verbose=True)
