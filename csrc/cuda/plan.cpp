@@ -153,12 +153,15 @@ double cost(const PlanRequest& r, const Plan& plan, int scale) {
   const double kept = n - static_cast<double>(fresh_tokens(r, plan));
   double products = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
   if (!r.statistics_known && plan.kind == PlanKind::kVocabSlices) products += (n - kept) / n;
-  if (plan.separate_sweeps) products += 1;
+  if (plan.separate_sweeps) products += (n - kept) / n;
   double passes = 0;  // read and write the sums of grad_weight
   if (plan.kind == PlanKind::kTokenChunks && plan.chunk_tokens > 0)
     passes = static_cast<double>(
         ceil_div(std::max<int64_t>(0, r.tokens - plan.stored_in_gradient), plan.chunk_tokens));
   const double pass = r.grad_weight ? 8 * kMultiplyAddsPerByte / n : 0;
+  // Who fixes the size of chunks wants chunks.
+  if (r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices)
+    products += 100;
   return products * (1 + kScalePenalty[scale]) + passes * pass;
 }
 
@@ -189,6 +192,9 @@ int64_t largest_chunk(const PlanRequest& r, const PlanTraits& t, int64_t budget,
 template <class Consider>
 void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budget,
                         const Consider& consider) {
+  const auto largest = [&](const Plan& plan, int64_t least, int64_t most) {
+    return largest_chunk(r, t, budget, least, most, plan);
+  };
   const bool gradient = r.grad_input || r.grad_weight || r.grad_bias;
   for (int scale = 0; scale < kScales; ++scale) {
     if (!gradient) {
@@ -202,21 +208,24 @@ void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budge
     if (!r.statistics_known) {
       Plan plan = blocks(r, t, PlanKind::kTokenChunks, scale);
       plan.stored_in_gradient = stored;
-      const bool native = r.accumulation == GradAccumulation::kNative;
-      plan.accumulation = native ? Accumulation::kNative : Accumulation::kFloat32;
-      // A single chunk needs no sums across chunks.
-      Plan exact = plan;
-      exact.accumulation = Accumulation::kExact;
-      const bool one_chunk = rest <= 0 || (stored == 0 && most == rest &&
-                                           largest_chunk(r, t, budget, most, most, exact) > 0);
-      if (!r.grad_weight || one_chunk) plan.accumulation = Accumulation::kExact;
-      if (rest > 0) {
-        const int64_t smallest = one_chunk ? most : least;
-        plan.chunk_tokens = std::max(smallest, largest_chunk(r, t, budget, smallest, most, plan));
+      if (!r.grad_weight || rest <= 0) {
+        if (rest > 0) plan.chunk_tokens = std::max(least, largest(plan, least, most));
+        finish(r, t, &plan);
+        consider(plan, scale);
+      } else {
+        if (stored == 0 && most == rest) {  // a single chunk needs no sums across chunks
+          Plan one = plan;
+          one.chunk_tokens = most;
+          finish(r, t, &one);
+          consider(one, scale);
+        }
+        const bool native = r.accumulation == GradAccumulation::kNative;
+        plan.accumulation = native ? Accumulation::kNative : Accumulation::kFloat32;
+        plan.chunk_tokens = std::max(least, largest(plan, least, most));
+        finish(r, t, &plan);
+        consider(plan, scale);
       }
-      finish(r, t, &plan);
-      consider(plan, scale);
-      if (native) continue;
+      if (r.accumulation == GradAccumulation::kNative) continue;
     }
     if (!r.grad_weight && !r.statistics_known) continue;
     Plan plan = blocks(r, t, PlanKind::kVocabSlices, scale);
@@ -226,13 +235,14 @@ void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budge
     if (!r.statistics_known && rest > 0 && r.chunk_size == 0) {
       Plan more = plan;
       more.stored_chunks = 1;
-      more.chunk_tokens = largest_chunk(r, t, budget, std::min(rest, kTokenTile), rest, more);
+      more.chunk_tokens = largest(more, std::min(rest, kTokenTile), rest);
       finish(r, t, &more);
       if (more.chunk_tokens > 0) consider(more, scale);
     }
     if (r.grad_input && r.grad_weight) {
       Plan separate = blocks(r, t, PlanKind::kVocabSlices, scale);
       separate.separate_sweeps = true;
+      separate.stored_in_gradient = stored;
       finish(r, t, &separate);
       consider(separate, scale);
     }
@@ -246,7 +256,7 @@ void count_work(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
       r.tokens == 0 ? 0.0
                     : static_cast<double>(fresh_tokens(r, *plan)) / static_cast<double>(r.tokens);
   double scores = r.statistics_known ? 1 : 1 + fresh;
-  if (plan->separate_sweeps) scores += 1;
+  if (plan->separate_sweeps) scores += fresh;
   plan->flops = product * (scores + gradients);
   plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
   const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +

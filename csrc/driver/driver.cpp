@@ -67,19 +67,16 @@ class Run {
     }
     const bool input = problem_.grad_input != nullptr;
     const bool weight = problem_.grad_weight != nullptr;
-    if (weight && !plan_.separate_sweeps) {
-      // grad_input of kept chunks needs no sums beside those of one block.
-      if (input) {
-        for (const Chunk& chunk : chunks) {
-          if (chunk.kept) input_gradient_of_kept(chunk);
-        }
+    // grad_input of kept chunks needs no sums beside those of one block; nor does that of the others in
+    // a sweep of its own, which finishes them block by block.
+    if (input) {
+      for (const Chunk& chunk : chunks) {
+        if (chunk.kept) input_gradient_of_kept(chunk);
       }
-      sweep_classes(chunks, input);
-    } else {
-      // The token's sums are finished block by block, so they need not be kept for all tokens.
-      if (input) sweep_tokens(chunks, /*add_bias=*/!weight);
-      if (weight || !input) sweep_classes(chunks, false);
     }
+    const bool together = weight && !plan_.separate_sweeps;
+    if (input && !together) sweep_tokens(chunks, /*add_bias=*/!weight);
+    if (weight || !input) sweep_classes(chunks, input && together);
     backend_.finish_gradients();
   }
 
@@ -174,9 +171,9 @@ class Run {
     for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
       for (const Chunk& chunk : chunks) {
         for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
-          const bool input_done = input && chunk.kept;
-          const ScoreBlock block = slice_gradient(chunk, classes, tokens, !input_done, true);
-          if (input && !input_done) {
+          const bool is_gradient = chunk.kept && problem_.grad_input != nullptr;
+          const ScoreBlock block = slice_gradient(chunk, classes, tokens, !is_gradient, true);
+          if (input && !chunk.kept) {
             backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
           }
           if (problem_.grad_weight != nullptr) {
@@ -196,9 +193,11 @@ class Run {
 
   void sweep_tokens(const std::vector<Chunk>& chunks, bool add_bias) {
     for (const Chunk& chunk : chunks) {
+      if (chunk.kept) continue;
       for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
         for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
-          const ScoreBlock block = slice_gradient(chunk, classes, tokens, true, add_bias);
+          const ScoreBlock block = backend_.slice_block();
+          backend_.fresh_gradient(classes, tokens, block, add_bias);
           backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
         });
         backend_.finish_grad_input(tokens);

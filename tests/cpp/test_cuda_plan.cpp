@@ -1,0 +1,174 @@
+// Properties of the plans for a GPU. (That the parts of the workspace do not overlap is shown by the
+// emulated tests, which run the kernels in workspaces of exactly these sizes, filled with NaN.)
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
+
+namespace {
+
+using namespace memeff;
+using cuda::Family;
+using cuda::PlanTraits;
+using cuda::Selection;
+
+constexpr int64_t kMiB = int64_t{1} << 20;
+
+struct Case {
+  PlanRequest request;
+  PlanTraits traits;
+};
+
+std::string name_of(const Case& c) {
+  const PlanRequest& r = c.request;
+  return test::describe(
+      "N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ", static_cast<int>(r.dtype), " ",
+      cuda::name_of(c.traits.kernels), " gradients ", r.grad_input, r.grad_weight, r.grad_bias,
+      " known ", r.statistics_known, " accumulation ", static_cast<int>(r.accumulation),
+      " chunk_size ", r.chunk_size, " skips ", c.traits.skips, " budget ", r.memory_budget);
+}
+
+Case make_case(int64_t tokens, int64_t features, int64_t vocab, Selection kernels,
+               DType dtype = DType::kBFloat16) {
+  Case c;
+  c.request.tokens = tokens, c.request.features = features, c.request.vocab = vocab;
+  c.request.dtype = dtype, c.request.grad_input = c.request.grad_weight = true;
+  c.traits.kernels = kernels;
+  return c;
+}
+
+std::vector<Case> all_cases() {
+  std::vector<Case> cases;
+  const Selection selections[] = {{Family::kGeneric, Family::kGeneric},
+                                  {Family::kSm80, Family::kGeneric},
+                                  {Family::kSm90, Family::kSm90}};
+  const int64_t shapes[][3] = {{0, 64, 100},          {1, 1, 1},
+                               {7, 33, 1001},         {130, 64, 5000},
+                               {4096, 64, 300},       {4096, 4096, 128256},
+                               {16384, 2048, 248320}, {1 << 20, 512, 32000}};
+  for (const Selection& kernels : selections)
+    for (const auto& shape : shapes)
+      for (const DType dtype : {DType::kBFloat16, DType::kFloat32})
+        for (int wanted = 0; wanted < 8; ++wanted)
+          for (int known = 0; known < 2; ++known)
+            for (const bool skips : {false, true}) {
+              if (dtype == DType::kFloat32 && kernels.stores_16_bits()) continue;
+              if (skips && kernels.products == Family::kGeneric) continue;
+              if (known == 1 && wanted == 0) continue;
+              Case c = make_case(shape[0], shape[1], shape[2], kernels, dtype);
+              c.request.grad_input = (wanted & 1) != 0, c.request.grad_weight = (wanted & 2) != 0;
+              c.request.grad_bias = (wanted & 4) != 0, c.request.statistics_known = known == 1;
+              c.traits.skips = skips, c.traits.partials = 2 + wanted % 3;
+              cases.push_back(c);
+            }
+  return cases;
+}
+
+Plan plan_of(const Case& c) {
+  Plan plan;
+  CHECK_EQ(make_plan(c.request, c.traits, &plan), "");
+  return plan;
+}
+
+void check_plan(const Case& c, const Plan& plan) {
+  const PlanRequest& r = c.request;
+  CHECK_EQ(layout(r, c.traits, plan).total, plan.workspace_bytes);
+  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes <= r.memory_budget);
+  CHECK(plan.token_block > 0 && plan.slice_vocab > 0 && plan.input_block > 0);
+  // Tiles of kept scores are counted from the start of a chunk and of a slice.
+  CHECK_EQ(plan.token_block % cuda::kTokenTile, 0);
+  CHECK_EQ(plan.slice_vocab % cuda::kStoredTile, 0);
+  CHECK(plan.stored_in_gradient <= tokens_in_gradient_row(r, c.traits));
+  const bool gradient = r.grad_input || r.grad_weight || r.grad_bias;
+  CHECK_EQ(gradient, plan.kind != PlanKind::kStatistics);
+  if (r.statistics_known) CHECK(plan.kind == PlanKind::kVocabSlices);
+  if (plan.kind == PlanKind::kTokenChunks) CHECK_EQ(plan.flops, plan.floor_flops);
+  CHECK(plan.flops >= plan.floor_flops);
+  const int products = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
+  CHECK(plan.flops <= (products + 2) * 2.0 * r.tokens * r.features * r.vocab);
+  if (!c.traits.kernels.stores_16_bits()) {
+    // Float products shrink in place within the tokens that are converted together.
+    CHECK_EQ(plan.input_block, plan.token_block);
+    CHECK_EQ(plan.weight_block, plan.token_block);
+  }
+}
+
+void more_memory_never_hurts(Case c) {
+  double flops = 1e300;
+  for (int64_t budget = kMiB; budget <= int64_t{8} << 30; budget *= 4) {
+    c.request.memory_budget = budget;
+    test::context() = name_of(c);
+    Plan plan;
+    const std::string problem = make_plan(c.request, c.traits, &plan);
+    if (!problem.empty()) {
+      CHECK_EQ(flops, 1e300);  // what fitted a smaller budget still fits
+      CHECK(problem.find("memory_budget=") == 0);
+      continue;
+    }
+    check_plan(c, plan);
+    CHECK(plan.flops <= flops * 1.001);
+    flops = plan.flops;
+  }
+}
+
+void names_the_least_budget_that_works(Case c) {
+  c.request.memory_budget = 1;
+  test::context() = name_of(c);
+  Plan plan;
+  const std::string problem = make_plan(c.request, c.traits, &plan);
+  const std::string before = "the least that works is ";
+  const size_t at = problem.find(before);
+  CHECK(at != std::string::npos);
+  if (at == std::string::npos) return;
+  c.request.memory_budget = std::stoll(problem.substr(at + before.size()));
+  CHECK_EQ(make_plan(c.request, c.traits, &plan), "");
+  c.request.memory_budget -= 1;
+  CHECK(!make_plan(c.request, c.traits, &plan).empty());
+}
+
+// The memory that design goals ask for, at the FLOPs that they allow.
+void keeps_the_promises_for_large_heads() {
+  const Selection fused = {Family::kSm90, Family::kSm90};
+  const struct {
+    int64_t tokens, budget;
+    double ndv;
+  } goals[] = {{4096, 32, 6}, {8192, 512, 6.75}, {8192, 256, 7}, {8192, 32, 8}};
+  for (const auto& goal : goals) {
+    Case c = make_case(goal.tokens, 4096, 128256, fused);
+    c.request.memory_budget = goal.budget * kMiB;
+    test::context() = name_of(c);
+    const Plan plan = plan_of(c);
+    check_plan(c, plan);
+    CHECK(plan.flops <= goal.ndv * 1.001 * goal.tokens * 4096.0 * 128256.0);
+  }
+}
+
+void obeys_the_caller() {
+  Case c = make_case(10000, 512, 32000, {Family::kSm80, Family::kGeneric});
+  c.request.chunk_size = 300;
+  test::context() = name_of(c);
+  const Plan plan = plan_of(c);
+  CHECK(plan.kind == PlanKind::kTokenChunks);
+  CHECK_EQ(plan.chunk_tokens, 300);
+  CHECK_EQ(plan.stored_in_gradient, 300);
+  c.request.chunk_size = 0;
+  c.request.accumulation = GradAccumulation::kNative;
+  test::context() = name_of(c);
+  CHECK(plan_of(c).accumulation == Accumulation::kNative);
+}
+
+}  // namespace
+
+int main() {
+  for (const Case& c : all_cases()) {
+    test::context() = name_of(c);
+    check_plan(c, plan_of(c));
+    if (c.request.tokens > 0) names_the_least_budget_that_works(c);
+    more_memory_never_hurts(c);
+  }
+  keeps_the_promises_for_large_heads();
+  obeys_the_caller();
+  return test::result();
+}
