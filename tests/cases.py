@@ -82,6 +82,14 @@ class Inputs:
     token_weight: torch.Tensor | None
     upstream: torch.Tensor
 
+    def to(self, device: str) -> Inputs:
+        """The same tensors on `device`, with the same strides where it is another one."""
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Inputs(*(move(getattr(self, name)) for name in self.__dataclass_fields__))
+
     def in_float64(self) -> Inputs:
         def double(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
@@ -219,8 +227,8 @@ def plain_loss(
     class_weights = None if inputs.class_weights is None else inputs.class_weights.to(z.dtype)
     if case.probabilities:
         targets = y.reshape(-1, case.vocab).to(z.dtype)
-        counted = torch.ones(len(rows), dtype=torch.bool)
-        denominator = torch.tensor(len(rows), dtype=z.dtype)
+        counted = torch.ones(len(rows), dtype=torch.bool, device=z.device)
+        denominator = torch.tensor(len(rows), dtype=z.dtype, device=z.device)
     else:
         targets = y.reshape(-1).long()
         counted = targets != case.kept_ignore_index
@@ -283,16 +291,19 @@ def run_memeff(case: Case, inputs: Inputs, **overrides: Any) -> Result:
     return _differentiated(case, loss, inputs, leaves)
 
 
-def check(case: Case, **overrides: Any) -> Result:
-    """Runs `case` three ways, applies the tolerance rule, returns memeff's result."""
-    inputs = make_inputs(case)
-    ours = run_memeff(case, inputs, **overrides)
+def check(case: Case, *, device: str = "cpu", **overrides: Any) -> Result:
+    """Runs `case` three ways, applies the tolerance rule, returns memeff's result.
+
+    memeff and plain PyTorch run on `device`, the float64 reference on the CPU.
+    """
+    cpu_inputs = make_inputs(case)
+    inputs = cpu_inputs.to(device)
+    ours = run_memeff(case, inputs, **overrides).cpu()
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     assert ours.loss.dtype == wide, f"loss is {ours.loss.dtype}, expected {wide}"
     for name in ("dx", "dw", "db"):
         gradient = getattr(ours, name)
         assert gradient is None or gradient.dtype == case.dtype, f"{name} is {gradient.dtype}"
-    exact_inputs = inputs.in_float64()
-    exact = run_plain(replace(case, dtype=torch.float64), exact_inputs)
-    assert_result(ours, run_plain(case, inputs), exact)
+    exact = run_plain(replace(case, dtype=torch.float64), cpu_inputs.in_float64())
+    assert_result(ours, run_plain(case, inputs).cpu(), exact)
     return ours

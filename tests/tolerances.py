@@ -52,6 +52,10 @@ class Result:
     dw: torch.Tensor | None = None
     db: torch.Tensor | None = None
 
+    def cpu(self) -> Result:
+        parts = (self.loss, self.dx, self.dw, self.db)
+        return Result(*(None if part is None else part.cpu() for part in parts))
+
 
 def _norms(difference: torch.Tensor) -> dict[str, float]:
     return {

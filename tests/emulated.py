@@ -1,0 +1,51 @@
+"""The backend "emulated": the CUDA kernels on CPU tensors, run and checked by tests/emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from memeff import _arguments, ops
+
+_BUILD = Path(__file__).parent / "emulator" / "python" / "build.py"
+
+
+@functools.cache
+def _builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memeff_emulated_build", _BUILD)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def missing() -> str | None:
+    """Why the backend cannot be built here, or None."""
+    reason: str | None = _builder().missing()
+    return reason
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Builds the backend and makes backend="emulated" known to memeff."""
+    module: ModuleType = _builder().load()
+    ops.LIBRARIES["emulated"] = ops.Operators("memeff_emulated")
+    _arguments.DEVICE_TYPES["emulated"] = "cpu"
+    return module
+
+
+@contextlib.contextmanager
+def checked(
+    *, late_delivery: bool = True, schedule: str = "in_order", seed: int = 1
+) -> Iterator[None]:
+    """Runs what is inside in that order of threads and copies; any report is a failure."""
+    emulator = load()
+    emulator.take_reports()
+    emulator.configure(late_delivery=late_delivery, schedule=schedule, seed=seed)
+    yield
+    reports = emulator.take_reports()
+    assert not reports, f"{len(reports)} reports, the first: " + "\n".join(reports[:3])

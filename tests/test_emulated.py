@@ -1,0 +1,188 @@
+"""The whole way from Python to the CUDA kernels, on the CPU: the kernels run in the emulator.
+
+Every call is checked under the tolerance rule, in memory that starts as NaN, and by the emulator:
+races, bounds, uninitialised reads, copies in flight. Shapes are small, because a kernel runs here
+about a million times slower than on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    INPUT_LAYOUTS,
+    OPTIONS,
+    WEIGHT_LAYOUTS,
+    Case,
+    check,
+    make_inputs,
+    run_memeff,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_property import cases as any_case
+
+import memeff
+
+pytestmark = pytest.mark.skipif(
+    emulated.missing() is not None, reason=f"no emulator: {emulated.missing()}"
+)
+
+KERNELS = ["generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90"]
+# Everything that 16-bit kernels distinguish; fp32 and fp64 are the generic kernels' alone.
+VARIANTS = [
+    *((kernels, dtype) for kernels in KERNELS for dtype in (torch.bfloat16, torch.float16)),
+    ("generic,generic", torch.float32),
+    ("generic,generic", torch.float64),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_reports() -> Iterator[None]:
+    with emulated.checked():
+        yield
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}".replace("torch.", ""))
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """Of the inputs, with the kernels chosen."""
+    kernels, dtype = request.param
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+    return dtype
+
+
+def check_emulated(case: Case, **overrides: Any) -> None:
+    check(case, backend="emulated", **overrides)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(37, 24, 150), (130, 40, 300), (1, 8, 40), (5, 7, 1)], ids=str)
+def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, reduction: str) -> None:
+    tokens, features, vocab = shape
+    check_emulated(Case((tokens,), features, vocab, dtype, reduction, bias=True, ignored=0.2))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
+    check_emulated(Case((40,), 16, 140, dtype, **options))
+
+
+@pytest.mark.parametrize("options", ["everything", "probabilities_all", "softcap_smoothing"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_options_recomputed(options: str, reduction: str, dtype: torch.dtype) -> None:
+    check_emulated(Case((40,), 16, 140, dtype, reduction, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 100])
+def test_chunks(chunk_size: int, dtype: torch.dtype) -> None:
+    tokens = 6 if chunk_size == 1 else 290
+    accumulation = "native" if dtype in (torch.float32, torch.float64) else "float32"
+    check_emulated(
+        Case((tokens,), 16, 140, dtype, chunk_size=chunk_size, grad_accumulation=accumulation)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_smallest_budget(reduction: str, dtype: torch.dtype) -> None:
+    case = Case((200,), 16, 700, dtype, reduction, bias=True)
+    with pytest.raises(ValueError, match="the least that works") as caught:
+        run_memeff(case, make_inputs(case), memory_budget=1, backend="emulated")
+    least = int(str(caught.value).split("the least that works is ")[1].split()[0])
+    check_emulated(case, memory_budget=least)
+
+
+@pytest.mark.parametrize("differentiate", [(), ("dx",), ("dw",), ("db",), ("dx", "db")], ids=str)
+def test_only_what_is_wanted(differentiate: tuple[str, ...], dtype: torch.dtype) -> None:
+    for reduction in ("mean", "none"):
+        case = Case((140,), 16, 140, dtype, reduction, bias=True, differentiate=differentiate)
+        check_emulated(case)
+
+
+@pytest.mark.parametrize("layout", [*WEIGHT_LAYOUTS[1:], "expanded_tokens"])
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    assert layout in INPUT_LAYOUTS
+    weight_layout = layout if layout in WEIGHT_LAYOUTS else "padded"
+    check_emulated(Case((33,), 24, 140, dtype, input_layout=layout, weight_layout=weight_layout))
+
+
+@pytest.mark.parametrize("schedule", ["reversed", "random"])
+@pytest.mark.parametrize("late_delivery", [False, True], ids=["early", "late"])
+def test_order_of_events_does_not_matter(
+    schedule: str, late_delivery: bool, dtype: torch.dtype
+) -> None:
+    case = Case((140,), 24, 300, dtype, bias=True, ignored=0.1)
+    inputs = make_inputs(case)
+    expected = run_memeff(case, inputs, backend="emulated")
+    with emulated.checked(late_delivery=late_delivery, schedule=schedule, seed=7):
+        actual = run_memeff(case, inputs, backend="emulated")
+    for name in ("loss", "dx", "dw", "db"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+def test_statistics(dtype: torch.dtype) -> None:
+    case = Case((45,), 16, 300, dtype, bias=True, softcap=5.0, ignored=0.2)
+    inputs = make_inputs(case)
+    arguments: dict[str, Any] = {
+        "linear_bias": inputs.b, "softcap": 5.0, "return_statistics": True
+    }  # fmt: skip
+    loss, ours = memeff.linear_cross_entropy(
+        inputs.x, inputs.w, inputs.y, backend="emulated", **arguments
+    )
+    exact = inputs.in_float64()
+    arguments["linear_bias"] = exact.b
+    exact_loss, expected = memeff.reference.linear_cross_entropy(
+        exact.x, exact.w, exact.y, **arguments
+    )
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-5)
+    for name, value in ours._asdict().items():
+        other = getattr(expected, name)
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), other, rtol=1e-4, atol=1e-4, msg=name)
+        else:
+            assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_tokens_ignored(reduction: str, dtype: torch.dtype) -> None:
+    case = Case((9,), 16, 40, dtype, reduction, ignored=1.0, bias=True)
+    ours = run_memeff(case, make_inputs(case), backend="emulated")
+    assert ours.loss.isnan().all() if reduction == "mean" else (ours.loss == 0).all()
+    for gradient in (ours.dx, ours.dw, ours.db):
+        assert gradient is not None and (gradient == 0).all()
+
+
+def test_no_tokens(dtype: torch.dtype) -> None:
+    ours = run_memeff(
+        Case((0,), 16, 40, dtype), make_inputs(Case((0,), 16, 40, dtype)), backend="emulated"
+    )
+    assert ours.loss.isnan() and ours.dw is not None and (ours.dw == 0).all()
+
+
+def test_targets_out_of_range_are_seen(dtype: torch.dtype) -> None:
+    """The device cannot raise: the token's loss is NaN, and so is everything it is part of."""
+    case = Case((9,), 16, 40, dtype, "none")
+    inputs = make_inputs(case)
+    inputs.y[3] = 40
+    loss = run_memeff(
+        case,
+        inputs,
+        backend="emulated",
+    ).loss
+    assert loss.isnan().tolist() == [n == 3 for n in range(9)]
+
+
+@settings(max_examples=25)
+@given(case=any_case(), kernels=st.sampled_from(KERNELS))
+def test_any_call(case: Case, kernels: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+        check_emulated(case)
+
+
+def test_covers_all_dtypes() -> None:
+    assert {dtype for _, dtype in VARIANTS} == set(DTYPES)
