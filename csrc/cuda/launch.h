@@ -136,7 +136,7 @@ struct RowUpdate {
 };
 Status update_rows(const RowUpdate& update, void* stream);
 
-/// Copies a matrix, converting from one type to another (same type, or 16 bits to A).
+/// Copies a matrix, to the same type or to fp32.
 Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
                  int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream);
 

@@ -1,7 +1,7 @@
 // Elementwise work on rows of gradients, any architecture: sums into a gradient, copies, scaling.
 //
 //   update_rows     gradient <- scale * sums, or another update of core/weight_update.h
-//   copy_rows       to <- from, of the same type or wider                          [rows, columns]
+//   copy_rows       to <- from, of the same type or to fp32                        [rows, columns]
 //   scale_gradient  gradient <- scale * from                                       [n]
 //
 // Each thread handles kColumns adjacent elements of a row; a thread block of 256 threads is `lanes`
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (std::is_same_v<From, To>) {
       converted[i] = values[i];
     } else {
-      converted[i] = widen(values[i]);
+      converted[i] = static_cast<To>(widen(values[i]));
     }
   }
   store(static_cast<To*>(copy.to) + at.row * copy.to_stride + at.column, converted, at.count);
@@ -152,7 +152,9 @@ Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* 
     return launch_copy<__nv_bfloat16, float>(copy, stream);
   if (to_dtype == DType::kFloat32 && from_dtype == DType::kFloat16)
     return launch_copy<__half, float>(copy, stream);
-  return {"copy_rows: to the same type, or from 16 bits to float32"};
+  if (to_dtype == DType::kFloat32 && from_dtype == DType::kFloat64)
+    return launch_copy<double, float>(copy, stream);
+  return {"copy_rows: to the same type, or from 16 or 64 bits to float32"};
 }
 
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
