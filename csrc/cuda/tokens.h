@@ -28,7 +28,9 @@ struct TokenArrays {
   int64_t* target = nullptr;  // class index; kNoTarget: left out (or class probabilities);
                               // kBadTarget: out of range, whose loss and gradients become NaN
   double* lse = nullptr;
-  void* target_logit = nullptr;    // A: z_y; prepare_tokens sets it to 0
+  // A: z_y of index targets, written by the kernels that see the logits; prepare_tokens sets it to
+  // 0, and to NaN where the target is bad. Null with class probabilities.
+  void* target_logit = nullptr;
   double* target_dot = nullptr;    // of class probabilities q: sum_v w_v q_v z_v
   double* target_mass = nullptr;   // w_y, or sum_v w_v q_v
   double* target_plain = nullptr;  // of class probabilities: sum_v q_v z_v
@@ -36,7 +38,9 @@ struct TokenArrays {
   double* entropy = nullptr;       // null unless the problem wants statistics; so are:
   double* maximum = nullptr;
   int64_t* argmax = nullptr;
-  // The arrays of Coefficients (launch.h), of A; weighted is null without label smoothing.
+  // The arrays of Coefficients (launch.h), of A: target_rest for index targets, target_coefficient
+  // for class probabilities, weighted with label smoothing; the others may be null. A null shift:
+  // no coefficients at all.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
   float* target_gradient = nullptr;  // of stored scores: dz_y times dz/du (without logit_scale for
@@ -45,12 +49,13 @@ struct TokenArrays {
 constexpr int64_t kNoTarget = -1;
 constexpr int64_t kBadTarget = -2;
 
-/// Reads the targets: fills `target`, `scalars`; target_logit = 0. A token takes part in the loss
-/// unless its target is ignore_index.
+/// Reads the targets: fills `target`, `scalars`, target_logit, and target_mass of index targets. A
+/// token takes part in the loss unless its target is ignore_index. num_items <= 0 is not refused:
+/// the loss is what the division gives.
 Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* stream);
 
-/// Merges `ranges` partial statistics of tokens [begin, end), whose arrays start at `begin`, in
-/// ascending order: lse and the other statistics, then the coefficients.
+/// Merges `ranges` partial statistics of tokens [begin, end), whose arrays start at `begin`: lse
+/// and the other statistics, then the coefficients and target_gradient.
 Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                         int64_t end, const PartialStatistics& partials, int64_t ranges,
                         void* stream);
@@ -58,13 +63,15 @@ Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64
 /// lse of all tokens from problem.lse instead (the backward op), then the coefficients.
 Status restore_statistics(const Problem& problem, const TokenArrays& tokens, void* stream);
 
-/// problem.loss, lse, statistics_out, argmax from the statistics of all tokens. One thread block
-/// sums the loss: the order is fixed.
+/// problem.loss, lse, statistics_out, argmax from the statistics of all tokens. Without statistics
+/// the lse of tokens left out is 0. tokens.lse may be problem.lse.
 Status write_loss(const Problem& problem, const TokenArrays& tokens, void* stream);
 
-/// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where each
-/// token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target
-/// lies. Ranges of the partial statistics are tiles of kStoredTile classes.
+/// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where
+/// each token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target
+/// lies; tokens left out do not matter. Ranges of the partial statistics are tiles of kStoredTile
+/// classes. For 16-bit inputs, whose scores are stored; not with class probabilities or label
+/// smoothing, whose gradient reaches every class.
 Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,
                   const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
                   int64_t tiles_stride, void* stream);

@@ -1,0 +1,419 @@
+// From targets and partial statistics to what the loss and the gradient need of each token.
+//
+//   prepare_tokens      target [N] -> class, w_y, and the numbers that all tokens share
+//   merge_statistics    ranges r of classes, each with its maximum m_r, -> the whole vocabulary:
+//                         m = max_r m_r,  S = sum_r exp(m_r - m) s_r,  lse = m + log S
+//                         entropy = log S - 1/S sum_r exp(m_r - m) (e_r + (m_r - m) s_r)
+//                       and plain sums over r of the other statistics
+//   restore_statistics  lse as an earlier merge left it
+//   mark_tiles          stored tiles without enough probability mass to matter
+//
+// The last step of merging and restoring makes the coefficients (launch.h) of
+//
+//   dz_v / g = p_v ( (1-eps) w_y + eps/V sum_v w_v + 2 z_loss lse D/D_z )
+//              - (1-eps) w_y [v == y]  (or (1-eps) w_v q_v)  - eps/V w_v
+//
+// with D, D_z the denominators of the two parts of the loss and g the token's weight times its
+// upstream gradient times logit_scale / D. For 16-bit inputs the factors that all tokens share are
+// left to output_scale: rounded into every gradient they would err the same way each time.
+//
+// All of this is small next to one block of scores; arithmetic is in fp64 and in a fixed order.
+#include <cmath>
+
+#include "cuda/common/block_sum.cuh"
+#include "cuda/common/vector_io.cuh"
+#include "cuda/tokens.h"
+
+namespace memeff::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;  // of kernels with one thread per token
+
+unsigned blocks_of(int64_t count, int64_t per_block) {
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
+bool in_double(const Problem& problem) {
+  return accumulation_dtype(problem.dtype) == DType::kFloat64;
+}
+
+// Whether the factors that all tokens share are applied to sums of gradients (output_scale). For
+// device code; core/dtype.h has no device functions.
+MEMEFF_DEVICE bool scales_sums(const Problem& problem) {
+  return problem.dtype == DType::kBFloat16 || problem.dtype == DType::kFloat16;
+}
+
+// ---- targets ----
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    read_targets_kernel(Problem problem, TokenArrays tokens) {
+  const int64_t token = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (token >= problem.tokens) return;
+  int64_t target = kNoTarget;
+  double mass = 0.0;
+  A logit = A(0);
+  if (problem.target != nullptr && problem.target[token] != problem.ignore_index) {
+    target = problem.target[token];
+    if (target < 0 || target >= problem.vocab) {
+      // Nobody can be told from here. NaN spreads to whatever is made of this token.
+      target = kBadTarget;
+      mass = NAN;
+      logit = static_cast<A>(NAN);
+    } else {
+      mass = problem.class_weight == nullptr ? 1.0 : problem.class_weight[target];
+    }
+  }
+  tokens.target[token] = target;
+  tokens.target_mass[token] = mass;
+  if (tokens.target_logit != nullptr) static_cast<A*>(tokens.target_logit)[token] = logit;
+}
+
+constexpr int kScalarThreads = 1024;
+
+// One block for the whole call: at most 16 bytes per token and 8 per class, read once.
+__global__ void __launch_bounds__(kScalarThreads)
+    scalars_kernel(Problem problem, TokenArrays tokens) {
+  MEMEFF_SHARED_ARRAY(double, scratch, kMaxWarpsPerBlock);
+  double counted = static_cast<double>(problem.tokens), weight = counted;
+  if (problem.target != nullptr) {
+    counted = weight = 0.0;
+    for (int64_t token = threadIdx.x; token < problem.tokens; token += kScalarThreads) {
+      const int64_t target = tokens.target[token];
+      const double mass = tokens.target_mass[token];
+      if (target == kNoTarget) continue;
+      counted += 1.0;
+      // A bad target has no weight of its own; gradients of the other tokens stay finite.
+      weight += target == kBadTarget ? 1.0 : mass;
+    }
+    counted = block_sum(counted, scratch);
+    weight = block_sum(weight, scratch);
+  }
+  double total = static_cast<double>(problem.vocab);
+  if (problem.class_weight != nullptr) {
+    total = 0.0;
+    for (int64_t v = threadIdx.x; v < problem.vocab; v += kScalarThreads)
+      total += problem.class_weight[v];
+    total = block_sum(total, scratch);
+  }
+  if (threadIdx.x != 0) return;
+
+  CallScalars scalars{1.0, 1.0, total, 1.0, 1.0f};
+  if (problem.reduction == Reduction::kMean) {
+    scalars.denominator = problem.num_items != nullptr ? *problem.num_items : weight;
+    scalars.z_denominator = problem.num_items != nullptr ? *problem.num_items : counted;
+  }
+  if (scales_sums(problem)) {
+    // With every token left out gradients are 0, not 0/0, as in torch.
+    scalars.output_scale = counted > 0.0 ? problem.logit_scale / scalars.denominator : 0.0;
+    if (problem.grad_loss != nullptr && problem.reduction != Reduction::kNone)
+      scalars.output_scale *= problem.grad_loss[0];
+    scalars.output_scale_float = static_cast<float>(scalars.output_scale);
+  }
+  *tokens.scalars = scalars;
+}
+
+// ---- coefficients ----
+
+// Factors of p_v, of the target and of w_v in the gradient, the latter two to be subtracted.
+struct Factors {
+  double softmax = 0.0, target = 0.0, weighted = 0.0;
+};
+
+MEMEFF_DEVICE Factors factors_of(const Problem& problem, const TokenArrays& tokens, int64_t token,
+                                 double lse, double target_mass) {
+  Factors factors;
+  if (problem.target != nullptr && tokens.target[token] == kNoTarget) return factors;
+  double g = problem.token_weight == nullptr ? 1.0 : problem.token_weight[token];
+  if (problem.grad_loss != nullptr && problem.reduction == Reduction::kNone)
+    g *= problem.grad_loss[token];
+  else if (problem.grad_loss != nullptr && !scales_sums(problem))
+    g *= problem.grad_loss[0];
+  const CallScalars* scalars = tokens.scalars;
+  if (!scales_sums(problem)) g *= problem.logit_scale / scalars->denominator;
+  const double eps = problem.label_smoothing;
+  const double per_class = eps / static_cast<double>(problem.vocab);
+  const double cross_entropy = (1.0 - eps) * target_mass + per_class * scalars->class_weight_total;
+  const double z_share = scalars->denominator / scalars->z_denominator;
+  factors.softmax = g * (cross_entropy + 2.0 * problem.z_loss * lse * z_share);
+  factors.target = g * (1.0 - eps);
+  factors.weighted = g * per_class;
+  return factors;
+}
+
+template <class A>
+MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays& tokens,
+                                      int64_t token, double lse, double target_mass,
+                                      const Factors& factors) {
+  const A shift = static_cast<A>(lse);
+  // Kernels compute exp(z - shift). What rounding lse changes in it is undone here.
+  const double softmax =
+      isfinite(lse) ? factors.softmax * exp(static_cast<double>(shift) - lse) : factors.softmax;
+  static_cast<A*>(tokens.shift)[token] = shift;
+  static_cast<A*>(tokens.softmax)[token] = static_cast<A>(softmax);
+  if (problem.probabilities != nullptr)
+    static_cast<A*>(tokens.target_coefficient)[token] = static_cast<A>(-factors.target);
+  else
+    static_cast<A*>(tokens.target_rest)[token] =
+        static_cast<A>(softmax - factors.target * target_mass);
+  if (tokens.weighted != nullptr)
+    static_cast<A*>(tokens.weighted)[token] = static_cast<A>(-factors.weighted);
+}
+
+// ---- merging ----
+
+// A thread block owns 32 adjacent tokens, so that a warp reads 128 adjacent bytes of a range, and
+// its 16 warps take every sixteenth range: with one thread per token alone, a block of 1024 tokens
+// and 1000 ranges would leave most of a GPU idle. Two passes over the maxima (the second one comes
+// from L2): the first finds m, after which each range needs one exponential. The 16 results per
+// token meet in shared memory (10 KiB, 12 in fp64).
+//
+// Numerics: exp(m_r - m) is computed in A, because fp64 exponentials are slow on most GPUs; its
+// error is that of the partial sums themselves. Sums over ranges and the logarithm are in fp64.
+constexpr int kMergedTokens = 32;
+constexpr int kMergingWarps = 16;
+constexpr int kMergeScratch = kMergedTokens * kMergingWarps;
+
+MEMEFF_DEVICE double sum_over_warps(double value, double* scratch) {
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  __syncthreads();  // an earlier sum may still be read
+  scratch[warp * kMergedTokens + lane] = value;
+  __syncthreads();
+  double sum = 0.0;
+  for (int other = 0; other < kMergingWarps; ++other) sum += scratch[other * kMergedTokens + lane];
+  return sum;
+}
+
+// Of one token: `values` points to its element of the first range.
+template <class A>
+MEMEFF_DEVICE double sum_over_ranges(const void* values, int64_t column, int64_t stride,
+                                     int64_t ranges, double* scratch) {
+  double sum = 0.0;
+  for (int64_t r = threadIdx.y; r < ranges; r += kMergingWarps)
+    sum += static_cast<double>(static_cast<const A*>(values)[r * stride + column]);
+  return sum_over_warps(sum, scratch);
+}
+
+template <class A>
+struct Maximum {
+  A value;
+  int64_t range;  // the first one that has it
+};
+
+template <class A>
+MEMEFF_DEVICE Maximum<A> maximum_over_ranges(const PartialStatistics& partials, int64_t column,
+                                             int64_t ranges) {
+  MEMEFF_SHARED_ARRAY(A, values, kMergeScratch);
+  MEMEFF_SHARED_ARRAY(int64_t, places, kMergeScratch);
+  const int lane = threadIdx.x, warp = threadIdx.y;
+  Maximum<A> best{A(-INFINITY), 0};
+  for (int64_t r = warp; r < ranges; r += kMergingWarps) {
+    const A value = static_cast<const A*>(partials.max)[r * partials.max_stride + column];
+    if (value > best.value) best = {value, r};
+  }
+  values[warp * kMergedTokens + lane] = best.value;
+  places[warp * kMergedTokens + lane] = best.range;
+  __syncthreads();
+  for (int other = 0; other < kMergingWarps; ++other) {
+    const Maximum<A> theirs{values[other * kMergedTokens + lane],
+                            places[other * kMergedTokens + lane]};
+    if (theirs.value > best.value || (theirs.value == best.value && theirs.range < best.range))
+      best = theirs;
+  }
+  return best;
+}
+
+template <class A>
+__global__ void __launch_bounds__(kMergedTokens* kMergingWarps)
+    merge_statistics_kernel(Problem problem, TokenArrays tokens, int64_t begin, int64_t end,
+                            PartialStatistics partials, int64_t ranges) {
+  MEMEFF_SHARED_ARRAY(double, scratch, kMergeScratch);
+  const int64_t own_column = int64_t{blockIdx.x} * kMergedTokens + threadIdx.x;
+  // Threads without a token read the last one's numbers, because of the barriers.
+  const int64_t column = own_column < end - begin ? own_column : end - begin - 1;
+  const int64_t token = begin + column, stride = partials.stride;
+
+  const Maximum<A> maximum = maximum_over_ranges<A>(partials, column, ranges);
+  double sum = 0.0, offset_sum = 0.0;
+  for (int64_t r = threadIdx.y; r < ranges; r += kMergingWarps) {
+    const A max = static_cast<const A*>(partials.max)[r * partials.max_stride + column];
+    const A offset = max - maximum.value;
+    // A range of -inf alone adds nothing (offset may be NaN); NaN in a sum stays visible.
+    const A scale = max == A(-INFINITY) ? A(0) : std::exp(offset);
+    const double range_sum = static_cast<const A*>(partials.sum)[r * stride + column];
+    sum += static_cast<double>(scale) * range_sum;
+    if (tokens.entropy != nullptr && scale > A(0)) {
+      const double entropy = static_cast<const A*>(partials.entropy)[r * stride + column];
+      offset_sum +=
+          static_cast<double>(scale) * (entropy + static_cast<double>(offset) * range_sum);
+    }
+  }
+  sum = sum_over_warps(sum, scratch);
+  const double log_sum = log(sum);
+  const double lse = static_cast<double>(maximum.value) + log_sum;
+  const bool writes = threadIdx.y == 0 && own_column < end - begin;
+
+  if (tokens.entropy != nullptr) {
+    offset_sum = sum_over_warps(offset_sum, scratch);
+    if (writes) tokens.entropy[token] = log_sum - offset_sum / sum;
+  }
+  if (tokens.smooth != nullptr) {
+    const double smooth = sum_over_ranges<A>(partials.smooth, column, stride, ranges, scratch);
+    if (writes) tokens.smooth[token] = smooth;
+  }
+  double target_mass = 0.0;
+  if (problem.probabilities != nullptr) {
+    const double dot = sum_over_ranges<A>(partials.target_dot, column, stride, ranges, scratch);
+    const double plain = sum_over_ranges<A>(partials.target_plain, column, stride, ranges, scratch);
+    target_mass = sum_over_ranges<A>(partials.target_mass, column, stride, ranges, scratch);
+    if (writes) {
+      tokens.target_dot[token] = dot;
+      tokens.target_plain[token] = plain;
+      tokens.target_mass[token] = target_mass;
+    }
+  }
+  if (!writes) return;
+
+  tokens.lse[token] = lse;
+  if (tokens.maximum != nullptr) tokens.maximum[token] = maximum.value;
+  if (tokens.argmax != nullptr) {
+    const bool any = maximum.value > A(-INFINITY);
+    tokens.argmax[token] = any ? partials.argmax[maximum.range * stride + column] : 0;
+  }
+  if (tokens.shift == nullptr) return;
+  if (problem.probabilities == nullptr) target_mass = tokens.target_mass[token];
+  const Factors factors = factors_of(problem, tokens, token, lse, target_mass);
+  store_coefficients<A>(problem, tokens, token, lse, target_mass, factors);
+  if (tokens.target_gradient == nullptr) return;
+
+  // The whole entry of the target's class: 1 - p keeps its digits only up here, in fp64.
+  const double logit = static_cast<const A*>(tokens.target_logit)[token];
+  double gradient =
+      factors.softmax * exp(logit - lse) - (factors.target + factors.weighted) * target_mass;
+  if (problem.softcap > 0.0) {
+    const double tanh = logit / problem.softcap;
+    gradient *= 1.0 - tanh * tanh;
+  }
+  tokens.target_gradient[token] = static_cast<float>(gradient);
+}
+
+// ---- restoring ----
+
+constexpr int kMassThreads = 256;
+
+// sum_v w_v q_v, one thread block per token: the backward op knows lse, but not this.
+__global__ void __launch_bounds__(kMassThreads)
+    probability_mass_kernel(Problem problem, TokenArrays tokens) {
+  MEMEFF_SHARED_ARRAY(double, scratch, kMaxWarpsPerBlock);
+  const int64_t token = blockIdx.x;
+  const int64_t first = token * problem.probabilities_token_stride;
+  double mass = 0.0;
+  for (int64_t v = threadIdx.x; v < problem.vocab; v += kMassThreads) {
+    const double q = load_any<double>(problem.probabilities, problem.probabilities_dtype,
+                                      first + v * problem.probabilities_class_stride);
+    mass += problem.class_weight == nullptr ? q : q * problem.class_weight[v];
+  }
+  mass = block_sum(mass, scratch);
+  if (threadIdx.x == 0) tokens.target_mass[token] = mass;
+}
+
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    restore_statistics_kernel(Problem problem, TokenArrays tokens) {
+  const int64_t token = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (token >= problem.tokens) return;
+  const double lse = problem.lse[token], target_mass = tokens.target_mass[token];
+  tokens.lse[token] = lse;
+  const Factors factors = factors_of(problem, tokens, token, lse, target_mass);
+  store_coefficients<A>(problem, tokens, token, lse, target_mass, factors);
+}
+
+// ---- tiles that a gradient may leave out ----
+
+constexpr int kMarkingWarps = 8;
+
+// A warp decides about one tile, four tokens per lane; the warps of a block have adjacent tiles of
+// classes. Bound by reading the partial statistics once.
+__global__ void __launch_bounds__(32 * kMarkingWarps)
+    mark_tiles_kernel(TokenArrays tokens, int64_t begin, int64_t end, PartialStatistics partials,
+                      int64_t vocab, double skip_mass, uint8_t* tiles, int64_t tiles_stride) {
+  const int64_t range = int64_t{blockIdx.y} * kMarkingWarps + threadIdx.y;
+  if (range * kStoredTile >= vocab) return;
+  const int64_t rest = vocab - range * kStoredTile;
+  const int64_t classes = rest < kStoredTile ? rest : kStoredTile;
+  const auto enough =
+      static_cast<float>(skip_mass * static_cast<double>(classes) / static_cast<double>(vocab));
+  const auto* max = static_cast<const float*>(partials.max) + range * partials.max_stride;
+  const auto* sum = static_cast<const float*>(partials.sum) + range * partials.stride;
+  bool counts = false;
+  for (int i = threadIdx.x; i < kTokenTile; i += 32) {
+    const int64_t column = int64_t{blockIdx.x} * kTokenTile + i;
+    if (column >= end - begin) break;
+    const int64_t target = tokens.target[begin + column];
+    if (target == kNoTarget) continue;  // left out: its gradient is zero anyway
+    const double offset = static_cast<double>(max[column]) - tokens.lse[begin + column];
+    const float mass = sum[column] * expf(static_cast<float>(offset));
+    // Not "mass >= enough": NaN must not be left out, nor what a bad target turns into NaN.
+    counts |= !(mass < enough) || target == kBadTarget || target / kStoredTile == range;
+  }
+  const int any = __any_sync(~0u, counts);
+  if (threadIdx.x == 0) tiles[range * tiles_stride + blockIdx.x] = any != 0 ? 1 : 0;
+}
+
+}  // namespace
+
+Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* stream) {
+  const auto read_targets =
+      in_double(problem) ? read_targets_kernel<double> : read_targets_kernel<float>;
+  if (problem.tokens > 0)
+    MEMEFF_LAUNCH(read_targets, dim3(blocks_of(problem.tokens, kThreads)), dim3(kThreads), 0,
+                  stream, problem, tokens);
+  MEMEFF_LAUNCH(scalars_kernel, dim3(1), dim3(kScalarThreads), 0, stream, problem, tokens);
+  return launch_status();
+}
+
+Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                        int64_t end, const PartialStatistics& partials, int64_t ranges,
+                        void* stream) {
+  if (begin == end) return {};
+  if ((tokens.entropy != nullptr && partials.entropy == nullptr) ||
+      (tokens.argmax != nullptr && partials.argmax == nullptr) ||
+      (tokens.smooth != nullptr && partials.smooth == nullptr))
+    return {"merge_statistics: a statistic is wanted whose partial statistics are not given"};
+  const auto merge =
+      in_double(problem) ? merge_statistics_kernel<double> : merge_statistics_kernel<float>;
+  MEMEFF_LAUNCH(merge, dim3(blocks_of(end - begin, kMergedTokens)),
+                dim3(kMergedTokens, kMergingWarps), 0, stream, problem, tokens, begin, end,
+                partials, ranges);
+  return launch_status();
+}
+
+Status restore_statistics(const Problem& problem, const TokenArrays& tokens, void* stream) {
+  if (problem.tokens == 0) return {};
+  if (problem.probabilities != nullptr)
+    MEMEFF_LAUNCH(probability_mass_kernel, dim3(static_cast<unsigned>(problem.tokens)),
+                  dim3(kMassThreads), 0, stream, problem, tokens);
+  const auto restore =
+      in_double(problem) ? restore_statistics_kernel<double> : restore_statistics_kernel<float>;
+  MEMEFF_LAUNCH(restore, dim3(blocks_of(problem.tokens, kThreads)), dim3(kThreads), 0, stream,
+                problem, tokens);
+  return launch_status();
+}
+
+Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,
+                  const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
+                  int64_t tiles_stride, void* stream) {
+  if (!is_16_bit(problem.dtype)) return {"mark_tiles: scores are stored of 16-bit inputs only"};
+  if (problem.probabilities != nullptr || problem.label_smoothing > 0)
+    return {"mark_tiles: class probabilities and label smoothing reach every tile"};
+  if (begin == end) return {};
+  const int64_t vocab = problem.vocab;
+  const dim3 grid(blocks_of(end - begin, kTokenTile),
+                  blocks_of(vocab, kStoredTile * kMarkingWarps));
+  MEMEFF_LAUNCH(mark_tiles_kernel, grid, dim3(32, kMarkingWarps), 0, stream, tokens, begin, end,
+                partials, vocab, skip_mass, tiles, tiles_stride);
+  return launch_status();
+}
+
+}  // namespace memeff::cuda
