@@ -37,8 +37,13 @@ at::Device current_device() {
 
 at::Tensor view_of(const void* data, DType dtype, at::Device device, int64_t rows, int64_t columns,
                    int64_t row_stride, int64_t column_stride) {
-  return at::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride},
-                       at::TensorOptions().dtype(scalar_type(dtype)).device(device), device);
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  // With the device given, torch need not ask the driver where the pointer belongs.
+  return at::for_blob(const_cast<void*>(data), sizes)
+      .strides(strides)
+      .options(at::TensorOptions().dtype(scalar_type(dtype)).device(device))
+      .target_device(device)
+      .make_tensor();
 }
 
 at::Tensor view_of(const Matrix& m, at::Device device) {

@@ -102,7 +102,7 @@ class EmulatedDevice : public CudaLikeDevice {
       buffers.input(from.const_data_ptr(), static_cast<int64_t>(from.nbytes()), "gradient", size);
     buffers.output(to.mutable_data_ptr(), static_cast<int64_t>(to.nbytes()), "scaled gradient",
                    size, !from.is_same(to));
-    const cuda::Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
+    const Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
                                                      dtype_of(from, "gradient"), from.numel(),
                                                      factor.const_data_ptr<double>(), nullptr);
     TORCH_CHECK(status.ok(), status.message);
