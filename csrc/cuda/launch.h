@@ -50,16 +50,17 @@ struct Block {
 /// be merged by merge_statistics. Null members are not computed; max and sum always are. A range
 /// of -inf logits alone has max -inf and sum 0; a NaN logit makes the sum NaN.
 struct PartialStatistics {
-  void* max = nullptr;  // A: max_v z_v
-  int64_t max_stride = 0;  // of max alone: it may be kept elsewhere, as the maxima of stored scores
-  int64_t stride = 0;      // of all others
-  void* sum = nullptr;      // A: sum_v exp(z_v - max)
-  void* entropy = nullptr;  // A: sum_v exp(z_v - max) (z_v - max)
-  void* smooth = nullptr;   // A: sum_v w_v z_v
-  int32_t* argmax = nullptr;    // the first class of the largest logit
-  void* target_dot = nullptr;   // A: sum_v w_v q_v z_v, of class probabilities q; 0 * -inf is 0
-  void* target_mass = nullptr;  // A: sum_v w_v q_v
-  void* target_plain = nullptr;  // A: sum_v q_v z_v
+  void* max = nullptr;           // A: max_v z_v
+  int64_t max_stride = 0;        // of max alone: it may be kept elsewhere, as stored scores do
+  int64_t stride = 0;            // of all others
+  void* sum = nullptr;           // A: sum_v exp(z_v - max)
+  void* entropy = nullptr;       // A: sum_v exp(z_v - max) (z_v - max), without logits of -inf
+  void* smooth = nullptr;        // A: sum_v w_v z_v
+  int32_t* argmax = nullptr;     // of the vocabulary: the first class of the largest logit, or, where
+                                 // all are -inf, of the range
+  void* target_dot = nullptr;    // A: sum_v w_v q_v z_v of class probabilities q, where w_v q_v != 0
+  void* target_mass = nullptr;   // A: sum_v w_v q_v
+  void* target_plain = nullptr;  // A: sum_v q_v z_v, where q_v != 0
 };
 
 /// The gradient with respect to z, per token (arrays [tokens] of A):
@@ -68,6 +69,11 @@ struct PartialStatistics {
 /// gets zeros, whatever its logits. For index targets the entry of y is computed as
 ///   softmax expm1(z_y - shift) + target_rest + p_y entropy z_y + weighted w_y
 /// whose digits survive a softmax close to 1; target_rest = softmax + target, made in fp64.
+///
+/// The gradient with respect to u is dz times dz/du, of which kernels apply 1 - (z / softcap)^2
+/// alone. Factors that all scores share, logit_scale included, are the caller's: in the
+/// coefficients, or, for 16-bit gradients, in the scale of their fp32 sums (docs/design.md,
+/// "Numerics"). So kernels use logit_scale to find z, and not again.
 struct Coefficients {
   const void* shift = nullptr;        // lse, rounded to A
   const void* softmax = nullptr;      // includes exp(shift - lse)
@@ -91,7 +97,7 @@ constexpr int64_t kStoredTile = 128;
 
 /// Partial statistics of stored products u, [classes, tokens] of A, one range per
 /// `classes_per_range` (a multiple of 64) classes. `target_logit` [tokens] of A gets z_y of the
-/// tokens whose index target lies in the block; null: not wanted.
+/// tokens whose index target lies in the block and is otherwise left alone; null: not wanted.
 Status block_statistics(const Block& block, const void* products, int64_t stride, DType dtype,
                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
                         const PartialStatistics& partials, void* target_logit, void* stream);
@@ -134,8 +140,8 @@ Status update_rows(const RowUpdate& update, void* stream);
 Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
                  int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream);
 
-/// gradient *= *scale (fp64, on the device), n adjacent elements, computed in A; nothing is written
-/// where the scale is 1. `from` may be `gradient`.
+/// gradient = from * *scale (fp64, on the device), n adjacent elements, computed in A. `from` may
+/// be `gradient`; then nothing is written where the scale is 1.
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
                       void* stream);
 

@@ -5,7 +5,7 @@ A mutant survives when the emulated kernel tests still pass without the synchron
 it is superfluous, or the tests do not reach the case that needs it. Known survivors are listed,
 each with the reason, in SURVIVORS; anything else is a failure (exit status 1).
 
-    python tests/emulator/mutate.py --compiler clang++-19 [--only logits_gradient]
+    python tests/emulator/mutate.py --compiler clang++-19 [--only block_gradient]
 
 Works on a copy of the sources; nothing in the repository is changed.
 """

@@ -8,59 +8,63 @@ namespace memeff::cuda {
 
 MEMEFF_DEVICE float exponential(float x) { return expf(x); }
 MEMEFF_DEVICE double exponential(double x) { return exp(x); }
+MEMEFF_DEVICE float exponential_minus_1(float x) { return expm1f(x); }
+MEMEFF_DEVICE double exponential_minus_1(double x) { return expm1(x); }
 MEMEFF_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 MEMEFF_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 MEMEFF_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 MEMEFF_DEVICE double larger(double a, double b) { return fmax(a, b); }
 
+// Classes are counted from the first of the block.
 template <class A>
 struct LogitTransform {
-  const A* bias;  // of column 0 of the block, or null
-  A scale, softcap;
+  const A* bias;          // [classes], or null
+  const A* class_weight;  // [classes], or null
+  A scale, softcap, inverse_softcap;
 
-  // z of column `column`
-  MEMEFF_DEVICE A logit(A u, int64_t column) const {
-    if (bias != nullptr) u += bias[column];
-    const A scaled = u * scale;
-    return softcap == A(0) ? scaled : softcap * hyperbolic_tangent(scaled / softcap);
+  MEMEFF_DEVICE A bias_of(int64_t v) const { return bias == nullptr ? A(0) : bias[v]; }
+  MEMEFF_DEVICE A weight_of(int64_t v) const {
+    return class_weight == nullptr ? A(1) : class_weight[v];
   }
-  // dz / du, from z: the derivative of tanh is 1 - tanh^2
+  // z of a class whose bias is b
+  MEMEFF_DEVICE A logit(A u, A b) const {
+    const A scaled = (u + b) * scale;
+    return softcap == A(0) ? scaled : softcap * hyperbolic_tangent(scaled * inverse_softcap);
+  }
+  // dz / du without its factor logit_scale, from z: the derivative of tanh is 1 - tanh^2
   MEMEFF_DEVICE A slope(A z) const {
-    if (softcap == A(0)) return scale;
-    const A t = z / softcap;
-    return scale * (A(1) - t * t);
+    const A t = z * inverse_softcap;  // 0 without a soft cap, unless z is infinite
+    return softcap == A(0) ? A(1) : A(1) - t * t;
   }
 };
 
 template <class A>
-LogitTransform<A> logit_transform(const LogitsBlock& block) {
-  const auto* bias = static_cast<const A*>(block.bias);
-  return {bias == nullptr ? nullptr : bias + block.first_class, static_cast<A>(block.logit_scale),
-          static_cast<A>(block.softcap)};
+LogitTransform<A> logit_transform(const LogitTerms& terms, int64_t first_class) {
+  const auto* bias = static_cast<const A*>(terms.bias);
+  const auto* weight = static_cast<const A*>(terms.class_weight);
+  return {bias == nullptr ? nullptr : bias + first_class,
+          weight == nullptr ? nullptr : weight + first_class, static_cast<A>(terms.logit_scale),
+          static_cast<A>(terms.softcap),
+          static_cast<A>(terms.softcap == 0 ? 0 : 1 / terms.softcap)};
 }
 
-// What a token's probabilities over the block's classes and the class weights are, ones where
-// absent.
+// Class probabilities of a block, by its tokens and classes.
 template <class A>
-struct ClassTerms {
-  const A* class_weight;      // of column 0 of the block, or null
-  const void* probabilities;  // of token 0; null for index targets
+struct ProbabilityTargets {
+  const void* data;  // null: there are none
   DType dtype;
-  int64_t stride, first_class;
+  int64_t token_stride, class_stride;
 
-  MEMEFF_DEVICE A weight(int64_t column) const {
-    return class_weight == nullptr ? A(1) : class_weight[column];
-  }
-  MEMEFF_DEVICE A probability(int64_t token, int64_t column) const {
-    return load_any<A>(probabilities, dtype, token * stride + first_class + column);
+  MEMEFF_DEVICE A at(int64_t token, int64_t v) const {
+    return load_any<A>(data, dtype, token * token_stride + v * class_stride);
   }
 };
 
 template <class A>
-ClassTerms<A> class_terms(const LogitsBlock& block) {
-  const auto* weight = static_cast<const A*>(block.class_weight);
-  return {weight == nullptr ? nullptr : weight + block.first_class, block.probabilities,
-          block.probabilities_dtype, block.probabilities_stride, block.first_class};
+ProbabilityTargets<A> probability_targets(const Targets& targets, int64_t first_class) {
+  const auto* data = static_cast<const unsigned char*>(targets.probabilities);
+  if (data != nullptr) data += first_class * targets.class_stride * size_of(targets.dtype);
+  return {data, targets.dtype, targets.token_stride, targets.class_stride};
 }
 
 }  // namespace memeff::cuda

@@ -1,4 +1,4 @@
-// Statistics of a softmax row that can be computed in pieces and merged in any order.
+// Softmax statistics of a token that are computed from ranges of classes and merged.
 #pragma once
 
 #include "cuda/common/logit_transform.cuh"
@@ -12,73 +12,76 @@ MEMEFF_DEVICE A reference_of(A max) {
   return max == A(-INFINITY) ? A(0) : max;
 }
 
-// Entropy, weighted sum, target mass and argmax take registers; kernels that rarely need them
-// compile a second variant without (kFull false), in which these members stay what they are.
-template <class A, bool kFull = true>
-struct RowState {
+// Entropy, smooth and argmax take registers; kernels that rarely need them compile a second variant
+// without (kFull false), in which these members stay what they are.
+template <class A, bool kFull>
+struct SoftmaxState {
   A max = A(-INFINITY);
-  A sum = A(0);          // sum exp(z - max)
-  A entropy = A(0);      // sum exp(z - max) z
-  A weighted = A(0);     // sum w z
-  A target = A(0);       // sum w q z, or z_y
-  A target_mass = A(0);  // sum w q
-  int64_t argmax = 0;
+  A sum = A(0);      // sum exp(z - max)
+  A entropy = A(0);  // sum exp(z - max) (z - max)
+  A smooth = A(0);   // sum w z
+  int32_t argmax =
+      0;  // of the vocabulary; set to the first class of the range before anything else
 
-  MEMEFF_DEVICE void rescale(A new_max) {
-    const A factor = exponential(max - reference_of(new_max));
+  // Takes the sums relative to a maximum that is at least as large.
+  MEMEFF_DEVICE void raise(A new_max) {
+    const A shift = max - reference_of(new_max);  // -inf when there was nothing but -inf
+    const A factor = exponential(shift);
+    if (kFull) entropy = max == A(-INFINITY) ? A(0) : factor * (entropy + shift * sum);
     sum *= factor;
-    if (kFull) entropy *= factor;
     max = new_max;
   }
 
-  MEMEFF_DEVICE void merge(const RowState& other) {
+  // Takes in a logit that is not larger than max.
+  MEMEFF_DEVICE void add(A z) {
+    const A shifted = z - reference_of(max);
+    const A e = exponential(shifted);
+    sum += e;
+    if (kFull && z != A(-INFINITY)) entropy += e * shifted;  // x exp x tends to 0 as x to -inf
+  }
+
+  MEMEFF_DEVICE void merge(SoftmaxState other) {
     // Equal maxima: the first class wins, whatever the order of merging.
     if (kFull && (other.max > max || (other.max == max && other.argmax < argmax)))
       argmax = other.argmax;
-    RowState theirs = other;
     const A new_max = larger(max, other.max);
-    rescale(new_max);
-    theirs.rescale(new_max);
-    sum += theirs.sum;
-    target += theirs.target;
+    raise(new_max);
+    other.raise(new_max);
+    sum += other.sum;
     if (!kFull) return;
-    entropy += theirs.entropy;
-    weighted += theirs.weighted;
-    target_mass += theirs.target_mass;
+    entropy += other.entropy;
+    smooth += other.smooth;
+  }
+
+  // Writes what is wanted as the statistics of range `range`.
+  MEMEFF_DEVICE void write(const PartialStatistics& to, int64_t range, int64_t token) const {
+    static_cast<A*>(to.max)[range * to.max_stride + token] = max;
+    const int64_t at = range * to.stride + token;
+    static_cast<A*>(to.sum)[at] = sum;
+    if (!kFull) return;
+    if (to.entropy != nullptr) static_cast<A*>(to.entropy)[at] = entropy;
+    if (to.smooth != nullptr) static_cast<A*>(to.smooth)[at] = smooth;
+    if (to.argmax != nullptr) to.argmax[at] = argmax;
   }
 };
 
-template <class A, bool kFull>
-MEMEFF_DEVICE RowState<A, kFull> state_of_lane(const RowState<A, kFull>& mine, int lane_mask) {
-  RowState<A, kFull> other;
-  other.max = __shfl_xor_sync(~0u, mine.max, lane_mask);
-  other.sum = __shfl_xor_sync(~0u, mine.sum, lane_mask);
-  other.target = __shfl_xor_sync(~0u, mine.target, lane_mask);
-  if (!kFull) return other;
-  other.entropy = __shfl_xor_sync(~0u, mine.entropy, lane_mask);
-  other.weighted = __shfl_xor_sync(~0u, mine.weighted, lane_mask);
-  other.target_mass = __shfl_xor_sync(~0u, mine.target_mass, lane_mask);
-  other.argmax = __shfl_xor_sync(~0u, static_cast<long long>(mine.argmax), lane_mask);
-  return other;
+// Whether kFull states are needed.
+inline bool wants_full(const PartialStatistics& partials) {
+  return partials.entropy != nullptr || partials.smooth != nullptr || partials.argmax != nullptr;
 }
 
-constexpr int kMaxWarps = 32;
-
-// Merges the states of all threads of a one-dimensional block of whole warps; thread 0 gets the
-// result. The tree is fixed, so the result does not depend on timing. `scratch` holds one state per
-// warp.
-template <class A>
-MEMEFF_DEVICE void merge_block(RowState<A>& state, RowState<A>* scratch) {
-  for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2)
-    state.merge(state_of_lane(state, lane_mask));
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warps = blockDim.x / 32;
-  if (lane == 0) scratch[warp] = state;
-  __syncthreads();
-  if (warp != 0) return;
-  state = lane < warps ? scratch[lane] : RowState<A>{};
-  for (int lane_mask = 16; lane_mask > 0; lane_mask /= 2)
-    state.merge(state_of_lane(state, lane_mask));
+// The state of the lane that differs in the bits of lane_mask.
+template <class A, bool kFull>
+MEMEFF_DEVICE SoftmaxState<A, kFull> state_of_lane(const SoftmaxState<A, kFull>& mine,
+                                                   int lane_mask) {
+  SoftmaxState<A, kFull> other;
+  other.max = __shfl_xor_sync(~0u, mine.max, lane_mask);
+  other.sum = __shfl_xor_sync(~0u, mine.sum, lane_mask);
+  if (!kFull) return other;
+  other.entropy = __shfl_xor_sync(~0u, mine.entropy, lane_mask);
+  other.smooth = __shfl_xor_sync(~0u, mine.smooth, lane_mask);
+  other.argmax = __shfl_xor_sync(~0u, mine.argmax, lane_mask);
+  return other;
 }
 
 }  // namespace memeff::cuda

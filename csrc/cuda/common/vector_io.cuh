@@ -1,4 +1,4 @@
-// 16-byte accesses of rows of any element type, and conversion to the accumulation type.
+// 16-byte accesses of adjacent elements of any type, and conversion to the accumulation type.
 #pragma once
 
 #include <cstring>
@@ -41,11 +41,7 @@ constexpr int kVectorBytes = 16;
 template <class T>
 constexpr int kPerVector = kVectorBytes / static_cast<int>(sizeof(T));
 
-MEMEFF_DEVICE bool is_vector_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
-}
-
-// kCount adjacent elements as one access of kCount * sizeof(T) bytes: 16, 8, 4 or 2 of them.
+// The type of one access of 16, 8, 4 or 2 bytes.
 template <int kBytes>
 struct VectorOf;
 template <>
@@ -65,28 +61,67 @@ struct VectorOf<2> {
   using type = uint16_t;
 };
 
+// Elements of one access when kCount adjacent ones are moved.
 template <int kCount, class T>
-MEMEFF_DEVICE void load(T (&values)[kCount], const T* from) {
-  using Vector = typename VectorOf<kCount* static_cast<int>(sizeof(T))>::type;
-  MEMEFF_CHECK_ALIGNED(from, sizeof(Vector));
-  const Vector vector = *reinterpret_cast<const Vector*>(from);
-  memcpy(static_cast<void*>(values), &vector, sizeof vector);
-}
+constexpr int kPerAccess = kCount < kPerVector<T> ? kCount : kPerVector<T>;
+template <int kCount, class T>
+using Access = typename VectorOf<kPerAccess<kCount, T>* static_cast<int>(sizeof(T))>::type;
 
 template <int kCount, class T>
-MEMEFF_DEVICE void store(T* to, const T (&values)[kCount]) {
-  using Vector = typename VectorOf<kCount* static_cast<int>(sizeof(T))>::type;
-  MEMEFF_CHECK_ALIGNED(to, sizeof(Vector));
-  Vector vector;
-  memcpy(&vector, static_cast<const void*>(values), sizeof vector);
-  *reinterpret_cast<Vector*>(to) = vector;
+MEMEFF_DEVICE bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Access<kCount, T>) == 0;
 }
 
-// Threads of a block that walks over one row: whole warps, each thread with at least four vectors
-// to do where the row is that long; 512 keep enough loads in flight to saturate memory.
-inline unsigned threads_per_row(int64_t columns, int per_vector) {
-  const int64_t wanted = columns / (4 * per_vector) / 32 * 32;
-  return static_cast<unsigned>(wanted < 32 ? 32 : wanted > 512 ? 512 : wanted);
+// How many of kCount adjacent elements from `first` on there are in a row of `size`.
+template <int kCount>
+MEMEFF_DEVICE int count_left(int64_t first, int64_t size) {
+  const int64_t left = size - first;
+  return left <= 0 ? 0 : left < kCount ? static_cast<int>(left) : kCount;
+}
+
+// Loads the first `count` of kCount adjacent elements, zeros for the others: in accesses as wide as
+// they get where all are there and aligned, one by one elsewhere.
+template <int kCount, class T>
+MEMEFF_DEVICE void load(T (&values)[kCount], const T* from, int count = kCount) {
+  using Vector = Access<kCount, T>;
+  if (count == kCount && is_aligned<kCount>(from)) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPerAccess<kCount, T>) {
+      MEMEFF_CHECK_ALIGNED(from + i, sizeof(Vector));
+      const Vector vector = *reinterpret_cast<const Vector*>(from + i);
+      memcpy(static_cast<void*>(values + i), &vector, sizeof vector);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = i < count ? from[i] : T(0);
+  }
+}
+
+// Stores the first `count` of kCount adjacent elements, in the same way.
+template <int kCount, class T>
+MEMEFF_DEVICE void store(T* to, const T (&values)[kCount], int count = kCount) {
+  using Vector = Access<kCount, T>;
+  if (count == kCount && is_aligned<kCount>(to)) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPerAccess<kCount, T>) {
+      MEMEFF_CHECK_ALIGNED(to + i, sizeof(Vector));
+      Vector vector;
+      memcpy(&vector, static_cast<const void*>(values + i), sizeof vector);
+      *reinterpret_cast<Vector*>(to + i) = vector;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (i < count) to[i] = values[i];
+  }
+}
+
+// Threads of a block that lie along a row of `size` elements, `per_thread` each: a power of two,
+// whole warps, no more than needed. The rest of the block's threads take other rows.
+inline unsigned threads_along(int64_t size, int per_thread, unsigned block_threads) {
+  unsigned threads = 32;
+  while (threads < block_threads && int64_t{threads} * per_thread < size) threads *= 2;
+  return threads;
 }
 
 // One element whose type is known at run time only: for inputs that are rarely there.
@@ -99,6 +134,18 @@ MEMEFF_DEVICE A load_any(const void* data, DType dtype, int64_t index) {
     case DType::kFloat64: return static_cast<A>(static_cast<const double*>(data)[index]);
   }
   return A(0);
+}
+
+// From a run-time type to a compile-time one: calls f with a null pointer of that type.
+template <class F>
+Status dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::kFloat16: return f(static_cast<__half*>(nullptr));
+    case DType::kFloat32: return f(static_cast<float*>(nullptr));
+    case DType::kFloat64: return f(static_cast<double*>(nullptr));
+  }
+  return {"unknown dtype"};
 }
 
 }  // namespace memeff::cuda

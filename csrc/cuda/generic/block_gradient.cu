@@ -1,0 +1,166 @@
+// From stored products to the gradient with respect to them, in place, any architecture.
+//
+//   du[v,t] = dz[v,t] (1 - (z / softcap)^2), dz as in Coefficients (launch.h)     [classes, tokens]
+//
+// A thread block of 256 threads is `lanes` threads along the tokens (32 to 256, by how many there
+// are), each with 16 bytes of a row, by 256 / lanes groups of rows. A thread loads the coefficients
+// of its tokens once for all rows of its group, then walks over these kBatch at a time. No shared
+// memory. Moves classes * tokens * (sizeof(T) + sizeof(G)) bytes; bound by memory.
+//
+// Float products may become 16-bit gradients. Token t of a row then moves from byte 4 t to byte
+// 2 t, where other threads may still have to read, so a thread block owns whole rows and passes
+// over their tokens in ascending steps: in each, all threads read, meet, and only then write. What
+// a step that ends at token b overwrites lies below byte 2 b; everything below byte 4 b has been
+// read. Gradients as wide as the products have no such order: every step is a thread block of its
+// own.
+//
+// Numerics: everything in T, one rounding. The entry of an index target goes through expm1 and is
+// stored after the others.
+#include "core/tiling.h"
+#include "cuda/common/logit_gradient.cuh"
+
+namespace memeff::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBatch = 4;
+
+template <class T>
+struct GradientArguments {
+  T* products;
+  int64_t stride;
+  int64_t steps_per_block, blocks_per_row;  // along the tokens
+  int64_t rows_per_thread;                  // a multiple of kBatch
+  Block block;
+  LogitTransform<T> transform;
+  const int64_t* index;
+  ProbabilityTargets<T> probabilities;
+  Coefficients coefficients;
+};
+
+// Rows v to v + kBatch - 1 of the tokens that a thread owns.
+template <class G, int kTokens, class T>
+MEMEFF_DEVICE void convert_batch(int64_t v, int64_t token, int count,
+                                 const TokenCoefficients<T> (&c)[kTokens],
+                                 const GradientArguments<T>& arguments) {
+  const auto& transform = arguments.transform;
+  T* const row = arguments.products + v * arguments.stride;
+  T u[kBatch][kTokens];
+  G gradient[kBatch][kTokens];
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r)
+    if (v + r < arguments.block.classes) load(u[r], row + r * arguments.stride + token, count);
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r) {
+    if (v + r >= arguments.block.classes) continue;
+    const T bias = transform.bias_of(v + r);
+    const T weight = transform.weight_of(v + r);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const T z = transform.logit(u[r][i], bias);
+      T dz = c[i].gradient(z, weight);
+      if (arguments.probabilities.data != nullptr && i < count)
+        dz += c[i].target * weight * arguments.probabilities.at(token + i, v + r);
+      // A token that is left out may have NaN logits, its gradient is zero.
+      gradient[r][i] = narrow<G>(c[i].all_zero() ? T(0) : dz * transform.slope(z));
+    }
+  }
+  if (sizeof(G) < sizeof(T)) __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r)
+    if (v + r < arguments.block.classes)
+      store(reinterpret_cast<G*>(row + r * arguments.stride) + token, gradient[r], count);
+}
+
+template <class T, class G>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    block_gradient_kernel(GradientArguments<T> arguments) {
+  constexpr int kTokens = kPerVector<T>;  // of a thread
+  const Block& block = arguments.block;
+  const auto& transform = arguments.transform;
+  const int64_t group = blockIdx.x / arguments.blocks_per_row * blockDim.y + threadIdx.y;
+  const int64_t first_step = blockIdx.x % arguments.blocks_per_row * arguments.steps_per_block;
+  const int64_t begin = group * arguments.rows_per_thread;
+  const int64_t end = begin + arguments.rows_per_thread;  // may lie beyond the last class
+
+  // All threads take part in every step and batch, because of the barriers.
+  for (int64_t step = first_step; step < first_step + arguments.steps_per_block; ++step) {
+    const int64_t token = (step * blockDim.x + threadIdx.x) * kTokens;
+    const int count = count_left<kTokens>(token, block.tokens);
+    TokenCoefficients<T> c[kTokens];
+    load_coefficients(c, arguments.coefficients, token, count);
+    int target[kTokens];
+    load_targets(target, arguments.index, block, token, count);
+
+    T target_gradient[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (target[i] < begin || target[i] >= end) target[i] = -1;  // not in my rows
+      if (target[i] < 0) continue;
+      const T u = arguments.products[target[i] * arguments.stride + token + i];
+      const T z = transform.logit(u, transform.bias_of(target[i]));
+      const T dz = c[i].target_gradient(z, transform.weight_of(target[i]));
+      target_gradient[i] = c[i].all_zero() ? T(0) : dz * transform.slope(z);
+    }
+    for (int64_t v = begin; v < end; v += kBatch) convert_batch<G>(v, token, count, c, arguments);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+      if (target[i] >= 0)
+        reinterpret_cast<G*>(arguments.products + target[i] * arguments.stride)[token + i] =
+            narrow<G>(target_gradient[i]);
+  }
+}
+
+// 4 instantiations: (T, G) = (float, float), (float, bf16), (float, fp16), (double, double).
+template <class T, class G>
+Status launch(const Block& block, void* products, int64_t stride, const LogitTerms& terms,
+              const Targets& targets, const Coefficients& coefficients, void* stream) {
+  GradientArguments<T> arguments;
+  arguments.products = static_cast<T*>(products);
+  arguments.stride = stride;
+  arguments.block = block;
+  arguments.transform = logit_transform<T>(terms, block.first_class);
+  arguments.index = targets.index;
+  arguments.probabilities = probability_targets<T>(targets, block.first_class);
+  arguments.coefficients = coefficients;
+
+  const unsigned lanes = threads_along(block.tokens, kPerVector<T>, kThreads);
+  const int64_t steps = ceil_div(block.tokens, lanes * kPerVector<T>);
+  const bool narrows = sizeof(G) < sizeof(T);
+  arguments.steps_per_block = narrows ? steps : 1;
+  arguments.blocks_per_row = narrows ? 1 : steps;
+  // Many rows per thread load the coefficients less often; few keep a large GPU busy.
+  constexpr int64_t kEnoughBlocks = 1024;
+  const unsigned groups = kThreads / lanes;
+  const auto blocks = [&](int64_t rows) {
+    return arguments.blocks_per_row * ceil_div(block.classes, rows * groups);
+  };
+  arguments.rows_per_thread = blocks(4 * kBatch) >= kEnoughBlocks ? 4 * kBatch : kBatch;
+  const dim3 grid(static_cast<unsigned>(blocks(arguments.rows_per_thread)));
+  const auto kernel = block_gradient_kernel<T, G>;
+  MEMEFF_LAUNCH(kernel, grid, dim3(lanes, groups), 0, stream, arguments);
+  return launch_status();
+}
+
+}  // namespace
+
+Status block_gradient(const Block& block, void* products, int64_t stride, DType dtype,
+                      DType gradient_dtype, const LogitTerms& terms, const Targets& targets,
+                      const Coefficients& coefficients, void* stream) {
+  if (block.tokens == 0 || block.classes == 0) return {};
+  const auto run = [&](auto function) {
+    return function(block, products, stride, terms, targets, coefficients, stream);
+  };
+  if (dtype == DType::kFloat64 && gradient_dtype == DType::kFloat64)
+    return run(launch<double, double>);
+  if (dtype == DType::kFloat32 && gradient_dtype == DType::kFloat32)
+    return run(launch<float, float>);
+  if (dtype == DType::kFloat32 && gradient_dtype == DType::kBFloat16)
+    return run(launch<float, __nv_bfloat16>);
+  if (dtype == DType::kFloat32 && gradient_dtype == DType::kFloat16)
+    return run(launch<float, __half>);
+  return {"block_gradient: from float32 to float32 or 16 bits, or from float64 to float64"};
+}
+
+}  // namespace memeff::cuda
