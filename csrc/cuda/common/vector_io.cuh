@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "cuda/common/device.cuh"

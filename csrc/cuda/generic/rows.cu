@@ -1,0 +1,173 @@
+// Elementwise work on rows of gradients, any architecture: sums into a gradient, copies, scaling.
+//
+//   update_rows     gradient <- scale * sums, or another update of core/weight_update.h
+//   copy_rows       to <- from, of the same type or wider                          [rows, columns]
+//   scale_gradient  gradient <- scale * from                                       [n]
+//
+// Each thread handles kColumns adjacent elements of a row; a thread block of 256 threads is `lanes`
+// along a row by 256 / lanes rows. Everything is read once and written once; no shared memory.
+//
+// Numerics: in the accumulation type, one rounding to the gradient's type; none at all for split
+// sums (common/weight_update.cuh).
+#include "core/tiling.h"
+#include "cuda/common/weight_update.cuh"
+#include "cuda/launch.h"
+
+namespace memeff::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kColumns = 8;  // of a thread: 16 bytes of a 16-bit gradient, 32 of its fp32 sums
+
+// Thread blocks over a matrix [rows, columns].
+struct RowGrid {
+  unsigned lanes;
+  int64_t blocks_per_row, blocks;
+
+  RowGrid(int64_t rows, int64_t columns)
+      : lanes(threads_along(columns, kColumns, kThreads)),
+        blocks_per_row(ceil_div(columns, lanes * kColumns)),
+        blocks(blocks_per_row * ceil_div(rows, kThreads / lanes)) {}
+  dim3 grid() const { return dim3(static_cast<unsigned>(blocks)); }
+  dim3 block() const { return dim3(lanes, kThreads / lanes); }
+};
+
+// Where a thread of such a grid works; nowhere when count is 0.
+struct RowPosition {
+  int64_t row, column;
+  int count;
+};
+
+MEMEFF_DEVICE RowPosition row_position(int64_t blocks_per_row, int64_t rows, int64_t columns) {
+  RowPosition at;
+  at.row = blockIdx.x / blocks_per_row * blockDim.y + threadIdx.y;
+  at.column = (blockIdx.x % blocks_per_row * blockDim.x + threadIdx.x) * kColumns;
+  at.count = at.row < rows ? count_left<kColumns>(at.column, columns) : 0;
+  return at;
+}
+
+template <class G>
+__global__ void __launch_bounds__(kThreads)
+    update_rows_kernel(RowUpdate update, int64_t blocks_per_row) {
+  using A = Accumulation<G>;
+  const RowPosition at = row_position(blocks_per_row, update.rows, update.columns);
+  if (at.count == 0) return;
+  const A scale = update.scale == nullptr ? A(1) : *static_cast<const A*>(update.scale);
+  A sums[kColumns];
+  load(sums, static_cast<const A*>(update.sums) + at.row * update.sums_stride + at.column,
+       at.count);
+  G* const gradient =
+      static_cast<G*>(update.gradient) + at.row * update.gradient_stride + at.column;
+  uint16_t* const remainder = update.remainder == nullptr
+                                  ? nullptr
+                                  : update.remainder + at.row * update.remainder_stride + at.column;
+  update_gradient(update.update, sums, scale, gradient, remainder, at.count);
+}
+
+struct CopyArguments {
+  const void* from;
+  void* to;
+  int64_t from_stride, to_stride, rows, columns;
+};
+
+template <class From, class To>
+__global__ void __launch_bounds__(kThreads)
+    copy_rows_kernel(CopyArguments copy, int64_t blocks_per_row) {
+  const RowPosition at = row_position(blocks_per_row, copy.rows, copy.columns);
+  if (at.count == 0) return;
+  From values[kColumns];
+  To converted[kColumns];
+  load(values, static_cast<const From*>(copy.from) + at.row * copy.from_stride + at.column,
+       at.count);
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) {
+    if constexpr (std::is_same_v<From, To>) {
+      converted[i] = values[i];
+    } else {
+      converted[i] = widen(values[i]);
+    }
+  }
+  store(static_cast<To*>(copy.to) + at.row * copy.to_stride + at.column, converted, at.count);
+}
+
+template <class From, class To>
+Status launch_copy(const CopyArguments& copy, void* stream) {
+  const RowGrid grid(copy.rows, copy.columns);
+  const int64_t blocks_per_row = grid.blocks_per_row;
+  const auto kernel = copy_rows_kernel<From, To>;
+  MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, copy, blocks_per_row);
+  return launch_status();
+}
+
+// As many thread blocks as a large GPU holds at a time; each walks over the array in steps of all.
+constexpr int64_t kScaleBlocks = 2048;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    scale_gradient_kernel(const T* from, T* to, int64_t n, const double* scale) {
+  if (*scale == 1.0 && from == to) return;
+  const auto factor = static_cast<Accumulation<T>>(*scale);
+  const int64_t step = int64_t{gridDim.x} * kThreads * kColumns;
+  for (int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kColumns; first < n;
+       first += step) {
+    T values[kColumns];
+    const int count = count_left<kColumns>(first, n);
+    load(values, from + first, count);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) values[i] = narrow<T>(widen(values[i]) * factor);
+    store(to + first, values, count);
+  }
+}
+
+}  // namespace
+
+Status update_rows(const RowUpdate& update, void* stream) {
+  if (update.rows == 0 || update.columns == 0) return {};
+  if (update.update != WeightUpdate::kWrite && update.update != WeightUpdate::kAddNative) {
+    if (update.dtype != DType::kBFloat16) return {"update_rows: split sums are bfloat16"};
+    if (update.remainder == nullptr) return {"update_rows: split sums need a remainder"};
+  }
+  return dispatch(update.dtype, [&](auto* type) {
+    const RowGrid grid(update.rows, update.columns);
+    const int64_t blocks_per_row = grid.blocks_per_row;
+    const auto kernel = update_rows_kernel<std::remove_pointer_t<decltype(type)>>;
+    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, update, blocks_per_row);
+    return launch_status();
+  });
+}
+
+Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
+                 int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream) {
+  if (rows == 0 || columns == 0) return {};
+  const CopyArguments copy{from, to, from_stride, to_stride, rows, columns};
+  if (from_dtype == to_dtype) {
+    switch (size_of(from_dtype)) {
+      case 2: return launch_copy<uint16_t, uint16_t>(copy, stream);
+      case 4: return launch_copy<float, float>(copy, stream);
+      default: return launch_copy<double, double>(copy, stream);
+    }
+  }
+  if (to_dtype == DType::kFloat32 && from_dtype == DType::kBFloat16)
+    return launch_copy<__nv_bfloat16, float>(copy, stream);
+  if (to_dtype == DType::kFloat32 && from_dtype == DType::kFloat16)
+    return launch_copy<__half, float>(copy, stream);
+  return {"copy_rows: to the same type, or from 16 bits to float32"};
+}
+
+Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
+                      void* stream) {
+  if (n == 0) return {};
+  return dispatch(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* source = static_cast<const T*>(from);
+    auto* target = static_cast<T*>(gradient);
+    const int64_t needed = ceil_div(n, kThreads * kColumns);
+    const auto blocks = static_cast<unsigned>(needed < kScaleBlocks ? needed : kScaleBlocks);
+    MEMEFF_LAUNCH(scale_gradient_kernel<T>, dim3(blocks), dim3(kThreads), 0, stream, source, target,
+                  n, scale);
+    return launch_status();
+  });
+}
+
+}  // namespace memeff::cuda

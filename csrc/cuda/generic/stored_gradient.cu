@@ -1,0 +1,155 @@
+// From stored scores to the gradient with respect to the products, in place, any architecture.
+//
+//   E [classes, tokens] fp16 = exp(z - m), m [tiles, tokens] fp32, the maximum over kStoredTile
+//   classes  ->  (E exp(m - shift) (softmax + entropy z) + weighted w_v) (1 - (z / softcap)^2), in
+//   16 bits, with z = m + log E where a term needs it; the entry of an index target is given
+//
+// A thread block of 8 warps owns 256 adjacent tokens, 8 (16 bytes) per lane, and one tile of
+// classes, 16 per warp. A lane first folds exp(m - shift) and softmax of its tokens into one factor
+// each; most losses then take one product per score (kFull false). No shared memory. Moves
+// 4 classes tokens bytes; bound by memory.
+//
+// Numerics: fp32, one rounding. E = 0 means p = 0, whatever its z was, so that a soft cap's
+// derivative is not needed; with `weighted` it would be.
+#include "core/tiling.h"
+#include "cuda/common/logit_gradient.cuh"
+
+namespace memeff::cuda {
+
+namespace {
+
+constexpr int kLanes = 32, kWarps = 8;
+constexpr int kTokens = kPerVector<__half>;  // of a lane
+constexpr int kTile = kLanes * kTokens;      // tokens of a thread block
+constexpr int kRows = kStoredTile / kWarps;  // classes of a warp
+constexpr int kBatch = 4;                    // of them loaded before the warp works on them
+
+struct StoredArguments {
+  StoredScores scores;
+  int64_t token_tiles;
+  Block block;
+  LogitTransform<float> transform;
+  const int64_t* index;
+  Coefficients coefficients;
+  const float* target_gradient;
+};
+
+// What a lane knows of a token and a tile of classes.
+struct TokenFactors {
+  float softmax, entropy, weighted;  // the first two times exp(max - shift)
+  float max;
+  bool left_out;
+};
+
+// dz/du dz from E
+template <bool kFull>
+MEMEFF_DEVICE float gradient_of(float e, float weight, const TokenFactors& f,
+                                const LogitTransform<float>& transform) {
+  if (f.left_out) return 0.f;  // though its scores may be NaN
+  float gradient = e * f.softmax;
+  if (!kFull) return gradient;
+  if (e == 0.f) return gradient + f.weighted * weight;  // NaN where lse is
+  const float z = f.max + logf(e);
+  if (f.entropy != 0.f) gradient += e * f.entropy * z;
+  return (gradient + f.weighted * weight) * transform.slope(z);
+}
+
+// kFull: with soft cap, entropy, weighted.
+template <class G, bool kFull>
+__global__ void __launch_bounds__(kLanes* kWarps, 2)
+    stored_gradient_kernel(StoredArguments arguments) {
+  const Block& block = arguments.block;
+  const int64_t class_tile = blockIdx.x / arguments.token_tiles;
+  const int64_t token =
+      blockIdx.x % arguments.token_tiles * kTile + static_cast<int>(threadIdx.x) * kTokens;
+  const int count = count_left<kTokens>(token, block.tokens);
+  const int64_t begin = class_tile * kStoredTile + static_cast<int>(threadIdx.y) * kRows;
+  const int64_t end = begin + kRows < block.classes ? begin + kRows : block.classes;
+  if (count == 0) return;
+
+  TokenFactors factors[kTokens];
+  {
+    TokenCoefficients<float> c[kTokens];
+    load_coefficients(c, arguments.coefficients, token, count);
+    float max[kTokens];
+    load(max, arguments.scores.maxima + class_tile * arguments.scores.maxima_stride + token, count);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const float scale = exponential(max[i] - c[i].shift);
+      factors[i] = {scale * c[i].softmax, scale * c[i].entropy, c[i].weighted, max[i],
+                    c[i].all_zero()};
+    }
+  }
+
+  auto* const scores = static_cast<__half*>(arguments.scores.data);
+  for (int64_t v = begin; v < end; v += kBatch) {
+    __half e[kBatch][kTokens];
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r)
+      if (v + r < end) load(e[r], scores + (v + r) * arguments.scores.stride + token, count);
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r) {
+      if (v + r >= end) continue;
+      const float weight = kFull ? arguments.transform.weight_of(v + r) : 1.f;
+      G gradient[kTokens];
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i)
+        gradient[i] =
+            narrow<G>(gradient_of<kFull>(widen(e[r][i]), weight, factors[i], arguments.transform));
+      store(reinterpret_cast<G*>(scores + (v + r) * arguments.scores.stride) + token, gradient,
+            count);
+    }
+  }
+
+  int target[kTokens];
+  load_targets(target, arguments.index, block, token, count);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i)
+    if (target[i] >= begin && target[i] < end && !factors[i].left_out)
+      reinterpret_cast<G*>(scores + target[i] * arguments.scores.stride)[token + i] =
+          narrow<G>(arguments.target_gradient[token + i]);
+}
+
+// 4 instantiations: 2 types, with and without what few losses need.
+template <class G>
+Status launch(const StoredArguments& arguments, bool full, void* stream) {
+  const auto kernel = full ? stored_gradient_kernel<G, true> : stored_gradient_kernel<G, false>;
+  const int64_t blocks = arguments.token_tiles * ceil_div(arguments.block.classes, kStoredTile);
+  MEMEFF_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kLanes, kWarps), 0, stream,
+                arguments);
+  return launch_status();
+}
+
+}  // namespace
+
+Status stored_gradient(const Block& block, const StoredScores& scores, DType gradient_dtype,
+                       const LogitTerms& terms, const Targets& targets,
+                       const Coefficients& coefficients, const float* target_gradient,
+                       void* stream) {
+  if (block.tokens == 0 || block.classes == 0) return {};
+  if (block.first_class % kStoredTile != 0)
+    return {"stored_gradient: the block begins inside a tile of classes"};
+  if (targets.probabilities != nullptr)
+    return {"stored_gradient: class probabilities need stored products"};
+  if (terms.softcap != 0 && coefficients.weighted != nullptr)
+    return {"stored_gradient: softcap with `weighted` needs stored products"};
+  if (targets.index != nullptr && target_gradient == nullptr)
+    return {"stored_gradient: index targets need target_gradient"};
+  StoredArguments arguments;
+  arguments.scores = scores;
+  arguments.token_tiles = ceil_div(block.tokens, kTile);
+  arguments.block = block;
+  arguments.transform = logit_transform<float>(terms, block.first_class);
+  arguments.index = targets.index;
+  arguments.coefficients = coefficients;
+  arguments.target_gradient = target_gradient;
+  const bool full =
+      terms.softcap != 0 || coefficients.entropy != nullptr || coefficients.weighted != nullptr;
+  switch (gradient_dtype) {
+    case DType::kBFloat16: return launch<__nv_bfloat16>(arguments, full, stream);
+    case DType::kFloat16: return launch<__half>(arguments, full, stream);
+    default: return {"stored_gradient: gradients are bfloat16 or float16"};
+  }
+}
+
+}  // namespace memeff::cuda
