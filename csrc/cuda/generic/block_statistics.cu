@@ -9,8 +9,8 @@
 // memory (8 to 32 KiB) and are merged in the order of the warps: results depend on
 // classes_per_range alone.
 //
-// Moves classes * tokens * sizeof(A) bytes, once; some 20 instructions per number, so bound by
-// memory. Class probabilities come one by one, whatever their strides.
+// Moves classes * tokens * sizeof(A) bytes, once; bound by memory. Class probabilities come one by
+// one, whatever their strides.
 //
 // Numerics: everything in A; one exp per logit, one more per token and four classes when the
 // maximum moves.
