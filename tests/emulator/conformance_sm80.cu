@@ -27,6 +27,11 @@ __global__ void votes(const uint32_t* in, uint32_t* out) {
   out[96 + lane] = __match_any_sync(~0u, in[lane] & 3);
 }
 
+__global__ void exponentials(const uint32_t* in, uint32_t* out) {
+  const float x = static_cast<float>(in[threadIdx.x] % 4096) / 64.f - 40.f;
+  out[threadIdx.x] = __float_as_uint(ptx::exp2_approximate(x));
+}
+
 // Two warps in every combination of arriving and waiting.
 __global__ void named_barriers(const uint32_t* in, uint32_t* out) {
   MEMEFF_SHARED_ARRAY(uint32_t, message, 64);
@@ -130,6 +135,7 @@ std::vector<Case> MEMEFF_CASES(sm80)() {
   return {
       {"shuffles", words, bits, 32, 0, shuffles, nullptr, run_case},
       {"votes", words, bits, 32, 0, votes, nullptr, run_case},
+      {"ex2.approx", words, floats, 256, 0, exponentials, nullptr, run_case},
       {"bar.sync, bar.arrive", words, bits, 64, 0, named_barriers, nullptr, run_case},
       {"cp.async 16", words, bits, 64, 2048, copies_of_16, nullptr, run_case},
       {"cp.async 8", words, bits, 64, 512, narrow_copies<8>, nullptr, run_case},

@@ -23,6 +23,20 @@ MEMEFF_DEVICE uint32_t shared_address(const void* pointer) {
 #endif
 }
 
+// ---- arithmetic ----
+
+// 2^x with a relative error of 2^-22; results below 2^-126 become 0. What __expf uses, without the
+// five instructions with which it keeps subnormal results.
+MEMEFF_DEVICE float exp2_approximate(float x) {
+#if defined(__CUDACC__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return std::exp2(x);
+#endif
+}
+
 // ---- cp.async (sm_80): global to shared memory without passing through registers ----
 
 // Copies the first source_bytes (0 to 16) of 16 bytes and fills the rest with zeros. Both addresses

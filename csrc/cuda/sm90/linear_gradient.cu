@@ -64,7 +64,7 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) {
       float& value = z[accumulator(r, k)];
-      const float p = __expf(value - c.shift);
+      const float p = fast_exp(value - c.shift);
       mass += p;
       float dz = p * c.softmax;
       if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * value;

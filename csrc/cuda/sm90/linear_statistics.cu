@@ -65,7 +65,7 @@ MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) {
       float& value = z[accumulator(r, k)];
-      const float x = value - reference, e = __expf(x);
+      const float x = value - reference, e = fast_exp(x);
       state.sum += e;
       if (kFull && class_offset(k) < scores.classes - first) {
         if (x != -INFINITY) state.entropy += e * x;
