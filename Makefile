@@ -17,7 +17,7 @@ BUILT_FROM := $(shell find csrc buildtools -type f -not -name '*.pyc') setup.py 
 
 # Two targets at once would be two pip processes in one environment.
 .NOTPARALLEL:
-.PHONY: help bench demo test ctest sanitize emulate lint format clean
+.PHONY: help bench demo test ctest sanitize emulate ptxas verify-gpu lint format clean
 
 help:
 	@echo "make bench      the loss of this library against the standard way, on this machine"
@@ -25,6 +25,8 @@ help:
 	@echo "make test       every test"
 	@echo "make ctest      the C++ tests only;  make sanitize: the same with ASan and UBSan"
 	@echo "make emulate    the CUDA kernels in the emulator (see tests/emulator)"
+	@echo "make ptxas      registers, shared memory and occupancy of the CUDA kernels into docs/ptxas.txt"
+	@echo "make verify-gpu everything that needs a GPU, results into OUT=folder"
 	@echo "make lint       what CI checks about style and types;  make format: mend what can be mended"
 
 $(BIN)/python:
@@ -52,6 +54,13 @@ emulate:
 	cmake -S tests/emulator -B build/emulator
 	cmake --build build/emulator --parallel 2
 	ctest --test-dir build/emulator --output-on-failure
+
+# Needs nvcc, no GPU; some minutes.
+ptxas:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/ptxas_report.py $(ARGS)
+
+verify-gpu:
+	scripts/verify_gpu.sh $(or $(OUT),$(error OUT=folder for the results is missing))
 
 lint: $(STAMP)-dev
 	$(BIN)/ruff check

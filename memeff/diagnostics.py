@@ -1,7 +1,8 @@
 """What memeff found on this machine: ``python -m memeff.diagnostics``.
 
 Prints the build, the versions of torch, the compilers, the processor and the devices; then what is
-missing, each with the command that mends it. Exit status 0 when memeff can be used, else 1.
+missing, each with the command that mends it. Exit status 0 when memeff can be used on every device
+that torch can use, else 1.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from memeff import _library
 # Beyond what every x86-64 processor has; names as Linux prints them in /proc/cpuinfo.
 _INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
 
+# The generic kernels' first architecture.
+OLDEST_CAPABILITY = (7, 5)
+
 Row = tuple[str, str]
 
 
@@ -47,8 +51,27 @@ def build_rows() -> list[Row]:
             ("built with torch", _library.built_torch_version() or "-"),
         ]
     rows.append(("extension", str(_library.extension_file())))
-    names = {"torch": "built with torch", "cpu_capability": "kernels used here"}
-    return rows + [(names.get(name, name), str(value)) for name, value in info.items()]
+    names = {
+        "torch": "built with torch",
+        "cpu_capability": "CPU kernels used",
+        "cuda": "built with CUDA",
+        "cuda_archs": "for GPUs",
+    }
+    rows += [
+        (names.get(name, name), "-" if value is None else value) for name, value in info.items()
+    ]
+    return [*rows, ("CUDA kernels", _cuda_state(info["cuda"]))]
+
+
+def _cuda_state(built_with: str | None) -> str:
+    """In a few words, whether the CUDA kernels can be used here, and why not."""
+    if built_with is None:
+        return "not built"
+    if torch.version.cuda is None:
+        return "built, not usable: this torch is a build without CUDA"
+    if not torch.cuda.is_available():
+        return "built, not usable: torch finds no GPU or no driver"
+    return "built, but not for every GPU here" if gpu_problems() else "usable"
 
 
 def python_rows() -> list[Row]:
@@ -58,13 +81,21 @@ def python_rows() -> list[Row]:
         ("torch", f"{torch.__version__} ({Path(torch.__file__).parent})"),
         ("torch threads", str(torch.get_num_threads())),
         ("torch CPU kernels", torch.backends.cpu.get_cpu_capability()),
+        ("torch CUDA", torch.version.cuda or "none, a build for CPUs"),
     ]
 
 
 def tool_rows() -> list[Row]:
     """Compilers and build tools on PATH, with their versions."""
-    tools = {"C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja", "nvcc": "nvcc"}
+    tools = {"C++ compiler": os.environ.get("CXX", "c++"), "ninja": "ninja", "nvcc": _nvcc()}
     return [(name, _tool_version(command) or "not found") for name, command in tools.items()]
+
+
+def _nvcc() -> str:
+    """The nvcc that a build takes, as buildtools/cuda_toolkit.py looks for it."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = [*([f"{home}/bin/nvcc"] if home else []), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((nvcc for nvcc in candidates if shutil.which(nvcc)), "nvcc")
 
 
 def machine_rows() -> list[Row]:
@@ -103,7 +134,48 @@ def problems() -> list[str]:
             found.append("no C++ compiler. Type:  apt install g++   (or set CXX to one)")
         if sys.platform == "linux" and not _python_headers().exists():
             found.append(f"no {_python_headers()}. Type:  apt install python3-dev")
+        return found
+    return gpu_problems()
+
+
+def gpu_problems() -> list[str]:
+    """What keeps memeff from the GPUs that torch can use; nothing where there are none."""
+    if not torch.cuda.is_available():
+        return []
+    info = _library.load().build_info()
+    build = f"MEMEFF_CUDA=1 {_library.install_command()}"
+    if info["cuda"] is None:
+        found = []
+        if _tool_version(_nvcc()) is None:
+            found.append(
+                f"no nvcc. Install CUDA toolkit {torch.version.cuda}, which this torch is built "
+                "with, or set CUDA_HOME to one"
+            )
+        return [*found, f"memeff was built without its CUDA kernels. Type:  {build}"]
+    archs = (info["cuda_archs"] or "").split()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(runs_on(arch, capability) for arch in archs):
+            number = f"{capability[0]}{capability[1]}"
+            found.append(
+                f"no kernels for cuda:{index}, which is sm_{number}: memeff was built for "
+                f"{' '.join(archs)}. Type:  MEMEFF_CUDA_ARCHS={number} {build}"
+                if capability >= OLDEST_CAPABILITY
+                else f"cuda:{index} is sm_{number}; memeff's kernels need sm_75 or newer"
+            )
     return found
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs code for `arch`: "80", "90a" (that chip only), "100f" or "90+PTX"."""
+    name, _, ptx = arch.partition("+")
+    number = int(name.rstrip("af"))
+    built = divmod(number, 10)
+    if name.endswith("a"):
+        return capability == built
+    same_family = capability[0] == built[0] and capability[1] >= built[1]
+    return same_family or (ptx == "PTX" and capability >= built)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,53 @@ class TestDiagnostics:
         assert answer.returncode == 1, answer.stderr
         assert "Missing" in answer.stdout
         assert "pip install" in answer.stdout
+
+
+class TestGpuDiagnostics:
+    """What is said on a machine with a GPU, played to machines without."""
+
+    def gpu(self, monkeypatch, capability, cuda, archs):
+        info = {**_library.load().build_info(), "cuda": cuda, "cuda_archs": archs}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        extension = types.SimpleNamespace(build_info=lambda: info)
+        monkeypatch.setattr(_library, "load", lambda: extension)
+        return diagnostics.problems()
+
+    def test_built_for_it(self, monkeypatch):
+        assert self.gpu(monkeypatch, (9, 0), "13.0", "80 90+PTX 90a") == []
+
+    def test_built_without_cuda(self, monkeypatch):
+        *_, problem = self.gpu(monkeypatch, (9, 0), None, None)
+        assert "without its CUDA kernels" in problem
+        assert "MEMEFF_CUDA=1 pip install" in problem
+
+    def test_built_for_another(self, monkeypatch):
+        (problem,) = self.gpu(monkeypatch, (8, 6), "13.0", "90 90a")
+        assert "cuda:0" in problem
+        assert "sm_86" in problem
+        assert "MEMEFF_CUDA_ARCHS=86" in problem
+
+    def test_too_old(self, monkeypatch):
+        (problem,) = self.gpu(monkeypatch, (7, 0), "13.0", "75 80")
+        assert "need sm_75" in problem
+
+    @pytest.mark.parametrize(
+        ("arch", "capability", "runs"),
+        [
+            ("80", (8, 6), True),
+            ("86", (8, 0), False),
+            ("80", (9, 0), False),
+            ("90a", (9, 0), True),
+            ("100f", (10, 3), True),
+            ("100f", (12, 0), False),
+            ("90+PTX", (12, 0), True),
+            ("90+PTX", (8, 9), False),
+        ],
+    )
+    def test_which_code_runs_where(self, arch, capability, runs):
+        assert diagnostics.runs_on(arch, capability) is runs
 
 
 class TestTorchOfTheEnvironment:

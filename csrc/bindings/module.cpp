@@ -38,7 +38,8 @@ py::dict build_info() {
   info["cuda"] = MEMEFF_WITH_CUDA;  // the toolkit's version
   info["cuda_archs"] = MEMEFF_CUDA_ARCHS;
 #else
-  info["cuda"] = info["cuda_archs"] = py::none();
+  info["cuda"] = py::none();
+  info["cuda_archs"] = py::none();
 #endif
   return info;
 }

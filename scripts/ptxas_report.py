@@ -1,0 +1,267 @@
+#!/usr/bin/env python3
+"""What the assembler made of each kernel: registers, shared memory, spills, occupancy.
+
+    scripts/ptxas_report.py                      every kernel for every architecture, docs/ptxas.txt
+    scripts/ptxas_report.py --archs "80;90a" -   some architectures, to stdout
+    scripts/ptxas_report.py --check -            fail if a kernel spills registers
+
+Needs nvcc, no GPU. Occupancy is calculated from the limits of each architecture.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from buildtools.config import BuildConfig  # noqa: E402
+from buildtools.cuda_archs import Arch, choose_archs, parse_archs  # noqa: E402
+from buildtools.cuda_toolkit import Toolkit, find_toolkit  # noqa: E402
+from buildtools.sources import Source, find_sources  # noqa: E402
+
+OUTPUT = ROOT / "docs" / "ptxas.txt"
+
+# Dynamic shared memory is a launch's own affair; these constants are what the launchers pass.
+DYNAMIC_SHARED = {
+    "generic": "0",
+    "sm80": "memeff::cuda::sm80::kPipelineBytes",
+    "sm90": "memeff::cuda::sm90::kSharedBytes",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one multiprocessor has, from the CUDA programming guide's table of capabilities."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    reserved_bytes: int  # of shared memory, per block, for the system
+    registers: int = 65536
+
+
+LIMITS = {
+    75: Limits(32, 16, 64 * 1024, 0),
+    80: Limits(64, 32, 164 * 1024, 1024),
+    86: Limits(48, 16, 100 * 1024, 1024),
+    89: Limits(48, 24, 100 * 1024, 1024),
+    90: Limits(64, 32, 228 * 1024, 1024),
+    100: Limits(64, 32, 228 * 1024, 1024),
+    120: Limits(48, 24, 100 * 1024, 1024),
+}
+
+
+def round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def blocks_per_multiprocessor(
+    limits: Limits, *, threads: int, registers: int, shared_bytes: int
+) -> int:
+    """Thread blocks that fit one multiprocessor at the same time.
+
+    A warp's registers come in units of 256 from one of four equal files; shared memory in units of
+    128 bytes (256 before 8.0).
+    """
+    warps = -(-threads // 32)
+    by_blocks = min(limits.blocks, limits.warps // warps)
+    warps_per_file = limits.registers // 4 // round_up(max(registers, 1) * 32, 256)
+    by_registers = 4 * warps_per_file // round_up(warps, 4)
+    unit = 128 if limits.reserved_bytes else 256
+    per_block = round_up(shared_bytes + limits.reserved_bytes, unit)
+    by_shared = limits.shared_bytes // per_block if per_block else by_blocks
+    return min(by_blocks, by_registers, by_shared)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture."""
+
+    kernel: str  # family and demangled name without namespaces and parameters
+    arch: Arch
+    threads: int | None  # of its launch bounds
+    registers: int
+    static_shared: int
+    dynamic_shared: int
+    spilled_bytes: int
+
+    @property
+    def cell(self) -> str:
+        """Registers, resident warps of those possible, spills."""
+        spills = f" SPILLS {self.spilled_bytes}" if self.spilled_bytes else ""
+        limits = LIMITS.get(self.arch.number)
+        if limits is None or self.threads is None:
+            return f"{self.registers}{spills}"
+        blocks = blocks_per_multiprocessor(
+            limits,
+            threads=self.threads,
+            registers=self.registers,
+            shared_bytes=self.static_shared + self.dynamic_shared,
+        )
+        warps = blocks * -(-self.threads // 32)
+        return f"{self.registers} {blocks}x{warps // blocks if blocks else 0}{spills}"
+
+
+def short_name(demangled: str) -> str:
+    """`statistics<float, true>` from a demangled signature."""
+    name = re.sub(r"\(anonymous namespace\)::|memeff::|cuda::|sm80::|sm90::", "", demangled)
+    name = name.removeprefix("void ")
+    depth = 0
+    for i, character in enumerate(name):  # the parameters start at the first "(" outside of <>
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            name = name[:i]
+            break
+    replacements = [("__nv_bfloat16", "bf16"), ("__half", "fp16"), ("(bool)1", "true"),
+                    ("(bool)0", "false"), ("_kernel", "")]  # fmt: skip
+    for old, new in replacements:
+        name = name.replace(old, new)
+    return re.sub(r"\(\w+\)(\d)", r"\1", name)
+
+
+def demangle(names: Sequence[str]) -> list[str]:
+    answer = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    return answer.stdout.splitlines()
+
+
+def parse_ptx(ptx: str) -> tuple[dict[str, int], int]:
+    """Threads per block by kernel, from the launch bounds; and the dynamic shared memory."""
+    threads = {}
+    for match in re.finditer(r"\.entry\s+(\w+)\s*\(([^{]*)\{", ptx):
+        bounds = re.search(r"\.maxntid\s+(\d+)", match[2])
+        if bounds:
+            threads[match[1]] = int(bounds[1])
+    shared = re.search(r"memeff_dynamic_shared = (\d+)", ptx)
+    return threads, int(shared[1]) if shared else 0  # zero is not written out
+
+
+def parse_ptxas(log: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, static shared memory and spilled bytes by kernel, from ptxas -v."""
+    found = {}
+    for block in log.split("Compiling entry function '")[1:]:
+        name = block.split("'", 1)[0]
+        used = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        if used is None or spills is None:
+            raise SystemExit(f"ptxas -v says nothing about {name}:\n{block}")
+        spilled = int(spills[1]) + int(spills[2])
+        found[name] = (int(used[1]), int(shared[1]) if shared else 0, spilled)
+    return found
+
+
+def compile_source(toolkit: Toolkit, source: Source, arch: Arch) -> list[Compiled]:
+    """All kernels of one source for one architecture."""
+    family = Path(source.path).parent.name
+    with tempfile.TemporaryDirectory() as folder:
+        unit = Path(folder) / "unit.cu"
+        unit.write_text(
+            f'#include "{ROOT / source.path}"\n'
+            f'extern "C" __device__ int memeff_dynamic_shared = {DYNAMIC_SHARED[family]};\n'
+        )
+        ptx = Path(folder) / "unit.ptx"
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
+        _run([toolkit.nvcc, *flags, "-ptx", f"-arch=compute_{arch.name}", unit, "-o", ptx])
+        ptxas = toolkit.root / "bin" / "ptxas"
+        log = _run([ptxas, "-v", f"-arch=sm_{arch.name}", ptx, "-o", Path(folder) / "unit.cubin"])
+        threads, dynamic = parse_ptx(ptx.read_text())
+    kernels = parse_ptxas(log)
+    return [
+        Compiled(f"{family} {short_name(full)}", arch, threads.get(name), registers, static,
+                 dynamic, spilled)
+        for (name, (registers, static, spilled)), full in zip(
+            kernels.items(), demangle(list(kernels)), strict=True
+        )
+    ]  # fmt: skip
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}")
+    return done.stdout
+
+
+HEADER = """\
+Kernels as CUDA {version}'s assembler made them (scripts/ptxas_report.py writes this file).
+
+threads: of a block. shared: bytes of a block, static + dynamic. Below each architecture: registers
+per thread, then how many blocks of how many warps fit one multiprocessor at the same time,
+calculated from the architecture's limits; SPILLS and bytes where registers went to memory. sm80's
+gradient products take a few more bytes of shared memory when they skip tiles.
+"""
+
+
+def table(version: str, results: Sequence[Compiled]) -> str:
+    """The report: a line per kernel, a column per architecture."""
+    archs = sorted({r.arch for r in results}, key=lambda arch: (arch.number, arch.suffix))
+    kernels = sorted({r.kernel for r in results}, key=lambda k: (k.partition(" ")[0], k))
+    cells = {(r.kernel, r.arch): r for r in results}
+    lines = [["kernel", "threads", "shared", *(f"sm_{arch.name}" for arch in archs)]]
+    for kernel in kernels:
+        row = {arch: cells[kernel, arch] for arch in archs if (kernel, arch) in cells}
+        first = next(iter(row.values()))
+        threads = "-" if first.threads is None else str(first.threads)
+        shared = f"{first.static_shared}+{first.dynamic_shared}"
+        columns = [row[arch].cell if arch in row else "-" for arch in archs]
+        lines.append([kernel, threads, shared, *columns])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return HEADER.format(version=version) + "\n" + "\n".join(aligned) + "\n"
+
+
+def main() -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", nargs="?", default=str(OUTPUT), help="file, or - for stdout")
+    parser.add_argument("--archs", type=parse_archs, default=[], help='such as "80;90a"')
+    parser.add_argument("--check", action="store_true", help="exit status 1 if anything spills")
+    options = parser.parse_args()
+
+    toolkit = find_toolkit()
+    if toolkit is None:
+        raise SystemExit("no nvcc: set CUDA_HOME to a CUDA toolkit")
+    work = [
+        (source, arch)
+        for source in find_sources()
+        if source.toolchain == "cuda"
+        for arch in choose_archs(source.archs, options.archs)
+        if arch.sass and toolkit.supports(arch)
+    ]
+    with ThreadPoolExecutor(BuildConfig.from_environment().jobs) as pool:
+        parts = pool.map(lambda item: compile_source(toolkit, *item), work)
+        results = [kernel for part in parts for kernel in part]
+
+    report = table(toolkit.version, results)
+    if options.output == "-":
+        sys.stdout.write(report)
+    else:
+        Path(options.output).write_text(report)
+        print(f"wrote {options.output}: {len(results)} kernels")
+    spilling = [r for r in results if r.spilled_bytes]
+    for kernel in spilling:
+        print(f"{kernel.kernel} spills {kernel.spilled_bytes} bytes on sm_{kernel.arch.name}")
+    return 1 if options.check and spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
