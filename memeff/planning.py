@@ -32,7 +32,8 @@ class Plan:
     kind: str
     """"statistics", "token_chunks" or "vocab_slices"."""
     kernels: str
-    """What computes the scores: handwritten ("avx512_bf16") or torch's products ("blas")."""
+    """What computes: "avx512_bf16" or "blas" (torch's products) on the CPU; on a GPU the families
+    of kernels for scores and for the products of the gradients: "sm90,generic" (generic: cuBLAS)."""
     tokens_per_chunk: int
     num_chunks: int
     vocab_per_slice: int
@@ -83,10 +84,13 @@ def plan(
     probabilities: bool = False,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
+    return_statistics: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
     grad_accumulation: str = "auto",
+    skip_mass: float = 0.0,
     backend: str = "auto",
+    compute_capability: tuple[int, int] | None = None,
 ) -> Plan:
     """Plan a call of :func:`memeff.linear_cross_entropy` without running it.
 
@@ -101,8 +105,10 @@ def plan(
         input_grad, weight_grad, bias_grad: which gradients will be wanted. None: what the tensors
             require; for numbers, yes.
         probabilities: whether the targets are class probabilities.
-        reduction, label_smoothing, softcap, memory_budget, chunk_size, grad_accumulation, backend:
-            as in the call.
+        reduction, label_smoothing, softcap, return_statistics, memory_budget, chunk_size,
+            grad_accumulation, skip_mass: as in the call.
+        backend: as in the call; "cuda" needs no GPU, nor a build with CUDA.
+        compute_capability: of the GPU to plan for. None: of the current one, else (9, 0).
 
     Raises:
         ValueError: a bad value, or a memory_budget in which no plan fits; the message says the
@@ -137,25 +143,43 @@ def plan(
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.check_choice("grad_accumulation", grad_accumulation, _checks.GRAD_ACCUMULATIONS)
     _checks.check_numbers(label_smoothing, softcap, 1.0, 0.0)
-    resolved = _arguments.resolve_backend(backend, device, needs_reference=False)
-    if resolved == "reference":
+    _checks.check_skip_mass(skip_mass)
+    planned = ("cpu", "cuda")
+    _checks.check_choice("backend", backend, ("auto", *planned, "reference"))
+    if backend == "auto":
+        backend = device.type if device.type in planned else "cpu"
+    if backend == "reference":
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
 
     chosen: dict[str, Any] = _library.load().plan(
         **sizes,
         dtype=dtype_name,
-        backend=resolved,
+        backend=backend,
         reduction=reduction,
         input_grad=input_grad is not False,
         weight_grad=weight_grad is not False,
         bias_grad=bias_grad,
-        # What the specialised kernels leave to general ones.
-        special=probabilities or (softcap is not None and label_smoothing > 0),
+        probabilities=probabilities,
+        label_smoothing=float(label_smoothing),
+        softcap=0.0 if softcap is None else float(softcap),
+        statistics=return_statistics,
+        skip_mass=float(skip_mass),
         memory_budget=_arguments.parse_memory_budget(memory_budget),
         chunk_size=_arguments.parse_chunk_size(chunk_size, None),
         grad_accumulation=grad_accumulation,
+        capability=_capability(compute_capability, device),
     )
-    return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=resolved, **chosen)
+    return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=backend, **chosen)
+
+
+def _capability(given: tuple[int, int] | None, device: torch.device) -> int:
+    """10 * major + minor of the GPU to plan for."""
+    if given is None:
+        there = torch.cuda.is_available()
+        index = device if device.type == "cuda" else None
+        given = torch.cuda.get_device_capability(index) if there else (9, 0)
+    major, minor = given
+    return 10 * major + minor
 
 
 def _mebibytes(size: int) -> str:

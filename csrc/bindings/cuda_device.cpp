@@ -30,9 +30,9 @@ class CudaDevice : public CudaLikeDevice {
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {
     const c10::DeviceGuard guard(from.device());
     const at::Tensor factor = scale.to(at::kDouble);
-    const Status status = cuda::scale_gradient(
-        from.const_data_ptr(), to.mutable_data_ptr(), dtype_of(from, "gradient"), from.numel(),
-        factor.const_data_ptr<double>(), stream_of(from));
+    const Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
+                                               dtype_of(from, "gradient"), from.numel(),
+                                               factor.const_data_ptr<double>(), stream_of(from));
     TORCH_CHECK(status.ok(), status.message);
   }
 

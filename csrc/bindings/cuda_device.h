@@ -23,7 +23,7 @@ class CudaLikeDevice : public Device {
     std::string error;
     const cuda::Selection kernels = select(problem, &error);
     if (!error.empty()) return error;
-    return cuda::make_plan(*request, cuda::plan_traits(problem, kernels), plan);
+    return cuda::make_plan(*request, cuda::plan_traits(problem, *request, kernels), plan);
   }
 
  protected:

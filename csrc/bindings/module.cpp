@@ -1,10 +1,11 @@
 // The Python module memeff._C: what the build is and what the planner would do. Loading it
-// registers the operators (schema.cpp, ops.cpp), which is how tensors reach the kernels.
+// registers the operators (schema.cpp, *_device.cpp), which is how tensors reach the kernels.
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "bindings/request.h"
@@ -13,6 +14,8 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "cuda/plan.h"
+#include "cuda/select.h"
 
 namespace py = pybind11;
 
@@ -71,9 +74,12 @@ const char* name_of(Accumulation accumulation) {
   return "";
 }
 
-Plan plan_or_throw(const PlanRequest& request) {
+/// Completes a request and plans it, as the operators of a backend do.
+using Planner = std::function<std::string(PlanRequest*, Plan*)>;
+
+Plan plan_or_throw(const Planner& planner, PlanRequest request) {
   Plan plan;
-  const std::string problem = make_plan(request, &plan);
+  const std::string problem = planner(&request, &plan);
   if (!problem.empty()) throw py::value_error(problem);
   return plan;
 }
@@ -81,17 +87,17 @@ Plan plan_or_throw(const PlanRequest& request) {
 /// The plan of a whole call, forward and backward. Where backward is an operator of its own
 /// (per-token losses, float16), shape and chunks are its plan's, bytes the larger and FLOPs the sum
 /// of the two.
-Plan plan_call(PlanRequest request, Reduction reduction) {
+Plan plan_call(const Planner& planner, PlanRequest request, Reduction reduction) {
   const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
   if (!wants_gradient || gradient_in_forward(reduction, request.dtype)) {
-    return plan_or_throw(request);
+    return plan_or_throw(planner, request);
   }
 
   PlanRequest forward_request = request;
   forward_request.grad_input = forward_request.grad_weight = forward_request.grad_bias = false;
-  const Plan forward = plan_or_throw(forward_request);
+  const Plan forward = plan_or_throw(planner, forward_request);
   request.statistics_known = true;
-  Plan plan = plan_or_throw(request);
+  Plan plan = plan_or_throw(planner, request);
   plan.workspace_bytes = std::max(plan.workspace_bytes, forward.workspace_bytes);
   plan.flops += forward.flops;
   plan.floor_flops += forward.floor_flops;
@@ -100,37 +106,60 @@ Plan plan_call(PlanRequest request, Reduction reduction) {
 
 py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string& dtype,
               const std::string& backend, const std::string& reduction_name, bool input_grad,
-              bool weight_grad, bool bias_grad, bool special, int64_t memory_budget,
-              int64_t chunk_size, const std::string& grad_accumulation) {
-  if (backend != "cpu") {
-    throw py::value_error("backend='" + backend + "': expected 'cpu', the only one compiled in");
-  }
+              bool weight_grad, bool bias_grad, bool probabilities, double label_smoothing,
+              double softcap, bool statistics, double skip_mass, int64_t memory_budget,
+              int64_t chunk_size, const std::string& grad_accumulation, int capability) {
   const Reduction reduction = parse_reduction(reduction_name);
 
+  // No data: only what decides about kernels and partial sums.
   Problem problem;
+  problem.tokens = tokens;
+  problem.features = problem.input_stride = problem.weight_stride = features;
+  problem.vocab = vocab;
   problem.dtype = parse_dtype(dtype);
-  problem.features = features;
-  if (special) problem.softcap = problem.label_smoothing = 0.5;  // any values, but not 0
+  problem.reduction = reduction;
+  if (probabilities) problem.probabilities = &problem;  // any address
+  problem.label_smoothing = label_smoothing;
+  problem.softcap = softcap;
+  problem.statistics = statistics;
+  problem.skip_mass = skip_mass;
 
   PlanRequest request;
   request.tokens = tokens;
   request.features = features;
   request.vocab = vocab;
   request.dtype = problem.dtype;
-  request.bf16_kernels = uses_bf16_kernels(problem);
   request.grad_input = input_grad;
   request.grad_weight = weight_grad;
   request.grad_bias = bias_grad;
-  request.partials = count_partials(problem);
-  request.threads = max_threads();
   request.memory_budget = memory_budget;
   request.chunk_size = chunk_size;
   request.accumulation = parse_accumulation(grad_accumulation);
 
-  const Plan chosen = plan_call(request, reduction);
+  Planner planner;
+  std::string kernels;
+  if (backend == "cpu") {
+    kernels = uses_bf16_kernels(problem) ? "avx512_bf16" : "blas";
+    planner = [&](PlanRequest* completed, Plan* chosen) {
+      complete_request(problem, max_threads(), completed);
+      return make_plan(*completed, chosen);
+    };
+  } else if (backend == "cuda") {
+    std::string error;
+    const cuda::Selection selection =
+        cuda::select_kernels(problem, cuda::Gpu{capability}, "", &error);
+    kernels = cuda::name_of(selection);
+    planner = [&, selection](PlanRequest* completed, Plan* chosen) {
+      return cuda::make_plan(*completed, cuda::plan_traits(problem, *completed, selection), chosen);
+    };
+  } else {
+    throw py::value_error("backend='" + backend + "': expected 'cpu' or 'cuda'");
+  }
+
+  const Plan chosen = plan_call(planner, request, reduction);
   py::dict result;
   result["kind"] = name_of(chosen.kind);
-  result["kernels"] = request.bf16_kernels ? "avx512_bf16" : "blas";
+  result["kernels"] = kernels;
   result["tokens_per_chunk"] = chosen.chunk_tokens > 0 ? chosen.chunk_tokens : chosen.token_block;
   result["num_chunks"] = chosen.num_chunks;
   result["vocab_per_slice"] = chosen.slice_vocab;
@@ -155,6 +184,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "The plan of a call, see memeff.plan. Raises ValueError when no plan fits the budget.",
              py::arg("tokens"), py::arg("features"), py::arg("vocab"), py::arg("dtype"),
              py::arg("backend"), py::arg("reduction"), py::arg("input_grad"),
-             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("special"),
-             py::arg("memory_budget"), py::arg("chunk_size"), py::arg("grad_accumulation"));
+             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("probabilities"),
+             py::arg("label_smoothing"), py::arg("softcap"), py::arg("statistics"),
+             py::arg("skip_mass"), py::arg("memory_budget"), py::arg("chunk_size"),
+             py::arg("grad_accumulation"), py::arg("capability"));
 }

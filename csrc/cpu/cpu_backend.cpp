@@ -19,9 +19,11 @@ bool wants_smoothing(const Problem& p) { return p.label_smoothing > 0; }
 
 }  // namespace
 
-int count_partials(const Problem& p) {
-  return 2 + (wants_smoothing(p) ? 1 : 0) + (p.statistics ? 2 : 0) +
-         (p.probabilities != nullptr ? 3 : 0);
+void complete_request(const Problem& p, int threads, PlanRequest* request) {
+  request->bf16_kernels = uses_bf16_kernels(p);
+  request->partials = 2 + (wants_smoothing(p) ? 1 : 0) + (p.statistics ? 2 : 0) +
+                      (p.probabilities != nullptr ? 3 : 0);
+  request->threads = threads;
 }
 
 template <class T>

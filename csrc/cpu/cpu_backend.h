@@ -26,8 +26,8 @@ struct CpuContext {
   char* workspace;  // layout_workspace(request, plan).total bytes
 };
 
-/// Number of per-tile partial sums that the problem needs (PlanRequest::partials).
-int count_partials(const Problem& problem);
+/// Sets what a request for the planner says of this backend: kernels, partial sums, threads.
+void complete_request(const Problem& problem, int threads, PlanRequest* request);
 
 template <class T>
 class CpuBackend : public Backend {

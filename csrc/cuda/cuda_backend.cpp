@@ -39,12 +39,13 @@ class CudaBackend : public Backend {
       : problem_(*context.problem),
         request_(*context.request),
         plan_(*context.plan),
-        traits_(plan_traits(problem_, context.kernels)),
+        traits_(plan_traits(problem_, request_, context.kernels)),
         layout_(cuda::layout(request_, traits_, plan_)),
         workspace_(context.workspace),
         stream_(context.stream),
         fused_(traits_.kernels.stores_16_bits()),
         handwritten_(traits_.kernels.products != Family::kGeneric),
+        apart_(traits_.smoothing_apart),
         scores_(kernels_of(traits_.kernels.scores)),
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
@@ -133,16 +134,17 @@ class CudaBackend : public Backend {
       return;
     }
     ProductOutput output;
-    if (first && last) {
+    wrote_grad_input_ = first && last && !apart_;
+    if (wrote_grad_input_) {
       output.gradient = grad_input_row(tokens.begin);
       output.gradient_stride = problem_.features;
       output.scale = &tokens_.scalars->output_scale_float;
     } else {
       output.sums = static_cast<float*>(input_sum(tokens));
       output.sums_stride = problem_.features;
-      output.accumulate = !first;
+      output.accumulate = !first || apart_;
+      if (first && apart_) start_with_smoothing(tokens);
     }
-    wrote_grad_input_ = first && last;
     check(products_.grad_input_product(
         classes.size(), tokens.size(),
         gradient_operands(block, at(problem_.weight, classes.begin * problem_.weight_stride),
@@ -170,7 +172,7 @@ class CudaBackend : public Backend {
     const void* x = at(problem_.input, tokens.begin * problem_.input_stride);
     void* rows = at(problem_.grad_weight, classes.begin * problem_.features);
     auto* remainder = place<uint16_t>(layout_.remainder) + classes.begin * problem_.features;
-    if (handwritten_ && first && last) {
+    if (handwritten_ && first && last && !apart_) {
       ProductOutput output;
       output.gradient = rows;
       output.gradient_stride = problem_.features;
@@ -189,7 +191,8 @@ class CudaBackend : public Backend {
       ProductOutput output;
       output.sums = static_cast<float*>(sum);
       output.sums_stride = problem_.features;
-      output.accumulate = !first;
+      output.accumulate = !first || apart_;
+      if (apart_) add_smoothing(classes, tokens, !first, output.sums);
       check(products_.grad_weight_product(classes.size(), tokens.size(),
                                           gradient_operands(block, x, problem_.input_stride),
                                           output, stream_));
@@ -303,6 +306,7 @@ class CudaBackend : public Backend {
     take(&tokens_.maximum, problem_.statistics), take(&tokens_.argmax, problem_.statistics);
     take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
     take(&tokens_.target_rest), take(&tokens_.weighted, smooths), take(&tokens_.target_gradient);
+    tokens_.weighted_apart = apart_;
   }
 
   void place_class_arrays() {
@@ -356,7 +360,7 @@ class CudaBackend : public Backend {
     } else {
       c.target_rest = from_token(tokens_.target_rest, tokens.begin);
     }
-    c.weighted = from_token(tokens_.weighted, tokens.begin);
+    if (!apart_) c.weighted = from_token(tokens_.weighted, tokens.begin);
     return c;
   }
 
@@ -511,6 +515,32 @@ class CudaBackend : public Backend {
     return place<float>(layout_.input_sum) + row * problem_.features;
   }
 
+  /// The part of grad_input that label smoothing gives: weighted_n sum_v w_v W[v].
+  void start_with_smoothing(Range tokens) {
+    auto* sum = place<float>(layout_.row_sums);
+    if (!has_smoothing_row_) {
+      check(weighted_row_sum(problem_.weight, problem_.weight_stride, problem_.dtype,
+                             problem_.vocab, problem_.features,
+                             static_cast<const float*>(terms_.class_weight), sum, stream_));
+      has_smoothing_row_ = true;
+    }
+    check(outer_product(static_cast<const float*>(from_token(tokens_.weighted, tokens.begin)), sum,
+                        tokens.size(), problem_.features, false,
+                        static_cast<float*>(input_sum(tokens)), problem_.features, stream_));
+  }
+
+  /// Likewise of grad_weight: w_v sum_n weighted_n x[n].
+  void add_smoothing(Range classes, Range tokens, bool accumulate, float* sums) const {
+    auto* sum = place<float>(layout_.row_sums) + problem_.features;
+    check(weighted_row_sum(at(problem_.input, tokens.begin * problem_.input_stride),
+                           problem_.input_stride, problem_.dtype, tokens.size(), problem_.features,
+                           static_cast<const float*>(from_token(tokens_.weighted, tokens.begin)),
+                           sum, stream_));
+    const auto* weights = static_cast<const float*>(terms_.class_weight);
+    check(outer_product(weights == nullptr ? nullptr : weights + classes.begin, sum, classes.size(),
+                        problem_.features, accumulate, sums, problem_.features, stream_));
+  }
+
   const void* output_scale() const {
     if (!is_16_bit(problem_.dtype)) return nullptr;
     return &tokens_.scalars->output_scale_float;
@@ -524,11 +554,13 @@ class CudaBackend : public Backend {
   char* const workspace_;
   void* const stream_;
   const bool fused_, handwritten_;
+  const bool apart_;  // label smoothing is added to the products of the gradients
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
   TokenArrays tokens_;
   LogitTerms terms_;
   bool wrote_grad_input_ = false;
+  bool has_smoothing_row_ = false;
   // Of the last scores():
   PartialStatistics last_partials_;
   int64_t last_range_ = 1;

@@ -145,6 +145,13 @@ Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* 
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
                       void* stream);
 
+/// sums [columns] (float) = sum over rows of factors[row] * matrix[row]; no factors: ones. 16 bits.
+Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t rows,
+                        int64_t columns, const float* factors, float* sums, void* stream);
+/// out[row, column] = factors[row] * values[column], or += with `accumulate`; no factors: ones.
+Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
+                     bool accumulate, float* out, int64_t stride, void* stream);
+
 // ---- products of 16-bit matrices on tensor cores ----
 //
 // The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer) and sm90 (wgmma, TMA;

@@ -54,7 +54,10 @@ class Cursor {
 
 int64_t accumulation_size(const PlanRequest& r) { return size_of(accumulation_dtype(r.dtype)); }
 
-bool handwritten_products(const PlanTraits& t) { return t.kernels.products != Family::kGeneric; }
+/// Whether a product may write a gradient by itself, without fp32 sums in between.
+bool writes_gradients(const PlanTraits& t) {
+  return t.kernels.products != Family::kGeneric && !t.smoothing_apart;
+}
 
 int64_t kept_tokens(const PlanRequest& r, const Plan& plan) {
   const int64_t rest = std::max<int64_t>(0, r.tokens - plan.stored_in_gradient);
@@ -73,7 +76,7 @@ int64_t fresh_tokens(const PlanRequest& r, const Plan& plan) {
 int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (!r.grad_input || !is_16_bit(r.dtype)) return 0;
   int64_t rows = 0;
-  if (!handwritten_products(t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
+  if (!writes_gradients(t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
   if (plan.kind == PlanKind::kVocabSlices) {
     const bool all_at_once = r.grad_weight && !plan.separate_sweeps;
     const int64_t fresh = fresh_tokens(r, plan);
@@ -84,7 +87,7 @@ int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& pla
 
 /// Whether one product writes a slice of grad_weight, so that no sums are needed.
 bool one_weight_product(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  if (!handwritten_products(t)) return false;
+  if (!writes_gradients(t)) return false;
   if (plan.kind == PlanKind::kTokenChunks) return plan.weight_block >= kept_tokens(r, plan);
   const bool all_fresh = fresh_tokens(r, plan) == r.tokens;
   const bool all_in_gradient = plan.stored_in_gradient == r.tokens;
@@ -137,7 +140,7 @@ void finish(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
   if (!t.kernels.stores_16_bits()) return;
   const int64_t kept = round_up(std::max<int64_t>(1, kept_tokens(r, *plan)), kTokenTile);
   if (plan->kind == PlanKind::kTokenChunks) plan->weight_block = kept;
-  if (handwritten_products(t)) plan->input_block = kept;
+  if (writes_gradients(t)) plan->input_block = kept;
 }
 
 int64_t first_chunk(const PlanRequest& r, const PlanTraits& t) {
@@ -280,13 +283,16 @@ std::string megabytes(int64_t bytes) {
 
 }  // namespace
 
-PlanTraits plan_traits(const Problem& p, const Selection& kernels) {
+PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selection& kernels) {
   PlanTraits traits;
   traits.kernels = kernels;
   traits.partials = 2 + (p.label_smoothing > 0 ? 1 : 0) + (p.statistics ? 1 : 0) +
                     (p.probabilities != nullptr ? 3 : 0);
   traits.argmax = p.statistics;
   traits.skips = p.skip_mass > 0 && kernels.products != Family::kGeneric;
+  traits.smoothing_apart = traits.skips && p.label_smoothing > 0;
+  // The gradient of the bias is summed from those of the logits, with all their parts.
+  if (traits.smoothing_apart && request.grad_bias) traits.skips = traits.smoothing_apart = false;
   return traits;
 }
 
@@ -337,6 +343,8 @@ Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
     at.slice = cursor.take(plan.slice_vocab * block * (fused ? 2 : sum_bytes));
     if (t.skips) at.slice_tiles = cursor.take(tiles(plan.slice_vocab) * token_tiles(block));
   }
+
+  if (t.smoothing_apart) at.row_sums = cursor.take(2 * r.features * 4);
 
   const int64_t steps = cursor.offset();
   if (!r.statistics_known) {

@@ -23,7 +23,8 @@ struct PlanTraits {
   bool argmax = false;  // and one of int32
   bool skips = false;   // skip_mass > 0
 };
-PlanTraits plan_traits(const Problem& problem, const Selection& kernels);
+PlanTraits plan_traits(const Problem& problem, const PlanRequest& request,
+                       const Selection& kernels);
 
 /// Byte offsets of everything in the workspace. What a step needs only while it runs shares memory
 /// with the other steps' under token chunks, as in core/planner.h.
@@ -40,6 +41,7 @@ struct Layout {
   int64_t slice = 0;         // scores or gradients of one slice [slice_vocab, token_block]
   int64_t slice_tiles = 0;   // their tiles
   int64_t partials = 0;      // partial statistics of a token block, one array after another
+  int64_t row_sums = 0;      // of smoothing apart: sum_v w_v W[v] and sum_n weighted_n x[n], [2, D]
   int64_t input_sum = 0;     // fp32 sums of grad_input
   int64_t weight_copy = 0;   // gradients of a slice, moved out of grad_weight [slice, weight_block]
   int64_t weight_sum = 0;    // sums of a slice of grad_weight [slice_vocab, D] of A

@@ -43,6 +43,8 @@ struct TokenArrays {
   // no coefficients at all.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
+  // Whether the gradients of the logits leave `weighted` out: it is then added to their products.
+  bool weighted_apart = false;
   float* target_gradient = nullptr;  // of stored scores: dz_y times dz/du (without logit_scale for
                                      // 16-bit inputs, whose output_scale has it)
 };
@@ -70,8 +72,8 @@ Status write_loss(const Problem& problem, const TokenArrays& tokens, void* strea
 /// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where
 /// each token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target
 /// lies; tokens left out do not matter. Ranges of the partial statistics are tiles of kStoredTile
-/// classes. For 16-bit inputs, whose scores are stored; not with class probabilities or label
-/// smoothing, whose gradient reaches every class.
+/// classes. For 16-bit inputs, whose scores are stored; not with class probabilities, nor label
+/// smoothing unless weighted_apart: their gradient reaches every class.
 Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,
                   const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
                   int64_t tiles_stride, void* stream);

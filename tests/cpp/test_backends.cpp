@@ -213,12 +213,13 @@ struct Outputs {
 PlanRequest request_of(const Problem& p, bool bf16_kernels, bool statistics_known) {
   PlanRequest request;
   request.tokens = p.tokens, request.features = p.features, request.vocab = p.vocab;
-  request.dtype = p.dtype, request.bf16_kernels = bf16_kernels;
+  request.dtype = p.dtype;
   request.grad_input = p.grad_input != nullptr;
   request.grad_weight = p.grad_weight != nullptr;
   request.grad_bias = p.grad_bias != nullptr;
   request.statistics_known = statistics_known;
-  request.partials = count_partials(p);
+  complete_request(p, 1, &request);
+  request.bf16_kernels = bf16_kernels;
   return request;
 }
 

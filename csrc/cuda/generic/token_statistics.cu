@@ -289,8 +289,8 @@ __global__ void __launch_bounds__(kMergedTokens* kMergingWarps)
 
   // The whole entry of the target's class: 1 - p keeps its digits only up here, in fp64.
   const double logit = static_cast<const A*>(tokens.target_logit)[token];
-  double gradient =
-      factors.softmax * exp(logit - lse) - (factors.target + factors.weighted) * target_mass;
+  const double weighted = tokens.weighted_apart ? 0.0 : factors.weighted;
+  double gradient = factors.softmax * exp(logit - lse) - (factors.target + weighted) * target_mass;
   if (problem.softcap > 0.0) {
     const double tanh = logit / problem.softcap;
     gradient *= 1.0 - tanh * tanh;
@@ -405,7 +405,7 @@ Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t beg
                   const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
                   int64_t tiles_stride, void* stream) {
   if (!is_16_bit(problem.dtype)) return {"mark_tiles: scores are stored of 16-bit inputs only"};
-  if (problem.probabilities != nullptr || problem.label_smoothing > 0)
+  if (problem.probabilities != nullptr || (problem.label_smoothing > 0 && !tokens.weighted_apart))
     return {"mark_tiles: class probabilities and label smoothing reach every tile"};
   if (begin == end) return {};
   const int64_t vocab = problem.vocab;

@@ -1,0 +1,95 @@
+// The part of the gradients that label smoothing gives to every class alike. dz_v contains
+// weighted w_v, a matrix of rank one, so its products need no [classes, tokens] block:
+//
+//   grad_input[n]   += weighted_n sum_v w_v W[v]            weighted_row_sum, then outer_product
+//   grad_weight[v]  += w_v sum_n weighted_n x[n]
+//
+// Used where blocks of gradients may skip tiles (skip_mass), which this part would keep from being
+// small.
+//
+// weighted_row_sum: a thread block owns 64 adjacent columns; its 1024 threads are 8 lanes along
+// them, 16 bytes each, by 128 rows, which walk down the matrix; the 128 partial sums per column
+// meet in shared memory (32 KiB), always in the same order. Reads the matrix once.
+// outer_product: one thread per element, writes (or reads and writes) 4 bytes.
+//
+// Numerics: fp32.
+#include "core/tiling.h"
+#include "cuda/common/vector_io.cuh"
+#include "cuda/launch.h"
+
+namespace memeff::cuda {
+
+namespace {
+
+constexpr int kLanes = 8, kRows = 128, kPerThread = 8;
+constexpr int kColumns = kLanes * kPerThread;
+
+template <class T>
+__global__ void __launch_bounds__(kLanes* kRows)
+    weighted_row_sum_kernel(const T* matrix, int64_t stride, int64_t rows, int64_t columns,
+                            const float* factors, float* sums) {
+  MEMEFF_SHARED_ARRAY(float, partial, kRows* kColumns);
+  const int64_t column = int64_t{blockIdx.x} * kColumns + threadIdx.x * kPerThread;
+  const int count = count_left<kPerThread>(column, columns);
+  float sum[kPerThread] = {};
+  if (count > 0) {
+    for (int64_t row = threadIdx.y; row < rows; row += kRows) {
+      T values[kPerThread];
+      load(values, matrix + row * stride + column, count);
+      const float factor = factors == nullptr ? 1.f : factors[row];
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) sum[i] += factor * widen(values[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i)
+    partial[threadIdx.y * kColumns + threadIdx.x * kPerThread + i] = sum[i];
+  __syncthreads();
+  const int mine = threadIdx.y * kLanes + threadIdx.x;
+  if (mine >= kColumns || int64_t{blockIdx.x} * kColumns + mine >= columns) return;
+  float total = 0.f;
+  for (int row = 0; row < kRows; ++row) total += partial[row * kColumns + mine];
+  sums[int64_t{blockIdx.x} * kColumns + mine] = total;
+}
+
+constexpr int kOuterThreads = 256;
+
+__global__ void __launch_bounds__(kOuterThreads)
+    outer_product_kernel(const float* factors, const float* values, int64_t rows, int64_t columns,
+                         bool accumulate, float* out, int64_t stride) {
+  const int64_t i = int64_t{blockIdx.x} * kOuterThreads + threadIdx.x;
+  if (i >= rows * columns) return;
+  const int64_t row = i / columns, column = i % columns;
+  const float product = (factors == nullptr ? 1.f : factors[row]) * values[column];
+  float& to = out[row * stride + column];
+  to = accumulate ? to + product : product;
+}
+
+}  // namespace
+
+Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t rows,
+                        int64_t columns, const float* factors, float* sums, void* stream) {
+  if (columns == 0) return {};
+  if (!is_16_bit(dtype)) return {"weighted_row_sum: matrices of 16 bits only"};
+  const auto blocks = static_cast<unsigned>(ceil_div(columns, kColumns));
+  const auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto* from = static_cast<const T*>(matrix);
+    MEMEFF_LAUNCH(weighted_row_sum_kernel<T>, dim3(blocks), dim3(kLanes, kRows), 0, stream, from,
+                  stride, rows, columns, factors, sums);
+    return launch_status();
+  };
+  return dtype == DType::kBFloat16 ? run(static_cast<__nv_bfloat16*>(nullptr))
+                                   : run(static_cast<__half*>(nullptr));
+}
+
+Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
+                     bool accumulate, float* out, int64_t stride, void* stream) {
+  if (rows == 0 || columns == 0) return {};
+  const auto blocks = static_cast<unsigned>(ceil_div(rows * columns, kOuterThreads));
+  MEMEFF_LAUNCH(outer_product_kernel, dim3(blocks), dim3(kOuterThreads), 0, stream, factors, values,
+                rows, columns, accumulate, out, stride);
+  return launch_status();
+}
+
+}  // namespace memeff::cuda
