@@ -63,20 +63,18 @@ void pack_transposed(const uint16_t* source, int64_t stride, const int64_t* rows
 
 void interleave_rows(const uint16_t* source, int64_t stride, const int64_t* rows, int64_t inner,
                      int64_t columns, int64_t width, uint16_t* out) {
-  for (int64_t k = 0; k < inner; k += 2) {
-    const uint16_t* even = source + (rows != nullptr ? rows[k] : k) * stride;
-    const bool paired = k + 1 < inner;
-    const uint16_t* odd = paired ? source + (rows != nullptr ? rows[k + 1] : k + 1) * stride : even;
-    uint16_t* to = out + k * width;
-    for (int64_t j = 0; j < width; j += 16) {
-      const __mmask16 valid =
-          static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
-      const __mmask16 second = paired ? valid : 0;
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, even + j));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, odd + j));
-      const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      _mm512_mask_storeu_epi32(to + 2 * j,
-                               static_cast<__mmask16>(lane_mask(smaller(16, width - j))), pairs);
+  const auto row = [&](int64_t k) { return source + (rows != nullptr ? rows[k] : k) * stride; };
+  for (int64_t j = 0; j < width; j += 16) {
+    const __mmask16 valid =
+        static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
+    const __mmask16 kept = static_cast<__mmask16>(lane_mask(smaller(16, width - j)));
+    const auto load = [&](int64_t k) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, row(k) + j));
+    };
+    for (int64_t k = 0; k < inner; k += 2) {
+      const __m512i high =
+          k + 1 < inner ? _mm512_slli_epi32(load(k + 1), 16) : _mm512_setzero_si512();
+      _mm512_mask_storeu_epi32(out + k * width + 2 * j, kept, _mm512_or_si512(load(k), high));
     }
   }
 }
