@@ -40,9 +40,12 @@ class Plan:
     stored_in_gradient: int
     """Tokens whose scores are kept in the memory of the weight gradient until it is written."""
     accumulation: str
-    """How the weight gradient adds up: "exact" (one product), "float32" or "native"."""
+    """How the weight gradient adds up: "exact" (one product), "float32", "compact" (a bfloat16
+    gradient's 16 bits with exponents in common: 32 times finer than bfloat16) or "native"."""
     workspace_bytes: int
-    """Allocated beyond the gradients; what ``memory_budget`` bounds."""
+    """Allocated beyond the gradients; ``memory_budget`` bounds it together with library_bytes."""
+    library_bytes: int
+    """What torch's matrix products may take for packed operands, where these compute the scores."""
     floor_bytes: int
     """The gradients themselves."""
     flops: float
@@ -61,12 +64,15 @@ class Plan:
             "kept": f"scores of {self.stored_in_gradient} tokens, in the weight gradient's memory",
             "accumulation": self.accumulation,
             "workspace": _mebibytes(self.workspace_bytes),
+            "library": f"{_mebibytes(self.library_bytes)} at most, inside torch's products",
             "gradients": _mebibytes(self.floor_bytes),
             "logits": f"{_mebibytes(4 * self.tokens * self.vocab)} in float32, not stored",
             "products": f"{self.flops:.3g} FLOP, of which needed {self.floor_flops:.3g}",
         }
         if not self.stored_in_gradient:
             del lines["kept"]
+        if not self.library_bytes:
+            del lines["library"]
         return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
 
 
@@ -83,6 +89,7 @@ def plan(
     probabilities: bool = False,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
+    return_statistics: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
     grad_accumulation: str = "auto",
@@ -101,8 +108,8 @@ def plan(
         input_grad, weight_grad, bias_grad: which gradients will be wanted. None: what the tensors
             require; for numbers, yes.
         probabilities: whether the targets are class probabilities.
-        reduction, label_smoothing, softcap, memory_budget, chunk_size, grad_accumulation, backend:
-            as in the call.
+        reduction, label_smoothing, softcap, return_statistics, memory_budget, chunk_size,
+            grad_accumulation, backend: as in the call.
 
     Raises:
         ValueError: a bad value, or a memory_budget in which no plan fits; the message says the
@@ -149,8 +156,10 @@ def plan(
         input_grad=input_grad is not False,
         weight_grad=weight_grad is not False,
         bias_grad=bias_grad,
-        # What the specialised kernels leave to general ones.
-        special=probabilities or (softcap is not None and label_smoothing > 0),
+        probabilities=probabilities,
+        label_smoothing=label_smoothing,
+        softcap=0.0 if softcap is None else softcap,
+        statistics=return_statistics,
         memory_budget=_arguments.parse_memory_budget(memory_budget),
         chunk_size=_arguments.parse_chunk_size(chunk_size, None),
         grad_accumulation=grad_accumulation,

@@ -64,9 +64,7 @@ class CpuDevice : public Device {
   bool values_are_at_hand() const override { return true; }
 
   std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
-    request->bf16_kernels = uses_bf16_kernels(problem);
-    request->partials = count_partials(problem);
-    request->threads = at::get_num_threads();
+    complete_request(problem, request);
     return memeff::make_plan(*request, plan);
   }
 

@@ -12,7 +12,6 @@
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
-#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -60,6 +59,7 @@ const char* name_of(Accumulation accumulation) {
   switch (accumulation) {
     case Accumulation::kExact: return "exact";
     case Accumulation::kFloat32: return "float32";
+    case Accumulation::kCompact: return "compact";
     case Accumulation::kNative: return "native";
   }
   return "";
@@ -74,10 +74,10 @@ Plan plan_or_throw(const PlanRequest& request) {
 
 /// The plan of a whole call, forward and backward. Where backward is an operator of its own
 /// (per-token losses, float16), shape and chunks are its plan's, bytes the larger and FLOPs the sum
-/// of the two.
-Plan plan_call(PlanRequest request, Reduction reduction) {
+/// of the two; token statistics are forward's alone.
+Plan plan_call(Problem problem, PlanRequest request) {
   const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
-  if (!wants_gradient || gradient_in_forward(reduction, request.dtype)) {
+  if (!wants_gradient || gradient_in_forward(problem.reduction, request.dtype)) {
     return plan_or_throw(request);
   }
 
@@ -85,8 +85,11 @@ Plan plan_call(PlanRequest request, Reduction reduction) {
   forward_request.grad_input = forward_request.grad_weight = forward_request.grad_bias = false;
   const Plan forward = plan_or_throw(forward_request);
   request.statistics_known = true;
+  problem.statistics = false;
+  complete_request(problem, &request);
   Plan plan = plan_or_throw(request);
   plan.workspace_bytes = std::max(plan.workspace_bytes, forward.workspace_bytes);
+  plan.library_bytes = std::max(plan.library_bytes, forward.library_bytes);
   plan.flops += forward.flops;
   plan.floor_flops += forward.floor_flops;
   return plan;
@@ -94,34 +97,35 @@ Plan plan_call(PlanRequest request, Reduction reduction) {
 
 py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string& dtype,
               const std::string& backend, const std::string& reduction_name, bool input_grad,
-              bool weight_grad, bool bias_grad, bool special, int64_t memory_budget,
-              int64_t chunk_size, const std::string& grad_accumulation) {
+              bool weight_grad, bool bias_grad, bool probabilities, double label_smoothing,
+              double softcap, bool statistics, int64_t memory_budget, int64_t chunk_size,
+              const std::string& grad_accumulation) {
   if (backend != "cpu") {
     throw py::value_error("backend='" + backend + "': expected 'cpu', the only one compiled in");
   }
-  const Reduction reduction = parse_reduction(reduction_name);
-
   Problem problem;
+  problem.reduction = parse_reduction(reduction_name);
   problem.dtype = parse_dtype(dtype);
   problem.features = features;
-  if (special) problem.softcap = problem.label_smoothing = 0.5;  // any values, but not 0
+  problem.label_smoothing = label_smoothing;
+  problem.softcap = softcap;
+  problem.statistics = statistics;
+  if (probabilities) problem.probabilities = &problem;  // not read; not null
 
   PlanRequest request;
   request.tokens = tokens;
   request.features = features;
   request.vocab = vocab;
   request.dtype = problem.dtype;
-  request.bf16_kernels = uses_bf16_kernels(problem);
   request.grad_input = input_grad;
   request.grad_weight = weight_grad;
   request.grad_bias = bias_grad;
-  request.partials = count_partials(problem);
-  request.threads = max_threads();
   request.memory_budget = memory_budget;
   request.chunk_size = chunk_size;
   request.accumulation = parse_accumulation(grad_accumulation);
 
-  const Plan chosen = plan_call(request, reduction);
+  complete_request(problem, &request);
+  const Plan chosen = plan_call(problem, request);
   py::dict result;
   result["kind"] = name_of(chosen.kind);
   result["kernels"] = request.bf16_kernels ? "avx512_bf16" : "blas";
@@ -132,6 +136,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["stored_in_gradient"] = chosen.stored_in_gradient;
   result["accumulation"] = name_of(chosen.accumulation);
   result["workspace_bytes"] = chosen.workspace_bytes;
+  result["library_bytes"] = chosen.library_bytes;
   result["floor_bytes"] = chosen.floor_bytes;
   result["flops"] = chosen.flops;
   result["floor_flops"] = chosen.floor_flops;
@@ -149,6 +154,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "The plan of a call, see memeff.plan. Raises ValueError when no plan fits the budget.",
              py::arg("tokens"), py::arg("features"), py::arg("vocab"), py::arg("dtype"),
              py::arg("backend"), py::arg("reduction"), py::arg("input_grad"),
-             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("special"),
+             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("probabilities"),
+             py::arg("label_smoothing"), py::arg("softcap"), py::arg("statistics"),
              py::arg("memory_budget"), py::arg("chunk_size"), py::arg("grad_accumulation"));
 }

@@ -286,7 +286,12 @@ void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t colum
   rows.gradient_stride = problem_.features;
   const bool split = update == WeightUpdate::kSplitFirst || update == WeightUpdate::kSplitNext ||
                      update == WeightUpdate::kSplitLast;
-  rows.low = split ? at<uint16_t>(layout_.remainder) + offset : nullptr;
+  const bool compact = plan_.accumulation == Accumulation::kCompact;
+  rows.low = split && !compact ? at<uint16_t>(layout_.remainder) + offset : nullptr;
+  rows.exponents_stride = ceil_div(problem_.features, kCompactBlock);
+  rows.exponents = split && compact ? at<uint8_t>(layout_.exponents) + row * rows.exponents_stride +
+                                          column / kCompactBlock
+                                    : nullptr;
   rows.read = update != WeightUpdate::kWrite && update != WeightUpdate::kSplitFirst;
   rows.round = !split || update == WeightUpdate::kSplitLast;
   kernels_.update_rows(rows);
