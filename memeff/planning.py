@@ -41,9 +41,12 @@ class Plan:
     stored_in_gradient: int
     """Tokens whose scores are kept in the memory of the weight gradient until it is written."""
     accumulation: str
-    """How the weight gradient adds up: "exact" (one product), "float32" or "native"."""
+    """How the weight gradient adds up: "exact" (one product), "float32", "compact" (a bfloat16
+    gradient's 16 bits with exponents in common: 32 times finer than bfloat16) or "native"."""
     workspace_bytes: int
-    """Allocated beyond the gradients; what ``memory_budget`` bounds."""
+    """Allocated beyond the gradients; ``memory_budget`` bounds it together with library_bytes."""
+    library_bytes: int
+    """What torch's matrix products may take for packed operands, where these compute the scores."""
     floor_bytes: int
     """The gradients themselves."""
     flops: float
@@ -62,12 +65,15 @@ class Plan:
             "kept": f"scores of {self.stored_in_gradient} tokens, in the weight gradient's memory",
             "accumulation": self.accumulation,
             "workspace": _mebibytes(self.workspace_bytes),
+            "library": f"{_mebibytes(self.library_bytes)} at most, inside torch's products",
             "gradients": _mebibytes(self.floor_bytes),
             "logits": f"{_mebibytes(4 * self.tokens * self.vocab)} in float32, not stored",
             "products": f"{self.flops:.3g} FLOP, of which needed {self.floor_flops:.3g}",
         }
         if not self.stored_in_gradient:
             del lines["kept"]
+        if not self.library_bytes:
+            del lines["library"]
         return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
 
 

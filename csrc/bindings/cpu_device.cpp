@@ -64,7 +64,7 @@ class CpuDevice : public Device {
   bool values_are_at_hand() const override { return true; }
 
   std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
-    complete_request(problem, at::get_num_threads(), request);
+    complete_request(problem, request);
     return memeff::make_plan(*request, plan);
   }
 

@@ -13,7 +13,6 @@
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
-#include "cpu/parallel.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
 
@@ -69,36 +68,39 @@ const char* name_of(Accumulation accumulation) {
   switch (accumulation) {
     case Accumulation::kExact: return "exact";
     case Accumulation::kFloat32: return "float32";
+    case Accumulation::kCompact: return "compact";
     case Accumulation::kNative: return "native";
   }
   return "";
 }
 
 /// Completes a request and plans it, as the operators of a backend do.
-using Planner = std::function<std::string(PlanRequest*, Plan*)>;
+using Planner = std::function<std::string(const Problem&, PlanRequest*, Plan*)>;
 
-Plan plan_or_throw(const Planner& planner, PlanRequest request) {
+Plan plan_or_throw(const Planner& planner, const Problem& problem, PlanRequest request) {
   Plan plan;
-  const std::string problem = planner(&request, &plan);
-  if (!problem.empty()) throw py::value_error(problem);
+  const std::string objection = planner(problem, &request, &plan);
+  if (!objection.empty()) throw py::value_error(objection);
   return plan;
 }
 
 /// The plan of a whole call, forward and backward. Where backward is an operator of its own
 /// (per-token losses, float16), shape and chunks are its plan's, bytes the larger and FLOPs the sum
-/// of the two.
-Plan plan_call(const Planner& planner, PlanRequest request, Reduction reduction) {
+/// of the two; token statistics are forward's alone.
+Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
-  if (!wants_gradient || gradient_in_forward(reduction, request.dtype)) {
-    return plan_or_throw(planner, request);
+  if (!wants_gradient || gradient_in_forward(problem.reduction, request.dtype)) {
+    return plan_or_throw(planner, problem, request);
   }
 
   PlanRequest forward_request = request;
   forward_request.grad_input = forward_request.grad_weight = forward_request.grad_bias = false;
-  const Plan forward = plan_or_throw(planner, forward_request);
+  const Plan forward = plan_or_throw(planner, problem, forward_request);
   request.statistics_known = true;
-  Plan plan = plan_or_throw(planner, request);
+  problem.statistics = false;
+  Plan plan = plan_or_throw(planner, problem, request);
   plan.workspace_bytes = std::max(plan.workspace_bytes, forward.workspace_bytes);
+  plan.library_bytes = std::max(plan.library_bytes, forward.library_bytes);
   plan.flops += forward.flops;
   plan.floor_flops += forward.floor_flops;
   return plan;
@@ -109,15 +111,13 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
               bool weight_grad, bool bias_grad, bool probabilities, double label_smoothing,
               double softcap, bool statistics, double skip_mass, int64_t memory_budget,
               int64_t chunk_size, const std::string& grad_accumulation, int capability) {
-  const Reduction reduction = parse_reduction(reduction_name);
-
   // No data: only what decides about kernels and partial sums.
   Problem problem;
   problem.tokens = tokens;
   problem.features = problem.input_stride = problem.weight_stride = features;
   problem.vocab = vocab;
   problem.dtype = parse_dtype(dtype);
-  problem.reduction = reduction;
+  problem.reduction = parse_reduction(reduction_name);
   if (probabilities) problem.probabilities = &problem;  // any address
   problem.label_smoothing = label_smoothing;
   problem.softcap = softcap;
@@ -140,8 +140,8 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   std::string kernels;
   if (backend == "cpu") {
     kernels = uses_bf16_kernels(problem) ? "avx512_bf16" : "blas";
-    planner = [&](PlanRequest* completed, Plan* chosen) {
-      complete_request(problem, max_threads(), completed);
+    planner = [](const Problem& planned, PlanRequest* completed, Plan* chosen) {
+      complete_request(planned, completed);
       return make_plan(*completed, chosen);
     };
   } else if (backend == "cuda") {
@@ -149,14 +149,14 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     const cuda::Selection selection =
         cuda::select_kernels(problem, cuda::Gpu{capability}, "", &error);
     kernels = cuda::name_of(selection);
-    planner = [&, selection](PlanRequest* completed, Plan* chosen) {
-      return cuda::make_plan(*completed, cuda::plan_traits(problem, *completed, selection), chosen);
+    planner = [selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
+      return cuda::make_plan(*completed, cuda::plan_traits(planned, *completed, selection), chosen);
     };
   } else {
     throw py::value_error("backend='" + backend + "': expected 'cpu' or 'cuda'");
   }
 
-  const Plan chosen = plan_call(planner, request, reduction);
+  const Plan chosen = plan_call(planner, problem, request);
   py::dict result;
   result["kind"] = name_of(chosen.kind);
   result["kernels"] = kernels;
@@ -167,6 +167,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["stored_in_gradient"] = chosen.stored_in_gradient;
   result["accumulation"] = name_of(chosen.accumulation);
   result["workspace_bytes"] = chosen.workspace_bytes;
+  result["library_bytes"] = chosen.library_bytes;
   result["floor_bytes"] = chosen.floor_bytes;
   result["flops"] = chosen.flops;
   result["floor_flops"] = chosen.floor_flops;

@@ -13,6 +13,11 @@ namespace {
 constexpr int64_t kPreferredChunkBytes = int64_t{128} << 20;
 constexpr int64_t kPreferredChunkTokens = 1024;
 constexpr int64_t kLeastChunkTokens = 256;
+// Compact sums make chunks possible where the alternative is to compute scores twice.
+constexpr int64_t kLeastCompactChunk = 96;
+// Their rounding errors add up: 256 chunks still leave the error of grad_weight within 6 % of that of its
+// final rounding.
+constexpr int64_t kMostCompactChunks = 256;
 constexpr int64_t kPreferredBlock = 1024;
 constexpr int64_t kLeastBlock = kPanel;
 // A slice ends in a barrier between threads: large ones wait less, and pack hidden states less often. The
@@ -20,6 +25,7 @@ constexpr int64_t kLeastBlock = kPanel;
 constexpr int64_t kPreferredSliceBytes = int64_t{16} << 20;
 constexpr int64_t kMostSlice = 16 * kTileVocab;
 constexpr int64_t kLeastEfficientSlice = 4 * kTileVocab;
+constexpr int64_t kMostFp64Slice = kLeastEfficientSlice;
 constexpr int64_t kAlignment = 64;  // a cache line keeps arrays apart
 
 bool writes_input_directly(const PlanRequest& r) { return !is_16_bit(r.dtype); }
@@ -40,6 +46,11 @@ class Cursor {
   int64_t offset_ = 0;
 };
 
+/// Vocab slices: tokens whose scores are kept.
+int64_t stored_tokens(const PlanRequest& r, const Plan& plan) {
+  return std::min(r.tokens, plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens);
+}
+
 void count_work(const PlanRequest& r, Plan* plan) {
   const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
   const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
@@ -47,9 +58,8 @@ void count_work(const PlanRequest& r, Plan* plan) {
   plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
   double score_products = 1;
   if (recomputes && !r.statistics_known) {
-    const int64_t stored =
-        std::min(r.tokens, plan->stored_in_gradient + plan->stored_chunks * plan->chunk_tokens);
-    const double fresh = r.tokens == 0 ? 0.0 : 1.0 - static_cast<double>(stored) / r.tokens;
+    const double fresh =
+        r.tokens == 0 ? 0.0 : 1.0 - static_cast<double>(stored_tokens(r, *plan)) / r.tokens;
     score_products += fresh * (plan->separate_sweeps ? 2 : 1);
   } else if (recomputes && plan->separate_sweeps) {
     score_products = 2;
@@ -65,18 +75,29 @@ void count_work(const PlanRequest& r, Plan* plan) {
   plan->num_chunks =
       (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
   plan->workspace_bytes = layout_workspace(r, *plan).total;
+  plan->library_bytes = library_bytes(r);
 }
 
+/// What a memory budget bounds.
+int64_t memory_bytes(const PlanRequest& r, const Plan& plan) {
+  return layout_workspace(r, plan).total + library_bytes(r);
+}
+
+enum class Shrink { kNothing, kEfficiently, kAnyhow };
+
 /// Shrinks blocks and slices until the plan fits; false when it cannot.
-bool shrink_to_fit(const PlanRequest& r, int64_t budget, Plan* plan) {
+bool shrink_to_fit(const PlanRequest& r, int64_t budget, Shrink shrink, Plan* plan) {
   for (;;) {
-    if (layout_workspace(r, *plan).total <= budget) return true;
+    if (memory_bytes(r, *plan) <= budget) return true;
+    if (shrink == Shrink::kNothing) return false;
     plan->weight_block = std::min(plan->weight_block, plan->token_block);
-    if (layout_workspace(r, *plan).total <= budget) return true;
+    if (memory_bytes(r, *plan) <= budget) return true;
     if (plan->slice_vocab > kLeastEfficientSlice) {
       plan->slice_vocab = round_up(plan->slice_vocab / 2, kTileVocab);
     } else if (plan->token_block > kLeastChunkTokens) {
       plan->token_block = std::max(kLeastChunkTokens, round_up(plan->token_block / 2, kPanel));
+    } else if (shrink == Shrink::kEfficiently) {
+      return false;
     } else if (plan->slice_vocab > kTileVocab) {
       plan->slice_vocab = kTileVocab;
     } else if (plan->token_block > kLeastBlock) {
@@ -87,15 +108,27 @@ bool shrink_to_fit(const PlanRequest& r, int64_t budget, Plan* plan) {
   }
 }
 
-/// The largest chunk_tokens in [least, most] that fits, with smaller blocks if need be and allowed; 0
-/// when none does.
+/// The plan with chunks of that many tokens (0: no other chunk than the one in grad_weight). Under token
+/// chunks a chunk passes through the products as one block.
+Plan with_chunks(const PlanRequest& r, int64_t chunk, const Plan& plan) {
+  Plan result = plan;
+  result.chunk_tokens = chunk;
+  if (plan.kind == PlanKind::kVocabSlices) return result;
+  if (chunk > 0) result.token_block = std::min(plan.token_block, round_up(chunk, kPanel));
+  result.weight_block = result.token_block;
+  if (r.bf16_kernels) {
+    const int64_t largest = round_up(std::max(plan.stored_in_gradient, chunk), kPanel);
+    result.weight_block = std::max(result.token_block, largest);
+  }
+  return result;
+}
+
+/// The largest chunk_tokens in [least, most] that fits; 0 when none does.
 int64_t largest_chunk(const PlanRequest& r, int64_t budget, int64_t least, int64_t most,
-                      bool may_shrink, const Plan& plan) {
+                      Shrink shrink, const Plan& plan) {
   const auto fits = [&](int64_t chunk) {
-    Plan trial = plan;
-    trial.chunk_tokens = chunk;
-    if (may_shrink) return shrink_to_fit(r, budget, &trial);
-    return layout_workspace(r, trial).total <= budget;
+    Plan trial = with_chunks(r, chunk, plan);
+    return shrink_to_fit(r, budget, shrink, &trial);
   };
   if (most < least || !fits(least)) return 0;
   int64_t low = least, high = most;
@@ -116,6 +149,7 @@ struct Limits {
   int64_t budget;
   int64_t least_chunk;
   int64_t most_chunk;
+  Shrink shrink = Shrink::kAnyhow;
 };
 
 /// Chunk sizes to consider: what the caller fixed, or what the budget (if any) leaves free.
@@ -141,7 +175,8 @@ Plan base_plan(const PlanRequest& r, PlanKind kind) {
   plan.token_block = std::min(kPreferredBlock, round_up(std::max<int64_t>(1, r.tokens), kPanel));
   const int64_t slice =
       kPreferredSliceBytes / (sum_stride(r.features) * 4) / kTileVocab * kTileVocab;
-  plan.slice_vocab = std::min(std::clamp(slice, kLeastEfficientSlice, kMostSlice),
+  const int64_t most = r.dtype == DType::kFloat64 ? kMostFp64Slice : kMostSlice;
+  plan.slice_vocab = std::min(std::clamp(slice, kLeastEfficientSlice, most),
                               round_up(std::max<int64_t>(1, r.vocab), kTileVocab));
   if (r.chunk_size > 0)
     plan.token_block = std::min(plan.token_block, round_up(r.chunk_size, kPanel));
@@ -164,20 +199,32 @@ bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Li
   const int64_t rest = r.tokens - plan.stored_in_gradient;
   if (rest > 0) {
     const int64_t most = std::min(limits.most_chunk, round_up(rest, kPanel));
-    plan.chunk_tokens =
-        largest_chunk(r, limits.budget, std::min(limits.least_chunk, most), most, true, plan);
-    if (plan.chunk_tokens == 0) return false;
-  }
-  if (r.bf16_kernels) {
-    plan.weight_block = std::max(
-        plan.token_block, round_up(std::max(plan.stored_in_gradient, plan.chunk_tokens), kPanel));
+    const int64_t least = std::min(limits.least_chunk, most);
+    const int64_t largest = largest_chunk(r, limits.budget, least, most, limits.shrink, plan);
+    if (largest == 0) return false;
+    // As many chunks, of about the same size.
+    const int64_t even = round_up(ceil_div(rest, ceil_div(rest, largest)), kPanel);
+    plan = with_chunks(r, std::min(largest, even), plan);
+  } else {
+    plan = with_chunks(r, 0, plan);
   }
   if (!r.grad_weight || plan.stored_in_gradient == r.tokens || r.tokens <= plan.chunk_tokens) {
     plan.accumulation = Accumulation::kExact;
   }
-  if (!shrink_to_fit(r, limits.budget, &plan)) return false;
+  const bool several = plan.accumulation == Accumulation::kCompact;
+  if (several && ceil_div(rest, plan.chunk_tokens) > kMostCompactChunks) return false;
+  if (!shrink_to_fit(r, limits.budget, limits.shrink, &plan)) return false;
   *out = plan;
   return true;
+}
+
+/// Vocab slices: what the budget leaves over keeps more scores from being computed again.
+Plan keep_more_scores(const PlanRequest& r, int64_t budget, const Plan& plan) {
+  const int64_t rest = round_up(r.tokens - plan.stored_in_gradient, kPanel);
+  Plan more = plan;
+  more.stored_chunks = 1;
+  more.chunk_tokens = largest_chunk(r, budget, kPanel, rest, Shrink::kNothing, more);
+  return more.chunk_tokens > 0 ? more : plan;
 }
 
 bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits& limits,
@@ -186,18 +233,19 @@ bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits&
   plan.stored_in_gradient = separate_sweeps ? 0 : first_chunk(r);
   plan.separate_sweeps = separate_sweeps;
   const int64_t half_block = round_up(plan.token_block / 2, kPanel);
-  if (layout_workspace(r, plan).total > limits.budget && half_block >= kLeastChunkTokens) {
+  if (memory_bytes(r, plan) > limits.budget && half_block >= kLeastChunkTokens) {
     // Packing is repeated for every slice, so large slices come before large blocks.
     plan.token_block = plan.weight_block = half_block;
   }
-  if (!shrink_to_fit(r, limits.budget, &plan)) return false;
-  const int64_t rest = r.tokens - plan.stored_in_gradient;
-  if (!r.statistics_known && !separate_sweeps && rest > 0 && r.memory_budget >= 0) {
-    Plan more = plan;  // what the budget leaves over keeps more scores from being computed again
-    more.stored_chunks = 1;
-    more.chunk_tokens =
-        largest_chunk(r, limits.budget, kPanel, round_up(rest, kPanel), false, more);
-    if (more.chunk_tokens > 0) plan = more;
+  if (!shrink_to_fit(r, limits.budget, limits.shrink, &plan)) return false;
+  if (!r.statistics_known && !separate_sweeps && r.memory_budget >= 0) {
+    // Small slices, less efficient, where they leave room for the scores of many more tokens.
+    Plan small = plan;
+    small.slice_vocab = kTileVocab;
+    small.token_block = small.weight_block = std::min(plan.token_block, kLeastChunkTokens);
+    plan = keep_more_scores(r, limits.budget, plan);
+    small = keep_more_scores(r, limits.budget, small);
+    if (stored_tokens(r, small) - stored_tokens(r, plan) > r.tokens / 4) plan = small;
   }
   *out = plan;
   return true;
@@ -207,7 +255,7 @@ bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits&
 bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
   if (!wants_gradient(r)) {
     *plan = base_plan(r, PlanKind::kStatistics);
-    return shrink_to_fit(r, limits.budget, plan);
+    return shrink_to_fit(r, limits.budget, limits.shrink, plan);
   }
   const bool both = r.grad_input && r.grad_weight;
   if (r.statistics_known) {
@@ -220,13 +268,19 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
   // Sums over chunks cost a pass over grad_weight per chunk: not for tiny chunks. The bf16 kernels are
   // fast, so a pass weighs more there.
   Limits efficient = limits;
-  if (r.chunk_size == 0) {
-    const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
-    efficient.least_chunk = std::min(limits.most_chunk, least);
-  }
-  if (plan_token_chunks(r, Accumulation::kFloat32, r.grad_weight ? efficient : limits, plan))
+  efficient.shrink = Shrink::kEfficiently;
+  const auto at_least = [&](int64_t chunk) {
+    if (r.chunk_size == 0 && r.grad_weight)
+      efficient.least_chunk = std::min(limits.most_chunk, chunk);
+    return efficient;
+  };
+  const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
+  if (plan_token_chunks(r, Accumulation::kFloat32, at_least(least), plan)) return true;
+  const bool compact = r.compact_sums && r.grad_weight && r.dtype == DType::kBFloat16 &&
+                       r.accumulation == GradAccumulation::kAuto;
+  if (compact && plan_token_chunks(r, Accumulation::kCompact, at_least(kLeastCompactChunk), plan))
     return true;
-  if (!r.grad_weight) return false;
+  if (!r.grad_weight) return plan_token_chunks(r, Accumulation::kFloat32, limits, plan);
   return plan_vocab_slices(r, false, limits, plan) ||
          (both && plan_vocab_slices(r, true, limits, plan)) ||
          (both && plan_token_chunks(r, Accumulation::kFloat32, limits, plan));
@@ -283,6 +337,9 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight) {
     at.remainder = cursor.take(r.vocab * r.features * 2);
   }
+  if (plan.accumulation == Accumulation::kCompact) {
+    at.exponents = cursor.take(r.vocab * ceil_div(r.features, kCompactBlock));
+  }
   const bool discards = !chunks && !r.bf16_kernels;  // bf16 kernels discard scores tile by tile
   if (slices || discards) at.score_slice = cursor.take(slice * block * score_bytes(r));
 
@@ -321,6 +378,21 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
   }
   at.total = end;
   return at;
+}
+
+int64_t library_bytes(const PlanRequest& r) {
+  if (!r.cpu_blas) return 0;
+  // Measured with the MKL of torch's wheels on Zen 4, by products C[rows, columns] of many shapes: in fp32
+  // each thread packs 192 of the inner dimension, for all columns up to 6240; in fp64 256, for all rows up
+  // to 5000 (hence kMostFp64Slice); and less than 1 MiB of the other operand. Other libraries and
+  // processors may differ.
+  const int64_t block = std::min(r.tokens, kPreferredBlock);
+  if (accumulation_dtype(r.dtype) == DType::kFloat64) {
+    const int64_t rows = std::max(block, std::min(r.vocab, kMostFp64Slice));
+    return r.threads * ((1 << 20) + 256 * 8 * rows);
+  }
+  const int64_t columns = std::max(block, r.grad_input || r.grad_weight ? r.features : 0);
+  return r.threads * ((300 << 10) + 192 * 4 * std::min<int64_t>(6240, columns));
 }
 
 namespace {

@@ -32,7 +32,12 @@ enum class GradAccumulation {
   kNative,   // rounded to the gradient's dtype after each chunk
 };
 
-enum class Accumulation { kExact /* each element written once */, kFloat32, kNative };
+enum class Accumulation {
+  kExact,    // each element written once
+  kFloat32,  // as above
+  kCompact,  // 16 bits per element that share exponents: 32 times finer than bf16
+  kNative,   // as above
+};
 
 struct PlanRequest {
   int64_t tokens = 0;
@@ -40,6 +45,8 @@ struct PlanRequest {
   int64_t vocab = 0;
   DType dtype = DType::kFloat32;
   bool bf16_kernels = false;  // scores come from the fused bf16 kernels (16 bits each)
+  bool compact_sums = false;  // the backend can keep sums of a bf16 grad_weight in this form
+  bool cpu_blas = false;  // a BLAS computes the products; it packs operands in memory of its own
   bool grad_input = false;
   bool grad_weight = false;
   bool grad_bias = false;
@@ -67,7 +74,8 @@ struct Plan {
   int64_t num_chunks = 0;
   int64_t num_slices = 0;
   int64_t workspace_bytes = 0;
-  int64_t floor_bytes = 0;  // the gradients themselves
+  int64_t library_bytes = 0;  // what a BLAS takes beside; the budget bounds the sum of the two
+  int64_t floor_bytes = 0;    // the gradients themselves
   double flops = 0;
   double floor_flops = 0;  // 2 N D V per product that any implementation needs
 };
@@ -83,6 +91,7 @@ struct WorkspaceLayout {
   int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)
   int64_t scores = 0;          // stored scores [V, chunk_tokens]
   int64_t remainder = 0;       // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
+  int64_t exponents = 0;       // bytes of its compact sums [V, D / kCompactBlock]
   int64_t score_slice = 0;     // vocab slices: scores of one slice [slice_vocab, token_block]
   struct {
     int64_t input_block = 0;   // packed (bf16 kernels) or gathered hidden states of a token block
@@ -112,6 +121,8 @@ int64_t tokens_per_gradient_row(const PlanRequest& request);
 
 int64_t thread_scratch_bytes(const PlanRequest& request, const Plan& plan);
 WorkspaceLayout layout_workspace(const PlanRequest& request, const Plan& plan);
+/// Upper bound of the memory in which a BLAS on the CPU packs the operands of any plan's products.
+int64_t library_bytes(const PlanRequest& request);
 
 /// Returns an empty string and fills `plan`, or says why no plan fits (and the least budget that would).
 std::string make_plan(const PlanRequest& request, Plan* plan);

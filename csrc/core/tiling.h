@@ -28,4 +28,8 @@ constexpr int64_t copy_stride(int64_t inner) { return (ceil_div(inner, 32) / 2 *
 constexpr int64_t kTaskRows = 8 * kTokenTile;
 constexpr int64_t kTaskColumns = 512;
 
+/// Columns of a gradient whose compact sums share an exponent (cpu/compact_sum.h).
+constexpr int64_t kCompactBlock = 64;
+static_assert(kTaskColumns % kCompactBlock == 0, "a task holds whole blocks");
+
 }  // namespace memeff

@@ -4,9 +4,11 @@
 namespace memeff {
 
 enum class WeightUpdate {
-  kWrite,       // gradient = sum
-  kAddNative,   // gradient += sum, rounded to its dtype
-  kSplitFirst,  // fp32 sum kept as (upper half in the bf16 gradient, lower half in the workspace)
+  kWrite,      // gradient = sum
+  kAddNative,  // gradient += sum, rounded to its dtype
+  // The sum is split between the bf16 gradient and the workspace, as the plan's accumulation says:
+  // float32: upper and lower halves; compact: 16-bit codes and exponents of blocks.
+  kSplitFirst,
   kSplitNext,
   kSplitLast,  // ... and rounded at last
 };

@@ -185,7 +185,6 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
 void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) {
   const int64_t features = problem_.features;
   const int64_t padded = round_up(features, kPanel);
-  const int64_t panels = padded / kPanel;
   const int64_t groups = ceil_div(tokens.size(), kTokenTile);
   auto* const weight_panels = at<uint16_t>(layout_.input_step.weight_block);
   auto* const gradient_pairs = at<uint16_t>(layout_.input_step.gradient_block);
@@ -194,22 +193,23 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
   if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
   const bool packed = packed_classes_.begin == classes.begin && packed_classes_.end == classes.end;
   packed_classes_ = classes;
-  parallel_for(panels + groups, 1, [&](int64_t task, int64_t end, int) {
+  // A task: a few rows across all panels, so that it reads memory in order.
+  constexpr int64_t kPackRows = 64;
+  parallel_for(ceil_div(classes.size(), kPackRows), 1, [&](int64_t task, int64_t end, int) {
     for (; task < end; ++task) {
-      if (task < panels && packed) {
-        continue;
-      } else if (task < panels) {
-        const int64_t d = task * kPanel;
-        kernels_.interleave_rows(weight_ + classes.begin * problem_.weight_stride + d,
-                                 problem_.weight_stride, nullptr, classes.size(),
+      const int64_t v = task * kPackRows;
+      const int64_t rows = std::min(kPackRows, classes.size() - v);
+      const uint16_t* weight = weight_ + (classes.begin + v) * problem_.weight_stride;
+      for (int64_t d = 0; d < padded && !packed; d += kPanel) {
+        kernels_.interleave_rows(weight + d, problem_.weight_stride, nullptr, rows,
                                  std::min(kPanel, features - d), kPanel,
-                                 weight_panels + task * padded_inner * kPanel);
-      } else {
-        const int64_t t = (task - panels) * kTokenTile;
-        kernels_.interleave_rows(static_cast<const uint16_t*>(block.data) + t, block.stride,
-                                 nullptr, classes.size(), std::min(kTokenTile, tokens.size() - t),
-                                 kTokenTile,
-                                 gradient_pairs + (task - panels) * padded_inner * kTokenTile);
+                                 weight_panels + d * padded_inner + v * kPanel);
+      }
+      const uint16_t* gradient = static_cast<const uint16_t*>(block.data) + v * block.stride;
+      for (int64_t t = 0; t < tokens.size(); t += kTokenTile) {
+        kernels_.interleave_rows(gradient + t, block.stride, nullptr, rows,
+                                 std::min(kTokenTile, tokens.size() - t), kTokenTile,
+                                 gradient_pairs + t * padded_inner + v * kTokenTile);
       }
     }
   });
@@ -286,7 +286,12 @@ void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t colum
   rows.gradient_stride = problem_.features;
   const bool split = update == WeightUpdate::kSplitFirst || update == WeightUpdate::kSplitNext ||
                      update == WeightUpdate::kSplitLast;
-  rows.low = split ? at<uint16_t>(layout_.remainder) + offset : nullptr;
+  const bool compact = plan_.accumulation == Accumulation::kCompact;
+  rows.low = split && !compact ? at<uint16_t>(layout_.remainder) + offset : nullptr;
+  rows.exponents_stride = ceil_div(problem_.features, kCompactBlock);
+  rows.exponents = split && compact ? at<uint8_t>(layout_.exponents) + row * rows.exponents_stride +
+                                          column / kCompactBlock
+                                    : nullptr;
   rows.read = update != WeightUpdate::kWrite && update != WeightUpdate::kSplitFirst;
   rows.round = !split || update == WeightUpdate::kSplitLast;
   kernels_.update_rows(rows);

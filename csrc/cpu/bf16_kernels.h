@@ -74,7 +74,7 @@ struct Product {
   bool accumulate;
 };
 
-/// Rows of a bf16 gradient from fp32 sums, in one of the ways of driver/backend.h's WeightUpdate.
+/// Rows of a bf16 gradient from fp32 sums, in one of the ways of core/weight_update.h.
 struct RowUpdate {
   const float* sums;
   int64_t sums_stride;
@@ -83,8 +83,9 @@ struct RowUpdate {
   float scale;
   uint16_t* gradient;
   int64_t gradient_stride;
-  uint16_t*
-      low;     // lower halves of fp32 sums whose upper halves are in gradient, same stride; or null
+  uint16_t* low;  // lower halves of fp32 sums with upper halves in gradient, same stride; or null
+  uint8_t* exponents;  // of compact sums [rows, columns / kCompactBlock]; or null
+  int64_t exponents_stride;
   bool read;   // add to what is there
   bool round;  // the gradient is final (of split sums: the last chunk)
 };

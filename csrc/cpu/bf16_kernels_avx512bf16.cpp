@@ -5,6 +5,7 @@
 
 #include "cpu/bf16_microkernel.h"
 #include "cpu/column_kernels_impl.h"
+#include "cpu/compact_sum.h"
 
 namespace memeff {
 namespace {
@@ -63,20 +64,18 @@ void pack_transposed(const uint16_t* source, int64_t stride, const int64_t* rows
 
 void interleave_rows(const uint16_t* source, int64_t stride, const int64_t* rows, int64_t inner,
                      int64_t columns, int64_t width, uint16_t* out) {
-  for (int64_t k = 0; k < inner; k += 2) {
-    const uint16_t* even = source + (rows != nullptr ? rows[k] : k) * stride;
-    const bool paired = k + 1 < inner;
-    const uint16_t* odd = paired ? source + (rows != nullptr ? rows[k + 1] : k + 1) * stride : even;
-    uint16_t* to = out + k * width;
-    for (int64_t j = 0; j < width; j += 16) {
-      const __mmask16 valid =
-          static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
-      const __mmask16 second = paired ? valid : 0;
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, even + j));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, odd + j));
-      const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      _mm512_mask_storeu_epi32(to + 2 * j,
-                               static_cast<__mmask16>(lane_mask(smaller(16, width - j))), pairs);
+  const auto row = [&](int64_t k) { return source + (rows != nullptr ? rows[k] : k) * stride; };
+  for (int64_t j = 0; j < width; j += 16) {
+    const __mmask16 valid =
+        static_cast<__mmask16>(columns > j ? lane_mask(smaller(16, columns - j)) : 0);
+    const __mmask16 kept = static_cast<__mmask16>(lane_mask(smaller(16, width - j)));
+    const auto load = [&](int64_t k) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, row(k) + j));
+    };
+    for (int64_t k = 0; k < inner; k += 2) {
+      const __m512i high =
+          k + 1 < inner ? _mm512_slli_epi32(load(k + 1), 16) : _mm512_setzero_si512();
+      _mm512_mask_storeu_epi32(out + k * width + 2 * j, kept, _mm512_or_si512(load(k), high));
     }
   }
 }
@@ -118,7 +117,79 @@ void multiply(const Product& p) {
   }
 }
 
+/// 16 columns of compact sums. See compact_sum.h.
+inline __m512 load_compact_vector(const uint16_t* codes, __mmask16 mask, uint8_t exponent) {
+  const __m512i code = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, codes));
+  if (exponent == kPlainExponent) return _mm512_castsi512_ps(_mm512_slli_epi32(code, 16));
+  const __m512i offset = _mm512_set1_epi32(static_cast<int>(kCompactOffset));
+  const __m512i unit = _mm512_set1_epi32(static_cast<int>(compact_unit(exponent)));
+  const __m512i shifted = _mm512_add_epi32(
+      _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x7fff)), kCompactShift), offset);
+  const __m512 magnitude =
+      _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(shifted), _mm512_castsi512_ps(offset)),
+                    _mm512_castsi512_ps(unit));
+  const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(code, 15), 31);
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(magnitude), sign));
+}
+
+inline void store_compact_vector(uint16_t* codes, __mmask16 mask, __m512 value, uint8_t exponent) {
+  const __m512i offset = _mm512_set1_epi32(static_cast<int>(kCompactOffset));
+  const __m512i inverse = _mm512_set1_epi32(static_cast<int>(compact_inverse_unit(exponent)));
+  // A product and a sum, each rounded, as in the scalar code.
+  const __m512 shifted =
+      _mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(value), _mm512_castsi512_ps(inverse)),
+                    _mm512_castsi512_ps(offset));
+  const __m512i half = _mm512_set1_epi32(1 << (kCompactShift - 1));
+  const __m512i magnitude = _mm512_srli_epi32(
+      _mm512_add_epi32(_mm512_sub_epi32(_mm512_castps_si512(shifted), offset), half),
+      kCompactShift);
+  const __m512i sign = _mm512_slli_epi32(_mm512_srli_epi32(_mm512_castps_si512(value), 31), 15);
+  _mm256_mask_storeu_epi16(codes, mask, _mm512_cvtepi32_epi16(_mm512_or_si512(magnitude, sign)));
+}
+
+/// Compact sums of up to kCompactBlock columns: all of them in registers, because they share an exponent.
+inline void update_compact_block(const RowUpdate& u, const float* sums, uint16_t* codes,
+                                 uint8_t* exponent, int64_t columns) {
+  constexpr int kVectors = kCompactBlock / 16;
+  const __m512 scale = _mm512_set1_ps(u.scale);
+  __m512 value[kVectors];
+  __mmask16 mask[kVectors];
+  __m512i largest = _mm512_setzero_si512();
+  for (int i = 0; i < kVectors; ++i) {
+    const int64_t count = columns - 16 * i;
+    mask[i] = static_cast<__mmask16>(count > 0 ? lane_mask(smaller(16, count)) : 0);
+    value[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask[i], sums + 16 * i), scale);
+    if (u.read) {
+      value[i] = _mm512_add_ps(value[i], load_compact_vector(codes + 16 * i, mask[i], *exponent));
+    }
+    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(value[i])));
+  }
+  // Magnitudes compare like their bits, with inf and NaN above all others.
+  const uint32_t found = _mm512_reduce_max_epu32(largest) >> 23;
+  *exponent = static_cast<uint8_t>(found < kLeastCompactExponent ? kLeastCompactExponent : found);
+  if (u.round) *exponent = kPlainExponent;  // a sum that is complete becomes plain bf16
+  for (int i = 0; i < kVectors; ++i) {
+    if (*exponent == kPlainExponent) {
+      _mm256_mask_storeu_epi16(codes + 16 * i, mask[i], (__m256i)_mm512_cvtneps_pbh(value[i]));
+    } else {
+      store_compact_vector(codes + 16 * i, mask[i], value[i], *exponent);
+    }
+  }
+}
+
+void update_compact_rows(const RowUpdate& u) {
+  for (int64_t i = 0; i < u.rows; ++i) {
+    for (int64_t d = 0; d < u.columns; d += kCompactBlock) {
+      update_compact_block(u, u.sums + i * u.sums_stride + d,
+                           u.gradient + i * u.gradient_stride + d,
+                           u.exponents + i * u.exponents_stride + d / kCompactBlock,
+                           smaller(kCompactBlock, u.columns - d));
+    }
+  }
+}
+
 void update_rows(const RowUpdate& u) {
+  if (u.exponents != nullptr) return update_compact_rows(u);
   const __m512 scale = _mm512_set1_ps(u.scale);
   for (int64_t i = 0; i < u.rows; ++i) {
     const float* sums = u.sums + i * u.sums_stride;

@@ -26,9 +26,6 @@ struct CpuContext {
   char* workspace;  // layout_workspace(request, plan).total bytes
 };
 
-/// Sets what a request for the planner says of this backend: kernels, partial sums, threads.
-void complete_request(const Problem& problem, int threads, PlanRequest* request);
-
 template <class T>
 class CpuBackend : public Backend {
  public:
@@ -142,7 +139,8 @@ extern template class CpuBackend<double>;
 
 /// The backend for the problem's dtype on this machine.
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context);
-/// Whether problems of this kind run on the bf16 kernels here.
-bool uses_bf16_kernels(const Problem& problem);
+/// Completes a request by what depends on the problem's options, this machine and its threads. Of the
+/// problem's pointers it matters only which are null.
+void complete_request(const Problem& problem, PlanRequest* request);
 
 }  // namespace memeff

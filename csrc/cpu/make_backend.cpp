@@ -1,9 +1,11 @@
-// Chooses the CPU backend.
+// Chooses the CPU backend, and tells the planner about it.
 #include "cpu/bf16_backend.h"
 #include "cpu/blas_backend.h"
 #include "cpu/features.h"
+#include "cpu/parallel.h"
 
 namespace memeff {
+namespace {
 
 bool uses_bf16_kernels(const Problem& problem) {
   // With a soft cap and label smoothing together the gradient needs the score itself, which the bf16
@@ -11,6 +13,22 @@ bool uses_bf16_kernels(const Problem& problem) {
   const bool needs_scores = problem.softcap > 0 && problem.label_smoothing > 0;
   return problem.dtype == DType::kBFloat16 && problem.probabilities == nullptr && !needs_scores &&
          problem.features > 0 && cpu_features().avx512_bf16;
+}
+
+/// Per-tile partial sums that the problem needs: see CpuBackend::Partial.
+int count_partials(const Problem& problem) {
+  return 2 + (problem.label_smoothing > 0 ? 1 : 0) + (problem.statistics ? 2 : 0) +
+         (problem.probabilities != nullptr ? 3 : 0);
+}
+
+}  // namespace
+
+void complete_request(const Problem& problem, PlanRequest* request) {
+  request->bf16_kernels = uses_bf16_kernels(problem);
+  request->cpu_blas = !request->bf16_kernels;
+  request->compact_sums = true;
+  request->partials = count_partials(problem);
+  request->threads = max_threads();
 }
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context) {

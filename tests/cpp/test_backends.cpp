@@ -218,8 +218,10 @@ PlanRequest request_of(const Problem& p, bool bf16_kernels, bool statistics_know
   request.grad_weight = p.grad_weight != nullptr;
   request.grad_bias = p.grad_bias != nullptr;
   request.statistics_known = statistics_known;
-  complete_request(p, 1, &request);
+  complete_request(p, &request);
+  CHECK(!bf16_kernels || request.bf16_kernels);
   request.bf16_kernels = bf16_kernels;
+  request.threads = 1;
   return request;
 }
 
@@ -296,6 +298,9 @@ std::vector<NamedPlan> plans_for(const PlanRequest& request) {
   };
   chunks("one chunk", 0, all, Accumulation::kExact);
   chunks("fp32 sums of chunks", stored, kPanel, Accumulation::kFloat32);
+  if (request.dtype == DType::kBFloat16) {
+    chunks("compact sums of chunks", stored, kPanel, Accumulation::kCompact);
+  }
   chunks("native sums of chunks", stored, kPanel, Accumulation::kNative);
   slices = small_plan(PlanKind::kVocabSlices, stored, 0, Accumulation::kExact);
   plans.push_back({"vocab slices, some stored in the gradient", slices});
@@ -383,7 +388,9 @@ void run_plans(const Problem& problem, const test::Reference& expected, const Wa
 void test_case(const Shape& shape, DType dtype, bool bf16_kernels, const Options& options,
                bool vary_threads) {
   Case fixture(shape, dtype, options);
-  if (bf16_kernels && !uses_bf16_kernels(fixture.problem)) return;
+  PlanRequest machine;
+  complete_request(fixture.problem, &machine);
+  if (bf16_kernels && !machine.bf16_kernels) return;
   const char* const names[] = {"bf16", "fp16", "fp32", "fp64"};
   const std::string name = test::describe(
       names[static_cast<int>(dtype)], bf16_kernels ? " kernels" : "", ", N=", shape.tokens,
@@ -421,7 +428,7 @@ void test_case(const Shape& shape, DType dtype, bool bf16_kernels, const Options
 
 int main() {
   const Shape usual = {70, 17, 270};
-  const Shape others[] = {{1, 1, 1}, {45, 7, 230}, {75, 64, 460}};
+  const Shape others[] = {{1, 1, 1}, {45, 7, 230}, {75, 130, 460}};
   const std::vector<Options> options = all_options();
   for (size_t i = 0; i < options.size(); ++i) {
     for (const Shape& shape : {usual, others[i % 3]}) {

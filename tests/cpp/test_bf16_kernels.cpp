@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <limits>
 #include <vector>
 
 #include "check.h"
 #include "core/planner.h"
 #include "cpu/bf16_kernels.h"
+#include "cpu/compact_sum.h"
 #include "cpu/features.h"
 #include "cpu/number.h"
 #include "memory.h"
@@ -209,7 +211,7 @@ void test_update_rows() {
         }
       }
       const bool split = mode >= kSplitFirst;
-      RowUpdate update;
+      RowUpdate update = {};
       update.sums = sums.as<float>();
       update.sums_stride = sums_stride;
       update.rows = rows;
@@ -237,6 +239,68 @@ void test_update_rows() {
           CHECK_EQ(int{gradient.at(i, d)}, 0xffff);
       }
       CHECK(gradient.buffer.intact() && low.buffer.intact());
+    }
+  }
+}
+
+/// Compact sums in vectors: the same bits as the scalar code (test_compact_sum.cpp), block by block.
+void test_update_compact_rows() {
+  enum Mode { kFirst, kNext, kLast };
+  for (const int64_t columns : {1, 16, 33, 63, 64, 65, 200}) {
+    test::context() = test::describe("compact sums, ", columns, " columns");
+    const int64_t rows = 4, stride = columns + 2, sums_stride = columns + 7;
+    const int64_t blocks = ceil_div(columns, kCompactBlock), exponents_stride = blocks + 1;
+    Matrix gradient(rows, columns, stride, 6);
+    GuardedBuffer exponents((rows - 1) * exponents_stride + blocks);
+    GuardedBuffer sums(((rows - 1) * sums_stride + columns) * 4);
+    test::Random random(8);
+    for (const Mode mode : {kFirst, kNext, kNext, kLast}) {
+      for (int64_t i = 0; i < rows; ++i) {
+        // Row 0 is ordinary, row 1 spans many magnitudes, row 2 is mostly 0, row 3 is not finite in part.
+        for (int64_t d = 0; d < columns; ++d) {
+          double value = random.uniform(-1, 1);
+          if (i == 1) value = std::ldexp(value, static_cast<int>(random.below(60)) - 30);
+          if (i == 2 && d % 5 != 0) value = 0;
+          if (i == 3 && d == 3) value = std::numeric_limits<double>::infinity();
+          if (i == 3 && d == 70 && mode == kNext) value = std::nan("");
+          sums.as<float>()[i * sums_stride + d] = static_cast<float>(value);
+        }
+      }
+      Matrix before = gradient;
+      const std::vector<uint8_t> exponents_before(
+          exponents.as<uint8_t>(),
+          exponents.as<uint8_t>() + (rows - 1) * exponents_stride + blocks);
+      RowUpdate update = {};
+      update.sums = sums.as<float>(), update.sums_stride = sums_stride;
+      update.rows = rows, update.columns = columns, update.scale = 0.25f;
+      update.gradient = gradient.data(), update.gradient_stride = stride;
+      update.exponents = exponents.as<uint8_t>(), update.exponents_stride = exponents_stride;
+      update.read = mode != kFirst, update.round = mode == kLast;
+      kKernels.update_rows(update);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t at = i * exponents_stride + b, first = b * kCompactBlock;
+          const int64_t count = std::min(kCompactBlock, columns - first);
+          float values[kCompactBlock];
+          for (int64_t k = 0; k < count; ++k) {
+            values[k] = 0.25f * update.sums[i * sums_stride + first + k];
+            if (update.read) {
+              values[k] +=
+                  load_compact(before.at(i, first + k), exponents_before[static_cast<size_t>(at)]);
+            }
+          }
+          const uint8_t exponent = mode == kLast ? kPlainExponent : compact_exponent(values, count);
+          CHECK_EQ(int{update.exponents[at]}, int{exponent});
+          for (int64_t k = 0; k < count; ++k) {
+            if (std::isnan(values[k])) {
+              CHECK(std::isnan(load_compact(gradient.at(i, first + k), exponent)));
+            } else {
+              CHECK_EQ(int{gradient.at(i, first + k)}, int{compact_code(values[k], exponent)});
+            }
+          }
+        }
+      }
+      CHECK(gradient.buffer.intact() && exponents.intact());
     }
   }
 }
@@ -344,6 +408,7 @@ int main() {
   test_copy_rows();
   test_products();
   test_update_rows();
+  test_update_compact_rows();
   test_tile(1, 1, 1, 0, false);
   test_tile(15, 17, 33, 0, true);
   test_tile(kTileVocab, 40, 7, 2, true);

@@ -65,6 +65,9 @@ std::vector<Region> regions_of(const PlanRequest& r, const Plan& plan) {
   if (several_chunks && r.dtype == DType::kBFloat16 && r.grad_weight) {
     add("remainder", at.remainder, r.vocab * r.features * 2, kAlways);
   }
+  if (plan.accumulation == Accumulation::kCompact) {
+    add("exponents", at.exponents, r.vocab * ceil_div(r.features, kCompactBlock), kAlways);
+  }
   const bool discards = plan.kind == PlanKind::kStatistics && !r.bf16_kernels;
   if (slices || discards) {
     add("score slice", at.score_slice, slice * plan.token_block * score_bytes(r), kAlways);
@@ -134,7 +137,8 @@ void check_layout(const PlanRequest& r, const Plan& plan) {
 }
 
 void check_plan(const PlanRequest& r, const Plan& plan) {
-  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes <= r.memory_budget);
+  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
+  CHECK_EQ(plan.library_bytes > 0, r.cpu_blas);
   CHECK(plan.workspace_bytes > 0 || r.tokens + r.vocab == 0);
   CHECK(plan.stored_in_gradient <= std::min(r.tokens, tokens_per_gradient_row(r)));
   CHECK(plan.stored_in_gradient == 0 || r.grad_weight);
@@ -153,7 +157,12 @@ void check_plan(const PlanRequest& r, const Plan& plan) {
     CHECK(several || plan.accumulation == Accumulation::kExact);
     CHECK(!several || plan.accumulation != Accumulation::kExact);
     if (r.accumulation == GradAccumulation::kFloat32)
-      CHECK(plan.accumulation != Accumulation::kNative);
+      CHECK(plan.accumulation == Accumulation::kFloat32 || !several);
+    if (plan.accumulation == Accumulation::kCompact) {
+      CHECK(r.compact_sums && r.dtype == DType::kBFloat16 && r.memory_budget >= 0);
+      CHECK(r.accumulation == GradAccumulation::kAuto);
+      CHECK(plan.num_chunks <= 257);  // rounding errors add up
+    }
   }
   if (r.chunk_size > 0) {
     CHECK(plan.stored_in_gradient <= r.chunk_size);
@@ -226,6 +235,7 @@ void test_grid() {
           PlanRequest r;
           r.tokens = size[0], r.features = size[1], r.vocab = size[2];
           r.dtype = kind.dtype, r.bf16_kernels = kind.bf16_kernels;
+          r.compact_sums = true, r.cpu_blas = !kind.bf16_kernels;
           r.grad_input = (gradients & 1) != 0, r.grad_weight = (gradients & 2) != 0;
           r.grad_bias = (gradients & 4) != 0;
           r.statistics_known = known && gradients != 0;
@@ -255,6 +265,38 @@ void test_large() {
   CHECK_EQ(plan.floor_bytes, (r.tokens * r.features + r.vocab * r.features + r.vocab) * 2);
   CHECK(plan.flops >=
         6.0 * static_cast<double>(r.tokens) * static_cast<double>(r.features * r.vocab));
+}
+
+/// A bf16 gradient's sums over chunks: in fp32 where that leaves room for chunks of a decent size, else
+/// compact, and not at all where chunks would be tiny or too many. The backend must be able to.
+void test_compact_sums() {
+  PlanRequest r;
+  r.tokens = 4096, r.features = 1024, r.vocab = 32768;
+  r.dtype = DType::kBFloat16, r.bf16_kernels = true, r.compact_sums = true, r.threads = 2;
+  r.grad_input = r.grad_weight = true;
+  const auto check = [&](int64_t mebibytes, PlanKind kind, Accumulation accumulation) {
+    r.memory_budget = mebibytes << 20;
+    test::context() = name_of(r);
+    Plan plan;
+    CHECK_EQ(make_plan(r, &plan), "");
+    check_plan(r, plan);
+    CHECK(plan.kind == kind);
+    CHECK(plan.accumulation == accumulation);
+    return plan;
+  };
+  check(96, PlanKind::kTokenChunks, Accumulation::kFloat32);
+  const Plan plan = check(32, PlanKind::kTokenChunks, Accumulation::kCompact);
+  CHECK(plan.chunk_tokens >= 256);
+  CHECK_EQ(plan.flops, plan.floor_flops);
+  check(10, PlanKind::kVocabSlices, Accumulation::kExact);
+  r.compact_sums = false;
+  check(32, PlanKind::kVocabSlices, Accumulation::kExact);
+  r.compact_sums = true;
+  r.accumulation = GradAccumulation::kFloat32;
+  check(32, PlanKind::kVocabSlices, Accumulation::kExact);
+  r.accumulation = GradAccumulation::kAuto;
+  r.tokens = 1 << 19;  // more than 256 chunks would fit
+  check(130, PlanKind::kVocabSlices, Accumulation::kExact);
 }
 
 /// No tokens at all, or none of the inner dimension.
@@ -288,6 +330,7 @@ void test_tokens_per_gradient_row() {
 int main() {
   test_grid();
   test_large();
+  test_compact_sums();
   test_empty();
   test_tokens_per_gradient_row();
   return test::result();
