@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memeff import reference as reference
+    from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
+    from memeff.memory_efficient_linear import MemoryEfficientLinear as MemoryEfficientLinear
     from memeff.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
     from memeff.planning import Plan as Plan
     from memeff.planning import plan as plan
@@ -20,16 +22,20 @@ if TYPE_CHECKING:
 # kind: importing memeff.x would put the module in its place. Hence "planning".
 _HOMES = {
     "LinearCrossEntropyLoss": "memeff.modules",
+    "MemoryEfficientLinear": "memeff.memory_efficient_linear",
     "Plan": "memeff.planning",
     "TokenStatistics": "memeff.statistics",
+    "chunked_linear_apply": "memeff.chunked",
     "linear_cross_entropy": "memeff.functional",
     "plan": "memeff.planning",
 }
 
 __all__ = [
     "LinearCrossEntropyLoss",
+    "MemoryEfficientLinear",
     "Plan",
     "TokenStatistics",
+    "chunked_linear_apply",
     "linear_cross_entropy",
     "plan",
     "reference",

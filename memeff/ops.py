@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from memeff import _library
+from memeff._gradients import is_last_backward
 
 # Arguments of the forward op: seven tensors, then scalars, of which backward takes all but one.
 _NUM_TENSORS = 7
@@ -161,7 +162,7 @@ class Operators:
             # create_graph: these gradients must not look like constants to a second derivative.
             # Adding the empty sum ties them to this node, so that scale_gradient can refuse.
             grad_loss = grad_loss + loss.reshape(1)[:0].sum()
-        elif _is_last_backward():
+        elif is_last_backward():
             for gradient in gradients:
                 self._scale_in_place(gradient, grad_loss)
             return list(gradients)
@@ -192,13 +193,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         statistics = _STATISTICS - _NUM_TENSORS
         ctx.scalars = scalars[:statistics] + scalars[statistics + 1 :]
         ctx.save_for_backward(lse, *tensors)
-
-
-def _is_last_backward() -> bool:
-    """Whether the saved tensors are freed after this backward: no retain_graph, and no tracing."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
