@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memeff import losses as losses
     from memeff import reference as reference
     from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
@@ -37,14 +38,15 @@ __all__ = [
     "TokenStatistics",
     "chunked_linear_apply",
     "linear_cross_entropy",
+    "losses",
     "plan",
     "reference",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name == "reference":
-        return importlib.import_module("memeff.reference")
+    if name in ("losses", "reference"):
+        return importlib.import_module(f"memeff.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'memeff' has no attribute {name!r}")
