@@ -9,36 +9,53 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memeff import losses as losses
     from memeff import reference as reference
+    from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
+    from memeff.memory_efficient_linear import MemoryEfficientLinear as MemoryEfficientLinear
     from memeff.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
     from memeff.planning import Plan as Plan
     from memeff.planning import plan as plan
+    from memeff.statistics import LogitStatistics as LogitStatistics
     from memeff.statistics import TokenStatistics as TokenStatistics
+    from memeff.token_statistics import linear_logprobs as linear_logprobs
+    from memeff.token_statistics import linear_token_statistics as linear_token_statistics
 
 # Public name -> module that defines it. No module here is called like a public name of another
 # kind: importing memeff.x would put the module in its place. Hence "planning".
 _HOMES = {
     "LinearCrossEntropyLoss": "memeff.modules",
+    "LogitStatistics": "memeff.statistics",
+    "MemoryEfficientLinear": "memeff.memory_efficient_linear",
     "Plan": "memeff.planning",
     "TokenStatistics": "memeff.statistics",
+    "chunked_linear_apply": "memeff.chunked",
     "linear_cross_entropy": "memeff.functional",
+    "linear_logprobs": "memeff.token_statistics",
+    "linear_token_statistics": "memeff.token_statistics",
     "plan": "memeff.planning",
 }
 
 __all__ = [
     "LinearCrossEntropyLoss",
+    "LogitStatistics",
+    "MemoryEfficientLinear",
     "Plan",
     "TokenStatistics",
+    "chunked_linear_apply",
     "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_token_statistics",
+    "losses",
     "plan",
     "reference",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name == "reference":
-        return importlib.import_module("memeff.reference")
+    if name in ("losses", "reference"):
+        return importlib.import_module(f"memeff.{name}")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'memeff' has no attribute {name!r}")

@@ -40,9 +40,9 @@ def compute(
             input, target, token_weight = shifted_pairs(input, target, token_weight, shift)
         else:
             kept = max(input.shape[time] - shift, 0)
-            target = _pull_forward(target, time, shift, settings.ignore_index)
+            target = pull_forward(target, time, shift, settings.ignore_index)
             if token_weight is not None:
-                token_weight = _pull_forward(token_weight, time, shift, 0)
+                token_weight = pull_forward(token_weight, time, shift, 0)
 
     leading = input.shape[:-1]
     if len(leading) != 1:
@@ -71,7 +71,7 @@ def compute(
     return loss, TokenStatistics(*(in_shape(value) for value in rows))
 
 
-def _pull_forward(tensor: Tensor, dim: int, distance: int, fill: int) -> Tensor:
+def pull_forward(tensor: Tensor, dim: int, distance: int, fill: int) -> Tensor:
     """``out[t] = tensor[t + distance]`` along ``dim``, with ``fill`` where there is none."""
     length = tensor.shape[dim]
     distance = min(distance, length)

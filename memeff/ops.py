@@ -11,13 +11,14 @@ recomputes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memeff import _library
+from memeff._gradients import is_last_backward
 
 # Arguments of the forward op: seven tensors, then scalars, of which backward takes all but one.
 _NUM_TENSORS = 7
@@ -29,7 +30,7 @@ def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
     return reduction != "none" and dtype != torch.float16
 
 
-def _gradients_like(
+def gradients_like(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contiguous gradient buffers, of no elements where a gradient is not wanted."""
@@ -63,7 +64,7 @@ def _forward_fake(
         input.new_empty((tokens,), dtype=torch.float64),
         input.new_empty((4, tokens) if statistics else (0,), dtype=dtype),
         input.new_empty((tokens,) if statistics else (0,), dtype=torch.int64),
-        *_gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad)),
+        *gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad)),
     )
 
 
@@ -77,7 +78,7 @@ def _backward_fake(
     *others: Any,
 ) -> tuple[Tensor, ...]:
     *_, input_grad, weight_grad, bias_grad, _, _, _, _ = others
-    return _gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad))
+    return gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad))
 
 
 def _scale_fake(gradient: Tensor, scale: Tensor) -> Tensor:
@@ -116,9 +117,9 @@ class Operators:
         # What register_autograd generates refuses to run in transforms such as torch.func.grad,
         # where an autograd.Function of the same formula works.
         self._in_transform = {
-            self._forward: _function(self._forward, _setup_context, self._backward),
-            self._recompute: _function(self._recompute, _save_nothing, _refuse_second_derivative),
-            self._scale: _function(self._scale, _save_nothing, _refuse_second_derivative),
+            self._forward: function_of(self._forward, _setup_context, self._backward),
+            self._recompute: function_of(self._recompute, save_nothing, _refuse_second_derivative),
+            self._scale: function_of(self._scale, save_nothing, _refuse_second_derivative),
         }
 
     def linear_cross_entropy_forward(self, *arguments: Any) -> Sequence[Tensor]:
@@ -127,23 +128,14 @@ class Operators:
         return results
 
     def _call(self, op: Any, arguments: tuple[Any, ...]) -> Any:
-        # (A compiler traces the op itself.)
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            return self._in_transform[op].apply(*arguments)
-        return op(*arguments)
+        return call(op, self._in_transform, arguments)
 
     def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         result: list[Tensor | None] = [None] * self._num_arguments
         if grad_loss is None:
             return tuple(result)
         needed = [ctx.needs_input_grad[position] for position in (0, 1, 3)]
-        names = ("input", "linear_weight", "linear_bias")
-        for name, need, computed in zip(names, needed, ctx.computed, strict=True):
-            if need and not computed:
-                raise RuntimeError(
-                    f"{self._forward.name()} was told not to prepare the gradient of {name}, but "
-                    "it requires grad; expected the flags to say what requires grad"
-                )
+        check_flags(self._forward.name(), needed, ctx.computed)
         if ctx.scale_only:
             gradients = self._scaled(grad_loss, *ctx.saved_tensors)
         else:
@@ -161,14 +153,33 @@ class Operators:
             # create_graph: these gradients must not look like constants to a second derivative.
             # Adding the empty sum ties them to this node, so that scale_gradient can refuse.
             grad_loss = grad_loss + loss.reshape(1)[:0].sum()
-        elif _is_last_backward():
+        elif is_last_backward():
             for gradient in gradients:
                 self._scale_in_place(gradient, grad_loss)
             return list(gradients)
         return [self._call(self._scale, (gradient, grad_loss)) for gradient in gradients]
 
 
-def _function(op: Any, setup_context: Any, backward: Any) -> type[torch.autograd.Function]:
+def call(op: Any, in_transform: Mapping[Any, Any], arguments: tuple[Any, ...]) -> Any:
+    """Call an op, or inside a transform of torch.func the autograd.Function that stands for it."""
+    # (A compiler traces the op itself.)
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return in_transform[op].apply(*arguments)
+    return op(*arguments)
+
+
+def check_flags(op: str, needed: Sequence[bool], computed: Sequence[bool]) -> None:
+    """Raise an error if a gradient is needed that the forward op was told not to prepare."""
+    names = ("input", "linear_weight", "linear_bias")
+    for name, need, prepared in zip(names, needed, computed, strict=True):
+        if need and not prepared:
+            raise RuntimeError(
+                f"{op} was told not to prepare the gradient of {name}, but it requires grad; "
+                "expected the flags to say what requires grad"
+            )
+
+
+def function_of(op: Any, setup_context: Any, backward: Any) -> type[torch.autograd.Function]:
     """An autograd.Function that runs `op`."""
     members = {
         "forward": staticmethod(op.__call__),
@@ -194,14 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(lse, *tensors)
 
 
-def _is_last_backward() -> bool:
-    """Whether the saved tensors are freed after this backward: no retain_graph, and no tracing."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 

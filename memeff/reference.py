@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, one_hot
 
-from memeff.statistics import TokenStatistics
+from memeff.statistics import LogitStatistics, TokenStatistics
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "linear_token_statistics"]
 
 
 def linear_cross_entropy(
@@ -105,6 +105,41 @@ def linear_cross_entropy(
         correct=(argmax == index) & counted,
     )
     return loss, TokenStatistics(*(value.detach() for value in statistics))
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = True,
+    argmax: bool = True,
+    top_k: int = 0,
+) -> LogitStatistics:
+    """Return what :func:`memeff.linear_token_statistics` returns; see there for the arguments."""
+    logits = _logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
+    lse, log_p = logits.logsumexp(-1), logits.log_softmax(-1)
+    logprob = None
+    if target is not None:
+        several = target if target.dim() == logits.dim() else target.unsqueeze(-1)
+        counted = several != ignore_index
+        logprob = log_p.gather(-1, several.long().where(counted, 0)).where(counted, 0)
+        logprob = logprob.reshape(target.shape)
+    p_log_p = (log_p.exp() * log_p).where(log_p != -torch.inf, 0)
+    top = log_p.detach().topk(top_k) if top_k else None
+    return LogitStatistics(
+        logprob=logprob,
+        lse=lse,
+        entropy=-p_log_p.sum(-1) if entropy else None,
+        max_logit=logits.detach().amax(-1),
+        argmax=logits.argmax(-1) if argmax else None,
+        top_logprobs=top.values if top else None,
+        top_ids=top.indices if top else None,
+    )
 
 
 def _logits(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["TokenStatistics"]
+__all__ = ["LogitStatistics", "TokenStatistics"]
 
 
 class TokenStatistics(NamedTuple):
@@ -34,3 +34,27 @@ class TokenStatistics(NamedTuple):
     """The v with the largest logit: the greedy prediction."""
     correct: Tensor
     """Whether argmax is the target (for class probabilities: the most probable class)."""
+
+
+class LogitStatistics(NamedTuple):
+    """What :func:`memeff.linear_token_statistics` computes of every token's row of logits.
+
+    Fields have the leading dimensions of the input and are float32 (float64 for float64 inputs) or
+    int64; those that were not asked for are None. ``logprob``, ``lse`` and ``entropy`` are
+    differentiable. Logits are meant after ``logit_scale`` and ``softcap``; p is their softmax.
+    """
+
+    logprob: Tensor | None
+    """log p of the target, or [..., K] of each; 0 where the target is ``ignore_index``."""
+    lse: Tensor
+    """log sum_v exp z_v."""
+    entropy: Tensor | None
+    """-sum_v p_v log p_v, in nats."""
+    max_logit: Tensor
+    """max_v z_v."""
+    argmax: Tensor | None
+    """The v with the largest logit."""
+    top_logprobs: Tensor | None
+    """[..., top_k] the largest log p_v, in descending order."""
+    top_ids: Tensor | None
+    """[..., top_k] their v."""

@@ -109,19 +109,22 @@ void Call::run(bool statistics_known) {
   PlanRequest request =
       plan_request(statistics_known, problem_.grad_input != nullptr,
                    problem_.grad_weight != nullptr, problem_.grad_bias != nullptr);
-  Plan plan;
-  const std::string problem = device_.make_plan(problem_, &request, &plan);
-  TORCH_CHECK_VALUE(problem.empty(), problem);
+  const Plan plan = make_plan(&request);
   device_.run(problem_, request, plan, input_);
+}
+
+Plan Call::make_plan(PlanRequest* request) const {
+  Plan plan;
+  const std::string problem = device_.make_plan(problem_, request, &plan);
+  TORCH_CHECK_VALUE(problem.empty(), problem);
+  return plan;
 }
 
 void Call::check_backward_budget() const {
   if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
   PlanRequest request =
       plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad);
-  Plan plan;
-  const std::string problem = device_.make_plan(problem_, &request, &plan);
-  TORCH_CHECK_VALUE(problem.empty(), problem);
+  make_plan(&request);
 }
 
 PlanRequest Call::plan_request(bool statistics_known, bool input_grad, bool weight_grad,
@@ -135,6 +138,7 @@ PlanRequest Call::plan_request(bool statistics_known, bool input_grad, bool weig
   request.grad_weight = weight_grad;
   request.grad_bias = bias_grad;
   request.statistics_known = statistics_known;
+  request.targets = problem_.targets;
   request.memory_budget = options_.memory_budget;
   request.chunk_size = options_.chunk_size;
   request.accumulation = options_.accumulation;
@@ -168,6 +172,10 @@ const double* Call::as_double(const OptionalTensor& tensor, int64_t size, const 
 
 void Call::set_target() {
   Problem& p = problem_;
+  if (!target_.defined()) {
+    p.targets = 0;
+    return;
+  }
   if (at::isFloatingType(target_.scalar_type())) {
     TORCH_CHECK(target_.dim() == 2 && target_.size(0) == p.tokens && target_.size(1) == p.vocab,
                 "target has shape ", target_.sizes(), ": expected probabilities of shape [",
@@ -178,8 +186,10 @@ void Call::set_target() {
     p.probabilities_class_stride = target_.stride(1);
     return;
   }
-  TORCH_CHECK(target_.dim() == 1 && target_.size(0) == p.tokens, "target has shape ",
-              target_.sizes(), ": expected [", p.tokens, "], one class index per token");
+  TORCH_CHECK((target_.dim() == 1 || target_.dim() == 2) && target_.size(0) == p.tokens,
+              "target has shape ", target_.sizes(), ": expected [", p.tokens,
+              "], one class index per token");
+  p.targets = target_.dim() == 2 ? target_.size(1) : 1;
   target_ = target_.to(at::kLong).contiguous();
   p.target = target_.const_data_ptr<int64_t>();
   if (device_.values_are_at_hand()) check_target_values();
@@ -187,9 +197,9 @@ void Call::set_target() {
 
 void Call::check_target_values() const {
   const Problem& p = problem_;
-  for (int64_t n = 0; n < p.tokens; ++n) {
-    const int64_t y = p.target[n];
-    TORCH_CHECK_INDEX(y == p.ignore_index || (y >= 0 && y < p.vocab), "target[", n, "] is ", y,
+  for (int64_t i = 0; i < p.tokens * p.targets; ++i) {
+    const int64_t y = p.target[i];
+    TORCH_CHECK_INDEX(y == p.ignore_index || (y >= 0 && y < p.vocab), "target[", i, "] is ", y,
                       ": expected a class index in [0, ", p.vocab,
                       ") or ignore_index=", p.ignore_index);
   }

@@ -31,6 +31,8 @@ struct Options {
 /// A problem with the tensors that own what it points to.
 class Call {
  public:
+  /// `target` is undefined for a call without one; one with several class indices per token, [N, K], is
+  /// only for token statistics.
   Call(const Device& device, const at::Tensor& input, const at::Tensor& weight,
        const at::Tensor& target, const OptionalTensor& bias, const OptionalTensor& class_weight,
        const OptionalTensor& token_weight, const OptionalTensor& num_items, const Options& options);
@@ -48,19 +50,25 @@ class Call {
 
   at::Tensor loss, lse, statistics, argmax, grad_input, grad_weight, grad_bias;
 
- private:
+ protected:
   PlanRequest plan_request(bool statistics_known, bool input_grad, bool weight_grad,
                            bool bias_grad) const;
+  /// Raises an error when no plan fits the budget.
+  Plan make_plan(PlanRequest* request) const;
+
+  const Device& device_;
+  const Options options_;
+  Problem problem_;
+  at::Tensor input_, weight_, target_, bias_;
+
+ private:
   void check_shapes(const OptionalTensor& bias) const;
   static const double* as_double(const OptionalTensor& tensor, int64_t size, const char* name,
                                  at::Tensor* owner);
   void set_target();
   void check_target_values() const;
 
-  const Device& device_;
-  const Options options_;
-  Problem problem_;
-  at::Tensor input_, weight_, target_, bias_, class_weight_, token_weight_, num_items_, grad_loss_;
+  at::Tensor class_weight_, token_weight_, num_items_, grad_loss_;
 };
 
 }  // namespace memeff

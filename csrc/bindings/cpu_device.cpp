@@ -10,6 +10,7 @@
 #include "bindings/call.h"
 #include "bindings/device.h"
 #include "bindings/ops.h"
+#include "bindings/statistics_ops.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/number.h"
 #include "driver/driver.h"
@@ -83,6 +84,9 @@ class CpuDevice : public Device {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(memeff, CPU, m) { implement_operators<CpuDevice>(m); }
+TORCH_LIBRARY_IMPL(memeff, CPU, m) {
+  implement_operators<CpuDevice>(m);
+  implement_statistics_operators<CpuDevice>(m);
+}
 
 }  // namespace memeff

@@ -139,10 +139,12 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   Planner planner;
   std::string kernels;
   if (backend == "cpu") {
-    kernels = uses_bf16_kernels(problem) ? "avx512_bf16" : "blas";
-    planner = [](const Problem& planned, PlanRequest* completed, Plan* chosen) {
-      complete_request(planned, completed);
-      return make_plan(*completed, chosen);
+    PlanRequest completed;
+    complete_request(problem, &completed);
+    kernels = completed.bf16_kernels ? "avx512_bf16" : "blas";
+    planner = [](const Problem& planned, PlanRequest* request_of_call, Plan* chosen) {
+      complete_request(planned, request_of_call);
+      return make_plan(*request_of_call, chosen);
     };
   } else if (backend == "cuda") {
     std::string error;

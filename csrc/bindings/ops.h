@@ -49,6 +49,8 @@ ForwardResult forward(const at::Tensor& input, const at::Tensor& weight, const a
                                         logit_scale, z_loss, input_grad, weight_grad, bias_grad,
                                         memory_budget, chunk_size, accumulation, skip_mass);
   Call call(D::get(), input, weight, target, bias, class_weight, token_weight, num_items, options);
+  TORCH_CHECK(call.problem().targets == 1, "target has shape ", target.sizes(), ": expected [",
+              call.problem().tokens, "], one class index per token");
   call.allocate_statistics(statistics);
   const bool in_forward = gradient_in_forward(options.reduction, call.problem().dtype);
   if (!in_forward) call.check_backward_budget();
@@ -71,6 +73,8 @@ Gradients backward(const at::Tensor& grad_loss, const at::Tensor& lse, const at:
                                         logit_scale, z_loss, input_grad, weight_grad, bias_grad,
                                         memory_budget, chunk_size, accumulation, skip_mass);
   Call call(D::get(), input, weight, target, bias, class_weight, token_weight, num_items, options);
+  TORCH_CHECK(call.problem().targets == 1, "target has shape ", target.sizes(), ": expected [",
+              call.problem().tokens, "], one class index per token");
   call.use_statistics(lse, grad_loss);
   call.allocate_gradients(true);
   call.run(true);

@@ -27,6 +27,18 @@ inline void define_operators(torch::Library& m) {
       "float z_loss, bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, "
       "SymInt chunk_size, str grad_accumulation, float skip_mass) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "linear_token_statistics_forward(Tensor input, Tensor linear_weight, Tensor? target, "
+      "Tensor? linear_bias, int ignore_index, float softcap, float logit_scale, bool skip_ignored, "
+      "bool entropy, bool argmax, int top_k, bool input_grad, bool weight_grad, bool bias_grad, "
+      "SymInt memory_budget, SymInt chunk_size) -> (Tensor logprob, Tensor lse, Tensor entropy, "
+      "Tensor max_logit, Tensor argmax, Tensor top_logprobs, Tensor top_ids)");
+  m.def(
+      "linear_token_statistics_backward(Tensor? grad_logprob, Tensor? grad_lse, Tensor? "
+      "grad_entropy, Tensor lse, Tensor entropy, Tensor input, Tensor linear_weight, Tensor? "
+      "target, Tensor? linear_bias, int ignore_index, float softcap, float logit_scale, "
+      "bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, SymInt chunk_size) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("scale_gradient(Tensor gradient, Tensor scale) -> Tensor");
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

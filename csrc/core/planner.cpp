@@ -321,7 +321,8 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
 
   Cursor cursor;
   WorkspaceLayout at;
-  at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
+  const int64_t arrays = kTokenArrays - 2 + 2 * std::max<int64_t>(1, r.targets);
+  at.token_arrays = cursor.take(arrays * 8 * r.tokens);
   at.class_arrays = cursor.take(2 * r.vocab * sum_bytes);
   at.thread_scratch = cursor.take(r.threads * thread_scratch_bytes(r, plan));
 

@@ -51,7 +51,8 @@ struct PlanRequest {
   bool grad_weight = false;
   bool grad_bias = false;
   bool statistics_known = false;  // the backward op: lse is an input
-  int partials = 2;  // per-tile partial sums: max, sum [, smoothing] [, entropy, argmax]
+  int partials = 2;     // per-tile partial sums: max, sum [, smoothing] [, entropy, argmax]
+  int64_t targets = 1;  // class indices per token
   int threads = 1;
   int64_t memory_budget = -1;  // bytes; -1: none given
   int64_t chunk_size = 0;      // tokens; 0: the planner's choice
@@ -85,7 +86,8 @@ struct Plan {
 /// What a step needs only while it runs is grouped by step. Under token chunks the steps follow one
 /// another and share memory; under vocab slices they alternate and each has its own.
 struct WorkspaceLayout {
-  int64_t token_arrays = 0;    // kTokenArrays arrays of 8-byte numbers [N]
+  int64_t token_arrays =
+      0;  // kTokenArrays arrays of 8-byte numbers [N], of which two are [N, targets]
   int64_t class_arrays = 0;    // class weights and sum of the bias gradient, [2, V]
   int64_t thread_scratch = 0;  // [threads, thread_scratch_bytes()]
   int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)

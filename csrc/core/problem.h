@@ -22,6 +22,31 @@ namespace memeff {
 
 enum class Reduction { kNone, kSum, kMean };
 
+/// Numbers per token from which a caller builds a loss of its own, and their upstream gradients:
+///
+///   dz[v] = p_v (grad_lse - sum_k grad_logprob_k - grad_entropy (log p_v + entropy))
+///           + sum_k grad_logprob_k [v == target_k]
+///
+/// with p the softmax. Null outputs are not wanted, null gradients are zero. Other floating outputs are
+/// fp32, or fp64 when the problem is.
+struct TokenStatistics {
+  bool skip_ignored = false;  // leave out tokens without a target: all their statistics are 0
+
+  void* logprob = nullptr;  // [N, K] log p of each target; 0 where it is ignore_index
+  double* entropy =
+      nullptr;  // [N] -sum_v p_v log p_v; read by the backward pass for grad_entropy. fp64
+                // as lse: its rounding would be an error that all classes share
+  void* max_logit = nullptr;     // [N]
+  int64_t* argmax = nullptr;     // [N]
+  int64_t top = 0;               // the `top` most probable classes, largest first
+  void* top_logprobs = nullptr;  // [N, top]
+  int64_t* top_ids = nullptr;    // [N, top]
+
+  const double* grad_logprob = nullptr;  // [N, K]
+  const double* grad_lse = nullptr;      // [N]
+  const double* grad_entropy = nullptr;  // [N]
+};
+
 struct Problem {
   int64_t tokens = 0;    // N
   int64_t features = 0;  // D
@@ -34,8 +59,9 @@ struct Problem {
   int64_t weight_stride = 0;
   const void* bias = nullptr;  // [V] or null
 
-  // Exactly one of the two targets is set.
-  const int64_t* target = nullptr;  // [N] class indices, ignore_index where the token is left out
+  // Exactly one of the two targets is set; none or one with token statistics.
+  const int64_t* target = nullptr;      // [N, K] class indices, ignore_index for none
+  int64_t targets = 1;                  // K; 1 for a loss
   const void* probabilities = nullptr;  // [N, V] class probabilities
   DType probabilities_dtype = DType::kFloat32;
   int64_t probabilities_token_stride = 0;
@@ -54,6 +80,9 @@ struct Problem {
       nullptr;  // [1]: denominator of the mean, in place of the counts; or null
   // Gradients may leave out parts of the softmax that sum to less than this per token; 0: exact.
   double skip_mass = 0.0;
+
+  // Statistics in place of a loss. loss, reduction, weights and what else only a loss has are unused.
+  const TokenStatistics* token_statistics = nullptr;
 
   bool statistics = false;  // also loss, target logit, entropy, max, argmax of every token
 

@@ -125,8 +125,8 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
   tile.exponentials_stride = block == nullptr ? 0 : block->stride;
   tile.scratch = scratch;
   kernels_.score_tile(tile);
-  for_each_target(classes, strip, [&](int64_t row, int64_t i) {
-    target_logit_[strip.begin + i] = scratch[row * kTileStride + i];
+  for_each_target(classes, strip, [&](int64_t row, int64_t i, int64_t k) {
+    *target_logit(strip.begin + i, k) = scratch[row * kTileStride + i];
   });
   if (block == nullptr) return;
   std::copy_n(tile.partials.maximum, strip.size(), static_cast<float*>(block->maxima));
@@ -161,6 +161,7 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
   tile.maxima = static_cast<const float*>(block.maxima);
   tile.shift = values.shift.data() + column;
   tile.scale_p = values.scale_p.data() + column;
+  tile.scale_entropy = has_entropy_gradient() ? values.scale_entropy.data() + column : nullptr;
   tile.scale_w = problem_.label_smoothing > 0 ? values.scale_w.data() + column : nullptr;
   tile.class_weight = class_weight(classes.begin);
   tile.factors = factors;
@@ -168,10 +169,10 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
   // Targets get their exact value afterwards; until then their exponential counts as 0, so that the sum
   // of the bias gradient needs no difference of large numbers.
   for_each_target(classes, tokens,
-                  [&](int64_t row, int64_t i) { tile.data[row * tile.stride + i] = 0; });
+                  [&](int64_t row, int64_t i, int64_t) { tile.data[row * tile.stride + i] = 0; });
   kernels_.gradient_tile(tile);
-  for_each_target(classes, tokens, [&](int64_t row, int64_t i) {
-    const float exact = static_cast<float>(target_gradient(tokens.begin + i));
+  for_each_target(classes, tokens, [&](int64_t row, int64_t i, int64_t k) {
+    const float exact = static_cast<float>(target_gradient(tokens.begin + i, k));
     tile.data[row * tile.stride + i] = bf16_bits(exact);
     if (tile.bias_sum == nullptr) return;
     float so_far = 0;

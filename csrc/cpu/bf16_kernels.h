@@ -54,9 +54,11 @@ struct GradientTile {
   const float* maxima;  // [tokens], of the tile
   const float* shift;   // [tokens], padded to whole panels like the next two
   const float* scale_p;
+  // Or null; not with a soft cap, whose derivative is in the exponentials.
+  const float* scale_entropy = nullptr;
   const float* scale_w;       // or null
   const float* class_weight;  // [classes] or null
-  float* factors;             // scratch [tokens, padded]
+  float* factors;             // scratch [2, tokens], padded
   float* bias_sum;            // [classes] or null
 };
 

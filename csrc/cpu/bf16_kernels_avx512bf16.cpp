@@ -251,10 +251,19 @@ void score_tile(const ScoreTile& tile) {
 }
 
 void gradient_tile(const GradientTile& tile) {
+  float* log_factors = tile.factors + (tile.tokens + kPanel - 1) / kPanel * kPanel;
   for (int64_t t = 0; t < tile.tokens; t += 16) {
     const int64_t count = smaller(16, tile.tokens - t);
     const Vec<float> shift = load_strip(tile.maxima + t, count) - load_vector(tile.shift + t);
-    store_vector(tile.factors + t, exp_vector<float>(shift) * load_vector(tile.scale_p + t));
+    const Vec<float> ratio = exp_vector<float>(shift);
+    Vec<float> factor = load_vector(tile.scale_p + t);
+    if (tile.scale_entropy != nullptr) {
+      // log p = log e + shift: p (P + B log p) = e (ratio (P + B shift) + ratio B log e)
+      const Vec<float> entropy = load_vector(tile.scale_entropy + t);
+      factor += ratio > 0 ? entropy * shift : Vec<float>{};
+      store_vector(log_factors + t, ratio * entropy);
+    }
+    store_vector(tile.factors + t, ratio * factor);
   }
   for (int64_t v = 0; v < tile.classes; ++v) {
     uint16_t* row = tile.data + v * tile.stride;
@@ -263,7 +272,13 @@ void gradient_tile(const GradientTile& tile) {
     for (int64_t t = 0; t < tile.tokens; t += 16) {
       const __mmask16 mask = static_cast<__mmask16>(lane_mask(smaller(16, tile.tokens - t)));
       const __m512 e = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + t));
-      __m512 gradient = _mm512_mul_ps(e, _mm512_loadu_ps(tile.factors + t));
+      __m512 factor = _mm512_loadu_ps(tile.factors + t);
+      if (tile.scale_entropy != nullptr) {
+        const __mmask16 positive = _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_GT_OQ);
+        const __m512 log_e = (__m512)log_vector((Vec<float>)e);
+        factor = _mm512_mask3_fmadd_ps(log_e, _mm512_loadu_ps(log_factors + t), factor, positive);
+      }
+      __m512 gradient = _mm512_mul_ps(e, factor);
       if (tile.scale_w != nullptr) {
         gradient = _mm512_fnmadd_ps(_mm512_loadu_ps(tile.scale_w + t), w, gradient);
       }

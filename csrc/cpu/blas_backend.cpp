@@ -109,6 +109,7 @@ void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBloc
                     {t, std::min(t + columns, tokens.size())}, statistics);
       }
     });
+    if (statistics && this->wants_top()) this->update_top(z, stride, slice, tokens);
   }
 }
 
@@ -138,8 +139,8 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
     if (statistics) probability_partials(part, stride, classes, range, columns.begin);
     return;
   }
-  this->for_each_target(classes, range, [&](int64_t row, int64_t i) {
-    this->target_logit_[range.begin + i] = part[row * stride + i];
+  this->for_each_target(classes, range, [&](int64_t row, int64_t i, int64_t k) {
+    *this->target_logit(range.begin + i, k) = part[row * stride + i];
   });
 }
 
@@ -191,6 +192,10 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
       transform.softcap = static_cast<T>(p.softcap);
       transform.shift = coefficients.shift.data();
       transform.scale_p = coefficients.scale_p.data();
+      if (this->has_entropy_gradient()) {
+        transform.scale_p_rest = coefficients.scale_p_rest.data();
+        transform.scale_entropy = coefficients.scale_entropy.data();
+      }
       transform.scale_w = p.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
       transform.class_weight = this->class_weight(rows.begin);
       if (p.probabilities != nullptr) {
@@ -216,8 +221,8 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
           }
         }
       } else {
-        this->for_each_target(rows, tokens, [&](int64_t row, int64_t i) {
-          part[row * block.stride + i] = static_cast<T>(this->target_gradient(tokens.begin + i));
+        this->for_each_target(rows, tokens, [&](int64_t row, int64_t i, int64_t k) {
+          part[row * block.stride + i] = static_cast<T>(this->target_gradient(tokens.begin + i, k));
         });
       }
       if (bias_sum != nullptr) {

@@ -32,15 +32,19 @@ struct ScoreTransform {
   const T* class_weight = nullptr;  // of the tile's classes
 };
 
-/// dlogits = scale_p * exp(z - shift) - scale_w * w, times the derivative of the soft cap. The shift is
-/// lse rounded to T, and scale_p makes up for the rounding.
+/// dlogits = exp(z - shift) * (scale_p + scale_entropy * (z - shift)) - scale_w * w, times the derivative
+/// of the soft cap. The shift is lse rounded to T, and the scales make up for the rounding.
 template <class T>
 struct GradientTransform {
   T softcap = 0;
-  const T* shift = nullptr;         // [tokens]
-  const T* scale_p = nullptr;       // [tokens]
-  const T* scale_w = nullptr;       // [tokens] or null
-  const T* class_weight = nullptr;  // of the tile's classes, or null
+  const T* shift = nullptr;    // [tokens]
+  const T* scale_p = nullptr;  // [tokens]
+  // With scale_entropy scale_p cancels most of its term. What rounding has taken from scale_p would be an
+  // error that all classes share: it is added in the end.
+  const T* scale_p_rest = nullptr;   // [tokens]
+  const T* scale_entropy = nullptr;  // [tokens] or null
+  const T* scale_w = nullptr;        // [tokens] or null
+  const T* class_weight = nullptr;   // of the tile's classes, or null
 };
 
 template <class T>

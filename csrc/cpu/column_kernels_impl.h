@@ -57,14 +57,23 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
   }
   // Relative to a finite number, so that a tile of -inf scores has sum 0 and not NaN.
   const Vec<T> origin = maximum == -infinity ? Vec<T>{} : maximum;
+  // Sums of sums of 16: their rounding would be an error of lse and entropy, which all classes share.
+  constexpr int64_t kTerms = 16;
   Vec<T> sum = {};
   Vec<T> weighted = {};
-  for (int64_t v = 0; v < classes; ++v) {
-    const Vec<T> score = load_strip(z + v * stride, count);
-    const Vec<T> e = exp_vector<T>(score - origin);
-    sum += e;
-    if (partials.weighted != nullptr) weighted += e > 0 ? e * (score - origin) : Vec<T>{};
-    finished(v, score, e);
+  for (int64_t first = 0; first < classes; first += kTerms) {
+    const int64_t end = classes - first < kTerms ? classes : first + kTerms;
+    Vec<T> part = {};
+    Vec<T> weighted_part = {};
+    for (int64_t v = first; v < end; ++v) {
+      const Vec<T> score = load_strip(z + v * stride, count);
+      const Vec<T> e = exp_vector<T>(score - origin);
+      part += e;
+      if (partials.weighted != nullptr) weighted_part += e > 0 ? e * (score - origin) : Vec<T>{};
+      finished(v, score, e);
+    }
+    sum += part;
+    weighted += weighted_part;
   }
   store_strip(partials.maximum + at, maximum, count);
   if (partials.sum != nullptr) store_strip(partials.sum + at, sum, count);
@@ -101,8 +110,15 @@ void to_gradient(T* z, int64_t stride, int64_t classes, int64_t tokens,
       const int64_t count = tokens - t < kLanes<T> ? tokens - t : kLanes<T>;
       T* at = z + v * stride + t;
       const Vec<T> score = load_strip(at, count);
-      const Vec<T> p = exp_vector<T>(score - load_strip(transform.shift + t, count));
+      const Vec<T> log_p = score - load_strip(transform.shift + t, count);
+      const Vec<T> p = exp_vector<T>(log_p);
       Vec<T> gradient = load_strip(transform.scale_p + t, count) * p;
+      if (transform.scale_entropy != nullptr) {
+        const Vec<T> factor = load_strip(transform.scale_p + t, count) +
+                              load_strip(transform.scale_entropy + t, count) * log_p +
+                              load_strip(transform.scale_p_rest + t, count);
+        gradient = p > 0 ? p * factor : p;  // p log p is 0 where p is, also for a score of -inf
+      }
       if (transform.scale_w != nullptr) gradient -= load_strip(transform.scale_w + t, count) * w;
       if (inverse_cap > 0) {
         const Vec<T> ratio = score * inverse_cap;

@@ -56,19 +56,31 @@ void update_compact_row(const T* sums, T scale, int64_t columns, WeightUpdate up
 
 }  // namespace
 
+bool wants_entropy(const Problem& p) {
+  const TokenStatistics* s = p.token_statistics;
+  return p.statistics || (s != nullptr && s->entropy != nullptr && s->grad_entropy == nullptr);
+}
+
+bool wants_argmax(const Problem& p) {
+  return p.statistics || (p.token_statistics != nullptr && p.token_statistics->argmax != nullptr);
+}
+
 template <class T>
 CpuBackend<T>::CpuBackend(const CpuContext& context)
     : context_(context),
       problem_(*context.problem),
+      statistics_(problem_.token_statistics),
       plan_(*context.plan),
       layout_(layout_workspace(*context.request, *context.plan)),
       tiles_(ceil_div(problem_.vocab, kTileVocab)) {
   int64_t next = layout_.token_arrays;
-  const auto take = [&](auto** array) {
+  const auto take = [&](auto** array, int64_t per_token = 1) {
     *array = at<std::remove_pointer_t<std::remove_pointer_t<decltype(array)>>>(next);
-    next += problem_.tokens * 8;
+    next += problem_.tokens * per_token * 8;
   };
-  take(&rows_), take(&target_), take(&lse_), take(&target_logit_), take(&target_plain_);
+  const int64_t targets = std::max<int64_t>(1, problem_.targets);
+  take(&rows_), take(&target_, targets), take(&lse_), take(&target_logit_, targets);
+  take(&target_plain_), take(&scale_entropy_);
   take(&target_mass_), take(&smooth_), take(&entropy_), take(&maximum_), take(&argmax_);
   take(&scale_p_), take(&scale_target_), take(&scale_w_);
 
@@ -91,7 +103,7 @@ CpuBackend<T>::CpuBackend(const CpuContext& context)
     partial_offset_[which] = want ? used++ : -1;
   };
   wanted(kMaximum, true), wanted(kSum, true), wanted(kSmooth, wants_smoothing(problem_));
-  wanted(kWeighted, problem_.statistics), wanted(kArgmax, problem_.statistics);
+  wanted(kWeighted, wants_entropy(problem_)), wanted(kArgmax, wants_argmax(problem_));
   const bool soft = problem_.probabilities != nullptr;
   wanted(kTargetDot, soft), wanted(kTargetMass, soft), wanted(kTargetPlain, soft);
   sums_of_all_tokens_ = plan_.kind == PlanKind::kVocabSlices && !plan_.separate_sweeps &&
@@ -100,14 +112,50 @@ CpuBackend<T>::CpuBackend(const CpuContext& context)
 
 template <class T>
 bool CpuBackend<T>::is_ignored(int64_t token) const {
-  return problem_.target != nullptr && target_[token] < 0;
+  return statistics_ == nullptr && problem_.target != nullptr && target_[token] < 0;
+}
+
+template <class T>
+bool CpuBackend<T>::takes_part(int64_t n) const {
+  // Backward: tokens with an upstream gradient. Forward: all, or those with a target.
+  const TokenStatistics& s = *statistics_;
+  const bool backward = context_.request->statistics_known;
+  if (!backward && !s.skip_ignored) return true;
+  if (backward && s.grad_lse != nullptr && s.grad_lse[n] != 0) return true;
+  if (backward && s.grad_entropy != nullptr && s.grad_entropy[n] != 0) return true;
+  for (int64_t k = 0; k < problem_.targets; ++k) {
+    const int64_t at = n * problem_.targets + k;
+    const bool wanted = !backward || (s.grad_logprob != nullptr && s.grad_logprob[at] != 0);
+    if (wanted && problem_.target[at] != problem_.ignore_index) return true;
+  }
+  return false;
+}
+
+template <class T>
+void CpuBackend<T>::list_token(int64_t n) {
+  rows_[count_] = n;
+  int64_t* classes = target_ + count_ * problem_.targets;
+  for (int64_t k = 0; k < problem_.targets; ++k) {
+    const int64_t y = problem_.target == nullptr ? problem_.ignore_index
+                                                 : problem_.target[n * problem_.targets + k];
+    const bool seen = std::find(classes, classes + k, y) != classes + k;
+    classes[k] = problem_.target == nullptr || y == problem_.ignore_index || seen ? -1 : y;
+  }
+  ++count_;
 }
 
 template <class T>
 int64_t CpuBackend<T>::select_tokens() {
+  count_ = 0;
+  if (statistics_ != nullptr) {
+    for (int64_t n = 0; n < problem_.tokens; ++n) {
+      if (takes_part(n)) list_token(n);
+    }
+    if (is_16_bit(problem_.dtype)) output_scale_ = problem_.logit_scale;
+    return count_;
+  }
   double weight = 0;
   int64_t counted = 0;
-  count_ = 0;
   for (int64_t n = 0; n < problem_.tokens; ++n) {
     const bool ignored = problem_.target != nullptr && problem_.target[n] == problem_.ignore_index;
     if (!ignored) {
@@ -119,9 +167,7 @@ int64_t CpuBackend<T>::select_tokens() {
       }
     }
     if (ignored && !problem_.statistics) continue;
-    rows_[count_] = n;
-    target_[count_] = ignored || problem_.target == nullptr ? -1 : problem_.target[n];
-    ++count_;
+    list_token(n);
   }
   if (problem_.reduction == Reduction::kMean) {
     const double* num_items = problem_.num_items;
@@ -216,6 +262,7 @@ void CpuBackend<T>::restore_statistics() {
   parallel_for(count_, kTokenGrain, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
       lse_[token] = problem_.lse[rows_[token]];
+      if (has_entropy_gradient()) entropy_[token] = statistics_->entropy[rows_[token]];
       if (problem_.probabilities != nullptr) {
         double mass = 0;
         for (int64_t v = 0; v < problem_.vocab; ++v) {
@@ -232,7 +279,29 @@ void CpuBackend<T>::restore_statistics() {
 }
 
 template <class T>
+void CpuBackend<T>::set_statistics_coefficients(int64_t token) {
+  const TokenStatistics& s = *statistics_;
+  const int64_t n = rows_[token];
+  const double scale = is_16_bit(problem_.dtype) ? 1 : problem_.logit_scale;
+  double p = s.grad_lse != nullptr ? s.grad_lse[n] : 0;
+  for (int64_t k = 0; s.grad_logprob != nullptr && k < problem_.targets; ++k) {
+    const int64_t at = n * problem_.targets + k;
+    if (problem_.target[at] != problem_.ignore_index) p -= s.grad_logprob[at];
+  }
+  const double entropy = s.grad_entropy != nullptr ? s.grad_entropy[n] : 0;
+  if (entropy != 0) p -= entropy * entropy_[token];
+  scale_p_[token] = scale * p;
+  scale_entropy_[token] = -scale * entropy;
+  scale_target_[token] = scale_w_[token] = 0;
+}
+
+template <class T>
 void CpuBackend<T>::set_coefficients(int64_t token) {
+  if (statistics_ != nullptr) {
+    if (context_.request->statistics_known) set_statistics_coefficients(token);
+    return;
+  }
+  scale_entropy_[token] = 0;
   if (is_ignored(token)) {
     scale_p_[token] = scale_target_[token] = scale_w_[token] = 0;
     target_mass_[token] = target_logit_[token] = target_plain_[token] = 0;
@@ -281,7 +350,64 @@ double CpuBackend<T>::token_loss(int64_t token, double* z_term) const {
 }
 
 template <class T>
+void CpuBackend<T>::write_token_statistics() {
+  const TokenStatistics& s = *statistics_;
+  const int64_t n = problem_.tokens, targets = problem_.targets;
+  T* logprob = static_cast<T*>(s.logprob);
+  T* max_logit = static_cast<T*>(s.max_logit);
+  T* top = static_cast<T*>(s.top_logprobs);
+  std::fill_n(problem_.lse, n, 0.0);
+  if (logprob != nullptr) std::fill_n(logprob, n * targets, T{0});
+  if (s.entropy != nullptr) std::fill_n(s.entropy, n, 0.0);
+  if (max_logit != nullptr) std::fill_n(max_logit, n, T{0});
+  if (s.argmax != nullptr) std::fill_n(s.argmax, n, 0);
+  for (int64_t token = 0; token < count_; ++token) {
+    const int64_t row = rows_[token];
+    problem_.lse[row] = lse_[token];
+    if (s.entropy != nullptr) s.entropy[row] = entropy_[token];
+    if (max_logit != nullptr) max_logit[row] = static_cast<T>(maximum_[token]);
+    if (s.argmax != nullptr) s.argmax[row] = argmax_[token];
+    for (int64_t k = 0; logprob != nullptr && k < targets; ++k) {
+      const int64_t y = problem_.target[row * targets + k];
+      if (y == problem_.ignore_index) continue;
+      const int64_t* classes = target_ + token * targets;
+      const int64_t first = std::find(classes, classes + k, y) - classes;
+      logprob[row * targets + k] = static_cast<T>(*target_logit(token, first) - lse_[token]);
+    }
+    for (int64_t j = 0; j < s.top; ++j) {
+      top[row * s.top + j] = static_cast<T>(top[row * s.top + j] - lse_[token]);
+    }
+  }
+}
+
+template <class T>
+void CpuBackend<T>::update_top(const T* z, int64_t stride, Range classes, Range tokens) {
+  const int64_t top = statistics_->top;
+  parallel_for(tokens.size(), kTokenGrain, [&](int64_t begin, int64_t end, int) {
+    const auto update = [&](int64_t i, int64_t id, T score) {
+      const int64_t row = rows_[tokens.begin + i];
+      T* scores = static_cast<T*>(statistics_->top_logprobs) + row * top;
+      int64_t* ids = statistics_->top_ids + row * top;
+      // The first classes fill the list. Equal scores stay in the order of their classes.
+      int64_t place = std::min(id, top - 1);
+      if (id >= top && !(score > scores[place])) return;
+      while (place > 0 && score > scores[place - 1]) {
+        scores[place] = scores[place - 1];
+        ids[place] = ids[place - 1];
+        --place;
+      }
+      scores[place] = score;
+      ids[place] = id;
+    };
+    for (int64_t v = 0; v < classes.size(); ++v) {
+      for (int64_t i = begin; i < end; ++i) update(i, classes.begin + v, z[v * stride + i]);
+    }
+  });
+}
+
+template <class T>
 void CpuBackend<T>::write_loss() {
+  if (statistics_ != nullptr) return write_token_statistics();
   const DType dtype = accumulation_dtype(problem_.dtype);
   const int64_t n = problem_.tokens;
   T* statistics = static_cast<T*>(problem_.statistics_out);
@@ -316,8 +442,9 @@ const typename CpuBackend<T>::Coefficients& CpuBackend<T>::coefficients(Range to
   if (cached_.begin == tokens.begin && cached_.end == tokens.end) return coefficients_;
   const auto size = static_cast<size_t>(tokens.size());
   const auto padded = static_cast<size_t>(round_up(tokens.size(), kPanel));
-  for (auto* values : {&coefficients_.shift, &coefficients_.scale_p, &coefficients_.scale_target,
-                       &coefficients_.scale_w}) {
+  for (auto* values :
+       {&coefficients_.shift, &coefficients_.scale_p, &coefficients_.scale_p_rest,
+        &coefficients_.scale_entropy, &coefficients_.scale_target, &coefficients_.scale_w}) {
     values->assign(padded, T{0});
   }
   for (size_t i = 0; i < size; ++i) {
@@ -326,7 +453,19 @@ const typename CpuBackend<T>::Coefficients& CpuBackend<T>::coefficients(Range to
     const double rounding =
         std::isfinite(lse_[token]) ? std::exp(static_cast<double>(shift) - lse_[token]) : 1;
     coefficients_.shift[i] = shift;
-    coefficients_.scale_p[i] = static_cast<T>(scale_p_[token] * rounding);
+    double scale_p = scale_p_[token] * rounding;
+    const double entropy = scale_entropy_[token];
+    coefficients_.scale_entropy[i] = static_cast<T>(entropy * rounding);
+    if (entropy != 0) {
+      // scale_p contains entropy * entropy_; with the rounded coefficient instead, the two terms keep
+      // cancelling. log p is z - shift here, not z - lse.
+      const double rounded = coefficients_.scale_entropy[i];
+      scale_p += rounded * (entropy_[token] + static_cast<double>(shift) - lse_[token]) -
+                 rounding * entropy * entropy_[token];
+    }
+    coefficients_.scale_p[i] = static_cast<T>(scale_p);
+    coefficients_.scale_p_rest[i] =
+        static_cast<T>(scale_p - static_cast<double>(coefficients_.scale_p[i]));
     coefficients_.scale_target[i] = static_cast<T>(scale_target_[token]);
     coefficients_.scale_w[i] = static_cast<T>(scale_w_[token]);
   }
@@ -335,11 +474,24 @@ const typename CpuBackend<T>::Coefficients& CpuBackend<T>::coefficients(Range to
 }
 
 template <class T>
-double CpuBackend<T>::target_gradient(int64_t token) const {
-  const double t = target_logit_[token];
-  double gradient =
-      scale_p_[token] * std::exp(t - lse_[token]) - scale_target_[token] * target_mass_[token] -
-      scale_w_[token] * (class_weight_ != nullptr ? class_weight_[target_[token]] : 1);
+double CpuBackend<T>::target_gradient(int64_t token, int64_t k) const {
+  const double t = *target_logit(token, k);
+  const double p = std::exp(t - lse_[token]);
+  double gradient = scale_p_[token] * p;
+  if (statistics_ != nullptr) {
+    if (p > 0) gradient += scale_entropy_[token] * p * (t - lse_[token]);
+    // All targets of this class: for_each_target sees the first of them only.
+    const int64_t targets = problem_.targets, at = rows_[token] * targets;
+    double sum = 0;
+    for (int64_t j = k; statistics_->grad_logprob != nullptr && j < targets; ++j) {
+      if (problem_.target[at + j] == problem_.target[at + k])
+        sum += statistics_->grad_logprob[at + j];
+    }
+    gradient += is_16_bit(problem_.dtype) ? sum : sum * problem_.logit_scale;
+  } else {
+    gradient -= scale_target_[token] * target_mass_[token] +
+                scale_w_[token] * (class_weight_ != nullptr ? class_weight_[target_[token]] : 1);
+  }
   if (problem_.softcap > 0) gradient *= 1 - (t / problem_.softcap) * (t / problem_.softcap);
   return gradient;
 }

@@ -26,6 +26,10 @@ struct CpuContext {
   char* workspace;  // layout_workspace(request, plan).total bytes
 };
 
+/// Which partial sums beside maximum and sum a caller's statistics need.
+bool wants_entropy(const Problem& problem);
+bool wants_argmax(const Problem& problem);
+
 template <class T>
 class CpuBackend : public Backend {
  public:
@@ -58,25 +62,38 @@ class CpuBackend : public Backend {
   T* partial(Partial which, int64_t tile) const;
   TilePartials<T> tile_partials(int64_t tile, int64_t token) const;
   /// Coefficients of a block's tokens as the kernels read them: dlogits before the target's term is
-  /// scale_p exp(z - shift) - scale_w w.
+  /// exp(z - shift) (scale_p + scale_entropy (z - shift)) - scale_w w.
   struct Coefficients {
-    std::vector<T> shift, scale_p, scale_target, scale_w;
+    std::vector<T> shift, scale_p, scale_p_rest, scale_entropy, scale_target, scale_w;
   };
   const Coefficients& coefficients(Range tokens);
   const Coefficients& current_coefficients() const { return coefficients_; }
   const T* class_weight(int64_t first_class) const {
     return class_weight_ == nullptr ? nullptr : class_weight_ + first_class;
   }
-  /// Value of the token's target gradient: exact where the softmax is close to 1.
-  double target_gradient(int64_t token) const;
+  /// Value of the gradient of the token's k-th target: exact where the softmax is close to 1.
+  double target_gradient(int64_t token, int64_t k) const;
+  double* target_logit(int64_t token, int64_t k) const {
+    return target_logit_ + token * problem_.targets + k;
+  }
+  bool has_entropy_gradient() const {
+    return statistics_ != nullptr && statistics_->grad_entropy != nullptr;
+  }
+  bool wants_top() const { return statistics_ != nullptr && statistics_->top > 0; }
+  /// Merges finished scores [classes, tokens] into the tokens' largest ones.
+  void update_top(const T* z, int64_t stride, Range classes, Range tokens);
   T* bias_sum() const { return bias_sum_; }
   bool contiguous_rows(Range tokens) const;
-  /// Calls body(row of the class, position of the token) for the targets that lie in `classes`.
+  /// Calls body(row of the class, position of the token, which of its targets) for the targets that lie
+  /// in `classes`; a class that is several targets of a token counts as the first of them.
   template <class Body>
   void for_each_target(Range classes, Range tokens, const Body& body) const {
+    const int64_t targets = problem_.targets;
     for (int64_t i = 0; i < tokens.size(); ++i) {
-      const int64_t y = target_[tokens.begin + i];
-      if (y >= classes.begin && y < classes.end) body(y - classes.begin, i);
+      for (int64_t k = 0; k < targets; ++k) {
+        const int64_t y = target_[(tokens.begin + i) * targets + k];
+        if (y >= classes.begin && y < classes.end) body(y - classes.begin, i, k);
+      }
     }
   }
 
@@ -94,6 +111,7 @@ class CpuBackend : public Backend {
 
   const CpuContext context_;
   const Problem& problem_;
+  const TokenStatistics* const statistics_;  // or null
   const Plan& plan_;
   const WorkspaceLayout layout_;
   int64_t tiles_;
@@ -101,22 +119,27 @@ class CpuBackend : public Backend {
   // Per processed token.
   int64_t count_ = 0;
   int64_t* rows_;    // row of the input
-  int64_t* target_;  // class index, -1: none (left out, or probabilities)
+  int64_t* target_;  // [targets] class indices, -1: none (left out, probabilities, seen before)
   double* lse_;
-  double* target_logit_;  // z_y, or sum_v w_v q_v z_v
+  double* target_logit_;  // [targets] z_y, or sum_v w_v q_v z_v
   double* target_plain_;  // z_y, or sum_v q_v z_v
   double* target_mass_;   // w_y, or sum_v w_v q_v
   double* smooth_;        // sum_v w_v z_v
   double* entropy_;
   double* maximum_;
   int64_t* argmax_;
-  double* scale_p_;       // coefficient of exp(z - lse) in dlogits
-  double* scale_target_;  // coefficient of the target
-  double* scale_w_;       // coefficient of the class weights
+  double* scale_p_;        // coefficient of p = exp(z - lse) in dlogits
+  double* scale_entropy_;  // coefficient of p log p
+  double* scale_target_;   // coefficient of the target
+  double* scale_w_;        // coefficient of the class weights
 
  private:
   bool is_ignored(int64_t token) const;
+  bool takes_part(int64_t n) const;
+  void list_token(int64_t n);
   void set_coefficients(int64_t token);
+  void set_statistics_coefficients(int64_t token);
+  void write_token_statistics();
   double token_loss(int64_t token, double* z_term) const;
   double upstream(int64_t token) const;
 

@@ -8,17 +8,22 @@ namespace memeff {
 namespace {
 
 bool uses_bf16_kernels(const Problem& problem) {
-  // With a soft cap and label smoothing together the gradient needs the score itself, which the bf16
-  // kernels do not keep; probability targets are read element by element anyway.
-  const bool needs_scores = problem.softcap > 0 && problem.label_smoothing > 0;
+  // With a soft cap, label smoothing and the gradient of the entropy need the score itself, which the bf16
+  // kernels do not keep; the largest scores are picked from whole slices, and probability targets are
+  // read element by element anyway.
+  const TokenStatistics* statistics = problem.token_statistics;
+  const bool entropy_gradient = statistics != nullptr && statistics->grad_entropy != nullptr;
+  const bool needs_scores =
+      problem.softcap > 0 && (problem.label_smoothing > 0 || entropy_gradient);
+  const bool top = statistics != nullptr && statistics->top > 0;
   return problem.dtype == DType::kBFloat16 && problem.probabilities == nullptr && !needs_scores &&
-         problem.features > 0 && cpu_features().avx512_bf16;
+         !top && problem.features > 0 && cpu_features().avx512_bf16;
 }
 
 /// Per-tile partial sums that the problem needs: see CpuBackend::Partial.
 int count_partials(const Problem& problem) {
-  return 2 + (problem.label_smoothing > 0 ? 1 : 0) + (problem.statistics ? 2 : 0) +
-         (problem.probabilities != nullptr ? 3 : 0);
+  return 2 + (problem.label_smoothing > 0 ? 1 : 0) + (wants_entropy(problem) ? 1 : 0) +
+         (wants_argmax(problem) ? 1 : 0) + (problem.probabilities != nullptr ? 3 : 0);
 }
 
 }  // namespace

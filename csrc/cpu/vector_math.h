@@ -1,4 +1,4 @@
-// exp and tanh on 64-byte vectors of float or double, in the compilers' vector extension: the same
+// exp, log and tanh on 64-byte vectors of float or double, in the compilers' vector extension: the same
 // source becomes AVX-512, AVX2 or plain code by the flags of the file that includes it.
 //
 // Everything is in an unnamed namespace on purpose. Those files are compiled for different instruction
@@ -88,6 +88,26 @@ inline Vec<T> exp_vector(Vec<T> x) {
   std::memcpy(&power, &exponent, sizeof power);
   const Vec<T> result = sum * power;
   return x < Traits::kLeast ? Vec<T>{} : result;
+}
+
+/// log x for positive normal x, absolute error below 2^-22 (1 + |log x|).
+inline Vec<float> log_vector(Vec<float> x) {
+  using Traits = VectorTraits<float>;
+  typename Traits::Int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  // x = 2^n m with m in [sqrt(1/2), sqrt(2)): the bits of sqrt(1/2) count as those of 1.
+  constexpr int32_t kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
+  const typename Traits::Int shifted = bits + (kOne - kSqrtHalf);
+  const typename Traits::Int n = (shifted >> Traits::kMantissaBits) - Traits::kExponentBias;
+  const typename Traits::Int mantissa = bits - (n << Traits::kMantissaBits);
+  Vec<float> m;
+  std::memcpy(&m, &mantissa, sizeof m);
+  // log m = 2 artanh s, s = (m - 1) / (m + 1), |s| < 0.172
+  const Vec<float> s = (m - 1.0f) / (m + 1.0f);
+  const Vec<float> q = s * s;
+  const Vec<float> artanh =
+      s * (1.0f + q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9)))));
+  return __builtin_convertvector(n, Vec<float>) * 0.693147181f + 2.0f * artanh;
 }
 
 /// tanh x with absolute error of a few units of the last place of 1.

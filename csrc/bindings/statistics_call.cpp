@@ -1,0 +1,108 @@
+#include "bindings/statistics_call.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+namespace memeff {
+namespace {
+
+Options as_options(const StatisticsOptions& o) {
+  Options options{};
+  options.reduction = Reduction::kNone;
+  options.ignore_index = o.ignore_index;
+  options.softcap = o.softcap;
+  options.logit_scale = o.logit_scale;
+  options.input_grad = o.input_grad;
+  options.weight_grad = o.weight_grad;
+  options.bias_grad = o.bias_grad;
+  options.memory_budget = o.memory_budget;
+  options.chunk_size = o.chunk_size;
+  options.accumulation = GradAccumulation::kAuto;
+  return options;
+}
+
+}  // namespace
+
+StatisticsCall::StatisticsCall(const Device& device, const at::Tensor& input,
+                               const at::Tensor& weight, const OptionalTensor& target,
+                               const OptionalTensor& bias, const StatisticsOptions& options)
+    : Call(device, input, weight, target.value_or(at::Tensor()), bias, {}, {}, {},
+           as_options(options)) {
+  TORCH_CHECK(problem_.probabilities == nullptr, "target has dtype ", target_.scalar_type(),
+              ": expected class indices");
+  problem_.token_statistics = &statistics_;
+}
+
+void StatisticsCall::allocate_outputs(bool skip_ignored, bool with_entropy, bool with_argmax,
+                                      int64_t top) {
+  const int64_t n = problem_.tokens;
+  TORCH_CHECK_VALUE(top >= 0 && top <= problem_.vocab, "top_k=", top,
+                    ": expected a number of classes in [0, ", problem_.vocab, "]");
+  const auto floating = input_.options().dtype(
+      accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const auto indices = input_.options().dtype(at::kLong);
+  statistics_.skip_ignored = skip_ignored;
+  lse = at::empty({n}, floating.dtype(at::kDouble));
+  problem_.lse = lse.mutable_data_ptr<double>();
+  logprob = at::empty({n, problem_.targets}, floating);
+  if (problem_.targets > 0) statistics_.logprob = logprob.mutable_data_ptr();
+  max_logit = at::empty({n}, floating);
+  statistics_.max_logit = max_logit.mutable_data_ptr();
+  entropy = at::empty({with_entropy ? n : 0}, floating.dtype(at::kDouble));
+  if (with_entropy) statistics_.entropy = entropy.mutable_data_ptr<double>();
+  argmax = at::empty({with_argmax ? n : 0}, indices);
+  if (with_argmax) statistics_.argmax = argmax.mutable_data_ptr<int64_t>();
+  // Zeros: tokens that take no part get none of them.
+  top_logprobs = at::zeros({n, top}, floating);
+  top_ids = at::zeros({n, top}, indices);
+  statistics_.top = top;
+  statistics_.top_logprobs = top_logprobs.mutable_data_ptr();
+  statistics_.top_ids = top_ids.mutable_data_ptr<int64_t>();
+}
+
+void StatisticsCall::use_gradients(const at::Tensor& known_lse, const at::Tensor& known_entropy,
+                                   const OptionalTensor& grad_logprob,
+                                   const OptionalTensor& grad_lse,
+                                   const OptionalTensor& grad_entropy) {
+  const int64_t n = problem_.tokens;
+  TORCH_CHECK(known_lse.dim() == 1 && known_lse.size(0) == n, "lse has shape ", known_lse.sizes(),
+              ": expected [", n, "]");
+  lse = known_lse.to(at::kDouble).contiguous();
+  problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
+  statistics_.grad_logprob =
+      gradient(grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
+  statistics_.grad_lse = gradient(grad_lse, {n}, "grad_lse", &grad_lse_);
+  statistics_.grad_entropy = gradient(grad_entropy, {n}, "grad_entropy", &grad_entropy_);
+  if (statistics_.grad_entropy == nullptr) return;
+  TORCH_CHECK(known_entropy.dim() == 1 && known_entropy.size(0) == n, "entropy has shape ",
+              known_entropy.sizes(), ": expected [", n, "]");
+  entropy = known_entropy.to(at::kDouble).contiguous();
+  statistics_.entropy = const_cast<double*>(entropy.const_data_ptr<double>());
+}
+
+void StatisticsCall::check_backward_budget() const {
+  if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
+  // The entropy's gradient may need more than the others'.
+  TokenStatistics later = statistics_;
+  if (later.entropy != nullptr) later.grad_entropy = problem_.lse;
+  later.argmax = nullptr;
+  later.top = 0;
+  Problem problem = problem_;
+  problem.token_statistics = &later;
+  PlanRequest request =
+      plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad);
+  Plan plan;
+  const std::string refusal = device_.make_plan(problem, &request, &plan);
+  TORCH_CHECK_VALUE(refusal.empty(), refusal);
+}
+
+const double* StatisticsCall::gradient(const OptionalTensor& tensor, at::IntArrayRef shape,
+                                       const char* name, at::Tensor* owner) const {
+  if (!tensor) return nullptr;
+  TORCH_CHECK(tensor->sizes() == shape, name, " has shape ", tensor->sizes(), ": expected ", shape);
+  *owner = tensor->to(at::kDouble).contiguous();
+  return owner->const_data_ptr<double>();
+}
+
+}  // namespace memeff

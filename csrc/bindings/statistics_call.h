@@ -1,0 +1,40 @@
+// A call of the token statistics operators: see Call, and TokenStatistics in core/problem.h.
+#pragma once
+
+#include "bindings/call.h"
+
+namespace memeff {
+
+/// The options of a call, as the schemas pass them.
+struct StatisticsOptions {
+  int64_t ignore_index;
+  double softcap, logit_scale;
+  bool input_grad, weight_grad, bias_grad;
+  int64_t memory_budget, chunk_size;
+};
+
+class StatisticsCall : public Call {
+ public:
+  StatisticsCall(const Device& device, const at::Tensor& input, const at::Tensor& weight,
+                 const OptionalTensor& target, const OptionalTensor& bias,
+                 const StatisticsOptions& options);
+
+  /// Outputs of the forward operator; those that are not wanted are empty.
+  void allocate_outputs(bool skip_ignored, bool entropy, bool argmax, int64_t top);
+  /// For the backward operator: what the forward one returned, and the upstream gradients.
+  void use_gradients(const at::Tensor& lse, const at::Tensor& entropy,
+                     const OptionalTensor& grad_logprob, const OptionalTensor& grad_lse,
+                     const OptionalTensor& grad_entropy);
+  void check_backward_budget() const;
+
+  at::Tensor logprob, entropy, max_logit, argmax, top_logprobs, top_ids;
+
+ private:
+  const double* gradient(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name,
+                         at::Tensor* owner) const;
+
+  TokenStatistics statistics_;
+  at::Tensor grad_logprob_, grad_lse_, grad_entropy_;
+};
+
+}  // namespace memeff

@@ -1,0 +1,102 @@
+"""Pieces of autograd that plain PyTorch functions of this package share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+class CapturedResult(Exception):
+    """A function depends on a differentiable result (no leaf) that was computed outside of it."""
+
+
+def first_derivatives_only(backward: Backward) -> Backward:
+    """Decorates the backward of an autograd.Function whose result would look like a constant to a
+    second derivative: with create_graph=True it raises an error."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "second derivatives (create_graph=True) of memeff's chunked functions are not "
+                "implemented"
+            )
+        return backward(ctx, *gradients)
+
+    return checked  # type: ignore[return-value]
+
+
+def is_last_backward() -> bool:
+    """Whether the saved tensors are freed after this backward: no retain_graph, and no tracing."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def captured_leaves(output: Tensor, own: Iterable[Tensor], before: int) -> list[Tensor]:
+    """Leaves that ``output`` depends on beside ``own``: parameters that a function closes over.
+
+    Nodes of the graph are numbered in the order of their creation; ``before`` is what
+    :func:`node_number` gave before the function ran.
+
+    Raises:
+        CapturedResult: it depends on a result computed before, whose graph is not ours to consume.
+    """
+    owned = {id(tensor) for tensor in own}
+    leaves: dict[int, Tensor] = {}
+    seen = set()
+    stack: list[Any] = [output.grad_fn if output.grad_fn is not None else _node_of(output)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            if id(node.variable) not in owned:
+                leaves[id(node.variable)] = node.variable
+        elif node._sequence_nr() < before:
+            raise CapturedResult(node.name())
+        else:
+            stack.extend(following for following, _ in node.next_functions)
+    return list(leaves.values())
+
+
+def node_number(device: torch.device) -> int:
+    """The number of a node of the autograd graph that is created now."""
+    with torch.enable_grad():
+        node: Any = torch.empty(0, device=device, requires_grad=True).clone().grad_fn
+    return node._sequence_nr()
+
+
+def _node_of(leaf: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+class ReadyGradients(torch.autograd.Function):
+    """A scalar whose gradients, for an upstream gradient of 1, have been computed with it.
+
+    ``ReadyGradients.apply(value, gradients, *inputs)``: one gradient (or None) per input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        if is_last_backward():
+            scaled = [None if g is None else g.mul_(grad) for g in gradients]
+        else:
+            scaled = [None if g is None else g * grad.to(g.dtype) for g in gradients]
+        return None, None, *scaled

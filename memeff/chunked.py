@@ -1,0 +1,419 @@
+"""``chunked_linear_apply``: any function of whole rows of logits, a chunk of tokens at a time.
+
+Nothing about the function is known or assumed: its derivatives come from autograd.
+
+Two modes:
+
+gradients in forward
+    For a function that returns a scalar per chunk, to be summed: each chunk's gradients are
+    computed while its logits are there, for an upstream gradient of 1; backward multiplies them.
+    Three matrix products' work.
+
+recompute
+    For anything. The forward pass keeps results only. They hang in an ordinary autograd graph whose
+    saved tensors are dropped and computed again, chunk by chunk, by torch.utils.checkpoint, so that
+    whatever the function closes over gets its gradient in the ordinary way. Four matrix products'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+from memeff import _arguments, _checks
+from memeff._gradients import (
+    CapturedResult,
+    ReadyGradients,
+    captured_leaves,
+    first_derivatives_only,
+    node_number,
+)
+from memeff._heads import Head, choose_chunk_size
+
+__all__ = ["chunked_linear_apply"]
+
+Results = Tensor | tuple[Tensor, ...]
+
+
+def chunked_linear_apply(
+    fn: Callable[..., Results],
+    input: Tensor,
+    linear_weight: Tensor,
+    *per_token_tensors: Tensor,
+    linear_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    memory_budget: int | str | None = None,
+    upcast: bool = True,
+    recompute: bool | None = None,
+) -> Results:
+    """Apply ``fn`` to ``input @ linear_weight.T + linear_bias`` without storing all the logits.
+
+    ``fn(logits, *chunks)`` gets the logits [c, V] of c tokens and the same c rows of each of
+    ``per_token_tensors``. The number c varies. It returns a tensor or a tuple of tensors, each
+
+    - per token, [c, ...]: the chunks are put together to [..., ...] in the order of the tokens, or
+    - a scalar: the chunks are added up. A mean over all tokens is a sum, divided afterwards.
+
+    Gradients flow to ``input``, ``linear_weight``, ``linear_bias``, ``per_token_tensors`` and to
+    every tensor that ``fn`` closes over, such as parameters. Autocast and the state of the random
+    number generators are the same when ``fn`` runs again (dropout).
+
+    Args:
+        fn: the function; it may be called more than once for the same tokens.
+        input: hidden states [..., D]; bfloat16, float16, float32 or float64.
+        linear_weight: [V, D], dtype of ``input``.
+        per_token_tensors: each [..., *any shape] with the leading dimensions of ``input``.
+        linear_bias: [V] or None.
+        chunk_size: tokens per chunk; the last chunk may be smaller.
+        memory_budget: instead of ``chunk_size``, bytes for the logits of a chunk and three results
+            of their size (the needs of ``fn`` are not known), as int or like "64MiB".
+        upcast: logits are float32 for 16-bit inputs, straight from float32 sums. Without it they
+            have the dtype of ``input``.
+        recompute: False computes gradients in the forward pass, which asks for one differentiable
+            result, a scalar; True computes each chunk again in the backward pass; None takes the
+            former where it is possible (and, beside float16, where an underflow is no danger). To
+            find that out ``fn`` runs on the first chunk, which recomputing then has to repeat.
+
+    Returns:
+        What ``fn`` returns, for all tokens.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument, or a result of ``fn``, of the wrong type
+            or shape.
+    """
+    _checks.check_tensor("input", input)
+    _checks.check_tensor("linear_weight", linear_weight)
+    if linear_bias is not None:
+        _checks.check_tensor("linear_bias", linear_bias)
+    for position, tensor in enumerate(per_token_tensors):
+        _checks.check_tensor(f"per_token_tensors[{position}]", tensor)
+    _check_shapes(input, linear_weight, linear_bias, per_token_tensors)
+    cast_to = _arguments.autocast_dtype(input.device)
+    if cast_to is not None:
+        input = _arguments.autocast_to(input, cast_to)
+        linear_weight = _arguments.autocast_to(linear_weight, cast_to)
+        linear_bias = None if linear_bias is None else _arguments.autocast_to(linear_bias, cast_to)
+    _checks.check_dtypes(input, linear_weight, linear_bias, None, None)
+    _checks.check_device(input.device, "linear_weight", linear_weight)
+    _checks.check_device(input.device, "linear_bias", linear_bias)
+
+    lead = input.shape[:-1]
+    rows = input.reshape(-1, input.shape[-1])
+    itemsize = max(4, input.element_size()) if upcast else input.element_size()
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError(
+            f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
+        )
+    size = choose_chunk_size(
+        len(rows),
+        len(linear_weight),
+        itemsize,
+        _arguments.parse_chunk_size(chunk_size, None),
+        _arguments.parse_memory_budget(memory_budget),
+    )
+    tensors = [t.reshape(len(rows), *t.shape[len(lead) :]) for t in per_token_tensors]
+    call = _Call(fn, rows, linear_weight, linear_bias, tensors, size, upcast)
+    # Compiled code breaks its graph here: what runs twice cannot be one graph of it.
+    results: list[Tensor] = torch.compiler.disable(call.run)(recompute)
+    shaped = [r if r.dim() == 0 else r.reshape(*lead, *r.shape[1:]) for r in results]
+    return tuple(shaped) if call.returns_tuple else shaped[0]
+
+
+def _check_shapes(
+    input: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]
+) -> None:
+    if input.dim() < 1 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise RuntimeError(
+            f"input has shape {tuple(input.shape)} and linear_weight {tuple(weight.shape)}, "
+            "expected [..., D] and [V, D]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"linear_bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
+        )
+    lead = input.shape[:-1]
+    for position, tensor in enumerate(tensors):
+        if tensor.shape[: len(lead)] != lead:
+            raise RuntimeError(
+                f"per_token_tensors[{position}] has shape {tuple(tensor.shape)}, expected one that "
+                f"begins with {tuple(lead)}, the leading dimensions of input"
+            )
+
+
+class _NotPossible(Exception):
+    """Gradients cannot be computed in the forward pass."""
+
+
+class _Call:
+    """One call: rows [N, D], and per-token tensors [N, ...]."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Results],
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tensors: list[Tensor],
+        chunk_size: int,
+        upcast: bool,
+    ) -> None:
+        self.fn = fn
+        self.rows, self.weight, self.bias, self.tensors = rows, weight, bias, tensors
+        tokens = len(rows)
+        self.bounds = [
+            (begin, min(begin + chunk_size, tokens)) for begin in range(0, tokens, chunk_size)
+        ] or [(0, 0)]  # no tokens: one empty chunk tells the shapes of the results
+        self.head = Head(weight, bias, upcast=upcast, chunks=len(self.bounds))
+        self.returns_tuple = False
+
+    def run(self, recompute: bool | None) -> list[Tensor]:
+        if not torch.is_grad_enabled():
+            return self._join(self.apply(self._logits(b), self._rows_of(b)) for b in self.bounds)
+        if recompute or (recompute is None and self.rows.dtype == torch.float16):
+            return self._recompute_later()
+        state = _RandomState(self.rows.device)
+        try:
+            return self._gradients_now()
+        except _NotPossible as reason:
+            if recompute is False:
+                raise RuntimeError(f"recompute is False, expected None or True: {reason}") from None
+        state.restore()
+        return self._recompute_later()
+
+    def apply(self, logits: Tensor, chunks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """fn on one chunk, its results checked."""
+        results = self.fn(logits, *chunks)
+        self.returns_tuple = isinstance(results, (tuple, list))
+        listed = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+        for result in listed:
+            if not isinstance(result, Tensor):
+                raise TypeError(
+                    f"fn returned {type(result).__name__}, expected a tensor or a tuple of tensors"
+                )
+            if result.dim() > 0 and len(result) != len(logits):
+                raise RuntimeError(
+                    f"fn returned shape {tuple(result.shape)} for a chunk of {len(logits)} tokens, "
+                    f"expected a scalar or [{len(logits)}, ...]"
+                )
+        return listed
+
+    def _logits(self, bounds: tuple[int, int]) -> Tensor:
+        return self.head.logits(self.rows.detach()[slice(*bounds)])
+
+    def _rows_of(self, bounds: tuple[int, int]) -> list[Tensor]:
+        return [tensor[slice(*bounds)] for tensor in self.tensors]
+
+    @staticmethod
+    def _join(chunks: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Results of all tokens: per-token ones put together, scalars summed."""
+        return [
+            torch.stack(parts).sum(0) if parts[0].dim() == 0 else torch.cat(parts)
+            for parts in zip(*chunks, strict=True)
+        ]
+
+    # Gradients in forward.
+
+    def _gradients_now(self) -> list[Tensor]:
+        sums = _Gradients(self.rows, self.tensors)
+        chunks: list[tuple[Tensor, ...]] = []
+        positions: set[int] = set()
+        for bounds in self.bounds:
+            results, position = self._differentiate_chunk(bounds, sums)
+            chunks.append(results)
+            if position is not None:
+                positions.add(position)
+        joined = self._join(iter(chunks))
+        for position in positions:  # one at most
+            pairs = [
+                (self.rows, sums.rows),
+                *zip((self.weight, self.bias), self.head.take_gradients(), strict=True),
+                *zip(self.tensors, sums.tensors, strict=True),
+                *sums.captured.items(),
+            ]
+            wanted = [(t, g) for t, g in pairs if t is not None and g is not None]
+            joined[position] = ReadyGradients.apply(
+                joined[position], [g for _, g in wanted], *(t for t, _ in wanted)
+            )
+        return joined
+
+    def _differentiate_chunk(
+        self, bounds: tuple[int, int], sums: _Gradients
+    ) -> tuple[tuple[Tensor, ...], int | None]:
+        """Results of one chunk and the position of the differentiable one; its gradients to sums.
+
+        A function of its own, so that the chunk's logits are freed before the next one's.
+        """
+        x_grad = self.rows.requires_grad
+        wants_logits = x_grad or self.head.weight_grad or self.head.bias_grad
+        logits = self._logits(bounds).requires_grad_(wants_logits)
+        leaves = [
+            part.detach().requires_grad_(part.requires_grad) for part in self._rows_of(bounds)
+        ]
+        number = node_number(logits.device)
+        results = self.apply(logits, leaves)
+        position = self._differentiable(results)
+        detached = tuple(result.detach() for result in results)
+        if position is None:
+            return detached, None
+        result = results[position]
+        del results
+        own = [t for t in (logits, *leaves) if t.requires_grad]
+        try:
+            captured = captured_leaves(result, own, number)
+        except CapturedResult as node:
+            raise _NotPossible(
+                f"fn closes over a result ({node}) of other differentiable computations"
+            ) from None
+        inputs = [*own, *captured]
+        gradients = dict(
+            zip(inputs, torch.autograd.grad(result, inputs, allow_unused=True), strict=True)
+        )
+        del result
+        sums.add(bounds, [gradients.get(leaf) for leaf in leaves])
+        sums.add_captured([(leaf, gradients[leaf]) for leaf in captured])
+        grad_logits = gradients.get(logits)
+        if grad_logits is not None:
+            hidden = self.rows.detach()[slice(*bounds)]
+            sums.add_rows(bounds, self.head.add_gradients(grad_logits, hidden, x_grad))
+        return detached, position
+
+    @staticmethod
+    def _differentiable(results: Sequence[Tensor]) -> int | None:
+        """Position of the one result that needs gradients, a scalar; None if there is none."""
+        positions = [i for i, result in enumerate(results) if result.requires_grad]
+        if len(positions) > 1:
+            raise _NotPossible(f"fn returns {len(positions)} differentiable results")
+        if positions and results[positions[0]].dim() > 0:
+            shape = tuple(results[positions[0]].shape)
+            raise _NotPossible(
+                f"the differentiable result of fn is no scalar, it has shape {shape}"
+            )
+        return positions[0] if positions else None
+
+    # Recompute.
+
+    def _recompute_later(self) -> list[Tensor]:
+        shared = _Shared(self.head, self.rows.detach(), self.rows.requires_grad)
+        token = _Operands.apply(shared, self.rows, self.weight, self.bias)
+        sizes = [end - begin for begin, end in self.bounds]
+        # One split per tensor: its backward puts the chunks' gradients together once.
+        parts = [tensor.split(sizes) for tensor in self.tensors]
+
+        def one_chunk(bounds: tuple[int, int], *chunks: Tensor) -> tuple[Tensor, ...]:
+            return self.apply(_ChunkLogits.apply(token, shared, *bounds), chunks)
+
+        return self._join(
+            checkpoint(one_chunk, bounds, *(part[i] for part in parts), use_reentrant=False)
+            for i, bounds in enumerate(self.bounds)
+        )
+
+
+class _Gradients:
+    """Gradients of everything but the head, as the chunks deliver them."""
+
+    def __init__(self, rows: Tensor, tensors: Sequence[Tensor]) -> None:
+        self.rows = torch.zeros_like(rows) if rows.requires_grad else None
+        self.tensors = [torch.zeros_like(t) if t.requires_grad else None for t in tensors]
+        self.captured: dict[Tensor, Tensor] = {}
+
+    def add_rows(self, bounds: tuple[int, int], gradient: Tensor | None) -> None:
+        if self.rows is not None and gradient is not None:
+            self.rows[slice(*bounds)] = gradient
+
+    def add(self, bounds: tuple[int, int], gradients: Sequence[Tensor | None]) -> None:
+        for whole, gradient in zip(self.tensors, gradients, strict=True):
+            if whole is not None and gradient is not None:
+                whole[slice(*bounds)] = gradient
+
+    def add_captured(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for leaf, gradient in gradients:
+            if gradient is not None:
+                before = self.captured.get(leaf)
+                self.captured[leaf] = gradient if before is None else before + gradient
+
+
+class _Shared:
+    """What the chunks of one recompute share: operands, and the gradients they add up."""
+
+    def __init__(self, head: Head, rows: Tensor, rows_grad: bool) -> None:
+        self.head, self.rows, self.rows_grad = head, rows, rows_grad
+        self._grad_rows: Tensor | None = None
+        self._backward = -1  # the backward pass that the sums belong to
+
+    def add_gradients(self, grad_logits: Tensor, begin: int, end: int) -> None:
+        self._begin_backward()
+        hidden = self.rows[begin:end]
+        grad_hidden = self.head.add_gradients(grad_logits, hidden, self.rows_grad)
+        if grad_hidden is not None:
+            if self._grad_rows is None:
+                self._grad_rows = torch.zeros_like(self.rows)
+            self._grad_rows[begin:end] = grad_hidden
+
+    def take_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self._begin_backward()
+        grad_rows, self._grad_rows = self._grad_rows, None
+        self._backward = -1
+        if self.rows_grad and grad_rows is None:
+            grad_rows = torch.zeros_like(self.rows)
+        return grad_rows, *self.head.take_gradients()
+
+    def _begin_backward(self) -> None:
+        current = torch._C._current_graph_task_id()
+        if self._backward != current:  # drops what a backward pass that failed has left behind
+            self._grad_rows = None
+            self.head.drop_gradients()
+            self._backward = current
+
+
+class _Operands(torch.autograd.Function):
+    """x, W, b -> a token on which all chunks' logits hang.
+
+    Autograd runs its backward after those of all chunks, and so gets the sums of all chunks from
+    it, rather than one [V, D] from each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, shared: _Shared, rows: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.shared = shared
+        return rows.new_zeros(())
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.shared.take_gradients()
+
+
+class _ChunkLogits(torch.autograd.Function):
+    """Logits of tokens begin..end."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, shared: _Shared, begin: int, end: int) -> Tensor:
+        ctx.shared, ctx.bounds = shared, (begin, end)
+        return shared.head.logits(shared.rows[begin:end])
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.shared.add_gradients(grad_logits, *ctx.bounds)
+        return grad_logits.new_zeros((), dtype=ctx.shared.rows.dtype), None, None, None
+
+
+class _RandomState:
+    """The random number generators as they are now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cpu = torch.get_rng_state()
+        self._devices: Any = None
+        if device.type not in ("cpu", "meta"):
+            self._devices = get_device_states(torch.empty(0, device=device))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._devices is not None:
+            set_device_states(*self._devices)

@@ -1,0 +1,60 @@
+"""Losses of single tokens beside the plain cross entropy. All return one value per token.
+
+:func:`memeff.linear_cross_entropy` has label smoothing, z-loss and class weights built in, with
+gradients in the forward pass. These are for combinations that it does not know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+__all__ = ["focal_loss", "label_smoothed_cross_entropy", "mean_logit", "z_loss"]
+
+
+def focal_loss(logprob: Tensor, *, gamma: float = 2.0, alpha: float | Tensor = 1.0) -> Tensor:
+    """-alpha (1 - p)^gamma log p: Lin et al. 2017 (arXiv 1708.02002), eq. 4-5 for classes.
+
+    Args:
+        logprob: [...] log p of the target.
+        gamma: 0 gives the cross entropy.
+        alpha: a factor, or one per token (of its class).
+    """
+    # -expm1 keeps the digits of 1 - p near p = 1, and clamp the gradient of 0^gamma finite.
+    miss = (-torch.expm1(logprob)).clamp(min=torch.finfo(logprob.dtype).tiny)
+    return -alpha * miss**gamma * logprob
+
+
+def label_smoothed_cross_entropy(
+    logprob: Tensor, lse: Tensor, mean: Tensor, *, label_smoothing: float = 0.1
+) -> Tensor:
+    """(1 - eps) (-log p_y) + eps mean_v (-log p_v): Szegedy et al. 2016 (arXiv 1512.00567), sec. 7.
+
+    Args:
+        logprob, lse: [...] of the target, and log sum exp of the logits.
+        mean: [...] the mean of the logits, from :func:`mean_logit`.
+    """
+    return -(1 - label_smoothing) * logprob + label_smoothing * (lse - mean)
+
+
+def mean_logit(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """mean_v z_v [...] of input [..., D]: as it is linear, one product with the mean of W's rows.
+
+    There is none with a soft cap, which is not linear.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    row = linear_weight.mean(0, dtype=dtype)
+    bias = None if linear_bias is None else linear_bias.mean(dtype=dtype).reshape(1)
+    return linear(input.to(dtype), row[None], bias).squeeze(-1) * logit_scale
+
+
+def z_loss(lse: Tensor, *, coefficient: float = 1e-4) -> Tensor:
+    """coefficient * lse^2: keeps logits near 0. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311)."""
+    return coefficient * lse.square()

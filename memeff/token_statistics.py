@@ -1,0 +1,290 @@
+"""``linear_token_statistics`` and ``linear_logprobs``: differentiable numbers per token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memeff import _arguments, _checks, _rows, reference, statistics_ops
+from memeff.statistics import LogitStatistics
+
+__all__ = ["linear_logprobs", "linear_token_statistics"]
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = True,
+    argmax: bool = True,
+    top_k: int = 0,
+    shift: bool | int = False,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> LogitStatistics:
+    """Statistics of every row of ``input @ linear_weight.T + linear_bias``, without those logits.
+
+    Log-probability of the target, log-sum-exp and entropy are differentiable with respect to
+    ``input``, ``linear_weight`` and ``linear_bias``, with any upstream gradients. The forward pass
+    keeps a few numbers per token; the backward pass computes the logits again, block by block.
+    Tokens without an upstream gradient (masked ones) cost it nothing.
+
+    Args:
+        input: hidden states [..., D]; bfloat16, float16, float32 or float64.
+        linear_weight: classifier [V, D], dtype of ``input``.
+        target: class indices [...], or [..., K] for K per token; None for none.
+        linear_bias: [V], dtype of ``input``.
+        ignore_index: a target that has no log-probability (it becomes 0) and no gradient.
+        softcap: c > 0 caps the logits: c * tanh(z / c), after ``logit_scale``.
+        logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature.
+        entropy, argmax: whether to compute these.
+        top_k: number of most probable classes to return, with their log-probabilities (for
+            distillation and logging; not differentiable). On the CPU it upcasts bfloat16 rows.
+        shift: k > 0 compares input[..., t, :] with target[..., t + k] (True: 1); the results have k
+            positions fewer.
+        memory_budget: most bytes of workspace beyond results and gradients, as int or like "64MiB".
+        chunk_size: tokens that pass through together, for those who want to fix it.
+        backend: "cpu", "reference" (plain PyTorch, stores the logits), or "auto".
+
+    Returns:
+        :class:`memeff.LogitStatistics`. Second derivatives raise an error.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument of the wrong type, with a bad value, or
+            whose shape, dtype or device does not fit.
+        IndexError: a target outside [0, V) that is not ``ignore_index`` (on the CPU).
+    """
+    return _statistics(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        skip_ignored=False,
+        entropy=entropy,
+        argmax=argmax,
+        top_k=top_k,
+        shift=shift,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+
+
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    shift: bool | int = False,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Differentiable log-probabilities of ``target``, without storing the logits.
+
+    The ``logprob`` of :func:`linear_token_statistics`, and nothing else: tokens whose targets are
+    all ``ignore_index`` are not computed at all. Arguments as there, and
+
+    Args:
+        temperature: divides the logits, after ``logit_scale`` and ``softcap``.
+
+    Returns:
+        log p in the shape of ``target`` (with ``shift``, shorter), float32 or float64; 0 where the
+        target is ``ignore_index``.
+    """
+    _checks.check_number("temperature", temperature)
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}, expected a finite value > 0")
+    _checks.check_tensor("target", target)
+    _checks.check_numbers(0.0, softcap, logit_scale, 0.0)
+    statistics = _statistics(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        ignore_index=ignore_index,
+        # (c / T) tanh((z / T) / (c / T)) = c tanh(z / c) / T
+        softcap=None if softcap is None else softcap / temperature,
+        logit_scale=logit_scale / temperature,
+        skip_ignored=True,
+        entropy=False,
+        argmax=False,
+        top_k=0,
+        shift=shift,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    assert statistics.logprob is not None
+    return statistics.logprob
+
+
+def _statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    *,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    skip_ignored: bool,
+    entropy: bool,
+    argmax: bool,
+    top_k: int,
+    shift: bool | int,
+    memory_budget: int | str | None,
+    chunk_size: int | None,
+    backend: str,
+) -> LogitStatistics:
+    tensors = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
+    _checks.check_tensor("input", input)
+    for name, tensor in tensors.items():
+        if tensor is not None or name == "linear_weight":
+            _checks.check_tensor(name, tensor)
+    _check_shapes(input, linear_weight, target, linear_bias)
+    cast_to = _arguments.autocast_dtype(input.device)
+    if cast_to is not None:
+        input = _arguments.autocast_to(input, cast_to)
+        linear_weight = _arguments.autocast_to(linear_weight, cast_to)
+        linear_bias = None if linear_bias is None else _arguments.autocast_to(linear_bias, cast_to)
+    _checks.check_dtypes(input, linear_weight, linear_bias, None, None)
+    for name, tensor in tensors.items():
+        _checks.check_device(input.device, name, tensor)
+    _checks.check_ignore_index(ignore_index, probabilities=False)
+    _checks.check_numbers(0.0, softcap, logit_scale, 0.0)
+    _checks.check_shift(shift, input.shape[:-1])
+    vocab = linear_weight.shape[0]
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k must be an int, got {type(top_k).__name__}")
+    if not 0 <= top_k <= vocab:
+        raise ValueError(f"top_k is {top_k}, expected a number of classes in [0, {vocab}]")
+    budget = _arguments.parse_memory_budget(memory_budget)
+    chunk = _arguments.parse_chunk_size(chunk_size, None)
+    resolved = _arguments.resolve_backend(backend, input.device, needs_reference=False)
+
+    kept = None
+    if shift:
+        if target is None:
+            raise ValueError(f"shift is {shift}, expected 0: there is no target")
+        time = input.dim() - 2
+        kept = max(input.shape[time] - int(shift), 0)
+        target = _rows.pull_forward(target, time, int(shift), ignore_index)
+
+    if resolved == "reference" or vocab == 0:
+        with torch.autocast(input.device.type, enabled=False):
+            fields = reference.linear_token_statistics(
+                input,
+                linear_weight,
+                target,
+                linear_bias=linear_bias,
+                ignore_index=ignore_index,
+                softcap=softcap,
+                logit_scale=logit_scale,
+                entropy=entropy,
+                argmax=argmax,
+                top_k=top_k,
+            )
+    elif resolved not in statistics_ops.LIBRARIES:
+        raise RuntimeError(
+            f"input is on {input.device}, expected the CPU: token statistics have no kernels for "
+            'other devices yet. backend="reference" runs plain PyTorch there, and stores the logits'
+        )
+    else:
+        fields = _call_op(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            (ignore_index, 0.0 if softcap is None else float(softcap), float(logit_scale)),
+            (skip_ignored, entropy, argmax, top_k),
+            (budget, chunk),
+            resolved,
+        )
+    if kept is None:
+        return fields
+    time = input.dim() - 2
+    later = (None if field is None else field.narrow(time, 0, kept) for field in fields)
+    return LogitStatistics._make(later)
+
+
+def _call_op(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    transform: tuple[int, float, float],  # ignore_index, softcap, logit_scale
+    wanted: tuple[bool, bool, bool, int],  # skip_ignored, entropy, argmax, top_k
+    planning: tuple[int, int],  # memory_budget, chunk_size
+    backend: str,
+) -> LogitStatistics:
+    """One call of the op, which knows rows: input [N, D], target [N, K]."""
+    lead = input.shape[:-1]
+    rows = input.flatten(0, -2) if lead else input.unsqueeze(0)
+    several = None
+    if target is not None:
+        targets = target.shape[len(lead)] if target.dim() > len(lead) else 1
+        several = target.reshape(rows.shape[0], targets)
+    grad = torch.is_grad_enabled()
+    logprob, lse, entropy, max_logit, argmax, top_logprobs, top_ids = statistics_ops.LIBRARIES[
+        backend
+    ].linear_token_statistics_forward(
+        rows,
+        linear_weight,
+        several,
+        linear_bias,
+        *transform,
+        *wanted,
+        grad and input.requires_grad,
+        grad and linear_weight.requires_grad,
+        grad and linear_bias is not None and linear_bias.requires_grad,
+        *planning,
+    )
+    _, wants_entropy, wants_argmax, top_k = wanted
+    return LogitStatistics(
+        logprob=None if target is None else logprob.reshape(target.shape),
+        lse=lse.to(logprob.dtype).reshape(lead),
+        entropy=entropy.to(logprob.dtype).reshape(lead) if wants_entropy else None,
+        max_logit=max_logit.reshape(lead),
+        argmax=argmax.reshape(lead) if wants_argmax else None,
+        top_logprobs=top_logprobs.reshape(*lead, top_k) if top_k else None,
+        top_ids=top_ids.reshape(*lead, top_k) if top_k else None,
+    )
+
+
+def _check_shapes(
+    input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None
+) -> None:
+    if input.dim() < 1 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise RuntimeError(
+            f"input has shape {tuple(input.shape)} and linear_weight {tuple(weight.shape)}, "
+            "expected [..., D] and [V, D]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"linear_bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
+        )
+    if target is None:
+        return
+    lead = input.shape[:-1]
+    if target.shape[: len(lead)] != lead or target.dim() > len(lead) + 1:
+        raise RuntimeError(
+            f"target has shape {tuple(target.shape)}, expected {tuple(lead)} with one class index "
+            f"per token of input {tuple(input.shape)}, or one dimension more with several"
+        )
+    if target.dtype not in _checks.INDEX_DTYPES + _checks.SMALL_INDEX_DTYPES:
+        raise RuntimeError(f"target has dtype {target.dtype}, expected torch.int64 or torch.int32")
