@@ -59,8 +59,10 @@ emulate:
 ptxas:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/ptxas_report.py $(ARGS)
 
+# Builds and installs nothing outside this folder.
 verify-gpu:
-	scripts/verify_gpu.sh $(or $(OUT),$(error OUT=folder for the results is missing))
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/verify_gpu.py $(ARGS) \
+	  $(or $(OUT),$(error OUT=folder for the results is missing))
 
 lint: $(STAMP)-dev
 	$(BIN)/ruff check

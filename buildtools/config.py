@@ -14,7 +14,6 @@ CUDA_HOME                toolkit; default: that of the nvcc on PATH, then /usr/l
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +72,10 @@ class BuildConfig:
         return [*mode, *warnings, "-fvisibility=hidden"]
 
     def nvcc_command(self, nvcc: Path) -> list[str]:
-        """nvcc under supervision (run_nvcc.py), with the flags of every CUDA source."""
-        supervisor = Path(__file__).with_name("run_nvcc.py")
+        """nvcc under supervision (run_nvcc.sh), with the flags of every CUDA source."""
+        supervisor = Path(__file__).with_name("run_nvcc.sh")
         mode = "error" if self.werror else "warn"
-        return [sys.executable, str(supervisor), mode, str(nvcc), *self.nvcc_flags]
+        return ["sh", str(supervisor), mode, str(nvcc), *self.nvcc_flags]
 
     @property
     def nvcc_flags(self) -> list[str]:

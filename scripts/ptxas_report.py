@@ -21,10 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from buildtools.config import BuildConfig  # noqa: E402
-from buildtools.cuda_archs import Arch, choose_archs, parse_archs  # noqa: E402
-from buildtools.cuda_toolkit import Toolkit, find_toolkit  # noqa: E402
-from buildtools.sources import Source, find_sources  # noqa: E402
+from buildtools.config import BuildConfig
+from buildtools.cuda_archs import Arch, choose_archs, parse_archs
+from buildtools.cuda_toolkit import Toolkit, find_toolkit
+from buildtools.sources import Source, find_sources
 
 OUTPUT = ROOT / "docs" / "ptxas.txt"
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-import hypothesis
 import pytest
 import torch
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # its tests are then skipped, with the reason (pytest.importorskip)
+    hypothesis = None
 
 # "repeatable" (the default) draws the same examples in every run, so that a red CI run is red at
 # home too. "fresh" draws new ones: pytest --hypothesis-profile=fresh, with --hypothesis-seed=N to
 # repeat a run.
-_COMMON = {
-    "deadline": None,
-    "print_blob": True,
-    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
-}
-hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=60, **_COMMON)
-hypothesis.settings.register_profile("fresh", max_examples=300, **_COMMON)
-hypothesis.settings.load_profile("repeatable")
+if hypothesis is not None:
+    _COMMON = {
+        "deadline": None,
+        "print_blob": True,
+        "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+    }
+    hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=60, **_COMMON)
+    hypothesis.settings.register_profile("fresh", max_examples=300, **_COMMON)
+    hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

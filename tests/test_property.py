@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, INPUT_LAYOUTS, WEIGHT_LAYOUTS, Case, check, make_inputs, run_memeff
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import event, given
 from hypothesis import strategies as st
 

@@ -60,14 +60,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--variants",
-        default=",".join(DEFAULT_VARIANTS),
-        help="comma-separated (default %(default)s)",
+        help="comma-separated (default: all that the device can have)",
+    )
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 5, on GPUs 20)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument(
+        "--device", default="cpu", help="torch device, such as cuda (default %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)"
+        "--peaked", action="store_true", help="raise the target's logit, as a trained model does"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
     parser.add_argument("--json", metavar="PATH", help="write every figure to PATH")
     parser.add_argument(
         "--plot", metavar="PATH", help="draw time and memory into PATH (needs matplotlib)"
@@ -77,7 +79,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="with --plot and a single shape: measure 1/8, 1/4, 1/2, 1 of this (default V)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    options.variants = options.variants.split(",")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        parser.error(f"--device is {options.device!r}: {str(error).splitlines()[0]}")
+    if device.type not in DEFAULT_VARIANTS:
+        parser.error(f"--device is {options.device!r}; expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(
+            f"--device is {options.device!r}, but torch finds {torch.cuda.device_count()} CUDA "
+            "devices (python -m memeff.diagnostics tells why)"
+        )
+    if options.variants is None:
+        options.variants = list(DEFAULT_VARIANTS[device.type])
+    else:
+        options.variants = options.variants.split(",")
+    if options.rounds is None:
+        options.rounds = 20 if device.type == "cuda" else 5
     try:
         options.shape = [parse_shape(text) for text in options.shape]
         check_names(options.variants)
@@ -114,15 +132,21 @@ def _problems(options: argparse.Namespace, dtype: str) -> list[tuple[Shape, floa
     return problems
 
 
+def _multiplies_bfloat16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return has_fast_bfloat16()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status."""
     options = parse_arguments(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.device.startswith("cuda"):
+        torch.cuda.set_device(options.device)
     threads = torch.get_num_threads()
-    dtype = options.dtype or (
-        "bfloat16" if options.device != "cpu" or has_fast_bfloat16() else "float32"
-    )
+    dtype = options.dtype or ("bfloat16" if _multiplies_bfloat16(options.device) else "float32")
     environment = describe_environment(threads, options.device)
     machine = environment["machine"]
     print(f"{machine.get('gpu', machine['cpu'])}, {threads} threads, torch {environment['torch']}, "
@@ -139,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             variants=options.variants,
             device=options.device,
             softcap=softcap,
+            peaked=options.peaked,
         )
         result = measure_shape(shape, settings, progress.update)
         progress.clear()

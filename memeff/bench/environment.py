@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 import memeff
+from memeff import _library
+
+# Distributions of the peers whose versions belong to a result.
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "nvidia-cutlass-dsl")
 
 
 def describe_environment(threads: int, device: str) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def describe_environment(threads: int, device: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if device.startswith("cuda"):
-        machine["gpu"] = torch.cuda.get_device_name(device)
+        machine |= describe_gpu(torch.device(device))
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -35,6 +39,31 @@ def describe_environment(threads: int, device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "memeff": installed_version("memeff"),
         "commit": commit(),
+        "peers": {name: version for name in PEERS if (version := installed_version(name))},
+    }
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """Name, size and driver of a CUDA device, and the CUDA of torch and of memeff's kernels."""
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+        driver, _, power_limit = answer.splitlines()[index].partition(", ")
+    except (OSError, IndexError):
+        driver = power_limit = "unknown"
+    build = _library.load().build_info()
+    return {
+        "gpu": properties.name,
+        "gpu_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_bytes": properties.total_memory,
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "gpu_power_limit": power_limit,
+        "driver": driver,
+        "torch_cuda": torch.version.cuda,
+        "memeff_cuda": build["cuda"],
+        "memeff_cuda_archs": build["cuda_archs"],
     }
 
 

@@ -30,6 +30,7 @@ class Settings:
     variants: list[str]
     device: str = "cpu"
     softcap: float | None = None
+    peaked: bool = False
 
 
 @dataclass
@@ -64,6 +65,7 @@ def measure_shape(shape: Shape, settings: Settings, progress: Callable[[str], No
         softcap=settings.softcap,
         requires_grad=settings.backward,
         device=settings.device,
+        peaked=settings.peaked,
     )
     progress(f"{shape}: float64 reference")
     reference = Float64Reference(problem, gradients=settings.backward)
@@ -76,6 +78,8 @@ def measure_shape(shape: Shape, settings: Settings, progress: Callable[[str], No
             variant = make_variant(row.name, settings.device, settings.softcap)
             _check_it_fits(variant, shape, device)
             row.errors = _first_call(variant, problem, reference, settings.backward)
+            if device.type == "cuda":
+                row.extra_bytes = _peak_of_a_step(variant, problem, settings)
             ready[row.name] = variant
         except (
             Exception
@@ -97,7 +101,7 @@ def measure_shape(shape: Shape, settings: Settings, progress: Callable[[str], No
 
     for row in rows:
         row.timing = timings.get(row.name)
-        if row.timing is not None:
+        if row.timing is not None and row.extra_bytes is None:
             progress(f"{shape}: peak memory of {row.name}")
             try:
                 row.extra_bytes = call_isolated(
@@ -107,12 +111,22 @@ def measure_shape(shape: Shape, settings: Settings, progress: Callable[[str], No
                     dtype=settings.dtype,
                     backward=settings.backward,
                     threads=settings.threads,
-                    device=settings.device,
                     softcap=settings.softcap,
+                    peaked=settings.peaked,
                 )
             except IsolatedError as error:
                 row.note = "memory: " + _reason(error)
     return ShapeResult(shape, timings["GEMM floor"], gradient_bytes, rows)
+
+
+def _peak_of_a_step(variant: Variant, problem: Problem, settings: Settings) -> int:
+    """Peak bytes of one step on a GPU, whose allocator can count anew at any time."""
+    gc.collect()
+    step = loss_call(variant, problem, settings.backward)
+    with PeakMemory(settings.device) as peak:
+        step()
+    problem.clear_gradients()
+    return peak.extra_bytes
 
 
 def measure_peak(
@@ -121,16 +135,16 @@ def measure_peak(
     dtype: str,
     backward: bool,
     threads: int,
-    device: str = "cpu",
     softcap: float | None = None,
+    peaked: bool = False,
 ) -> int:
-    """Peak bytes during one step of `variant` over its inputs; call it in a process of its own."""
+    """Peak bytes of one step on the CPU; call it in a process of its own."""
     torch.set_num_threads(threads)
-    chosen = make_variant(variant, device, softcap)
+    chosen = make_variant(variant, softcap=softcap)
 
     def problem_of(size: Shape) -> Problem:
         return make_problem(
-            size, DTYPES[dtype], softcap=softcap, requires_grad=backward, device=device
+            size, DTYPES[dtype], softcap=softcap, requires_grad=backward, peaked=peaked
         )
 
     problem = problem_of(Shape(*shape))
@@ -142,7 +156,7 @@ def measure_peak(
     del warm_up
     gc.collect()
     step = loss_call(chosen, problem, backward)
-    with PeakMemory(device) as peak:
+    with PeakMemory() as peak:
         step()
     return peak.extra_bytes
 
@@ -159,7 +173,8 @@ def _check_it_fits(variant: Variant, shape: Shape, device: torch.device) -> None
 def available_bytes(device: torch.device) -> int:
     """Memory that could be allocated now, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):

@@ -15,6 +15,9 @@ DTYPES: dict[str, torch.dtype] = {
 # Logits of trained language models spread over a few units; a spread of 1 would make softmax nearly
 # flat.
 _LOGIT_SPREAD = 3.0
+# What `peaked` adds to the logit of the target. Over 131072 classes the others amount to e^16, so
+# the target's probability is 1 - 1e-6.
+_PEAK = 30.0
 
 
 @dataclass
@@ -43,9 +46,13 @@ def make_problem(
     softcap: float | None = None,
     requires_grad: bool = True,
     device: str = "cpu",
+    peaked: bool = False,
     seed: int = 0,
 ) -> Problem:
-    """Random inputs: x ~ N(0, 1) and w ~ N(0, 9/D), so logits ~ N(0, 9); uniform targets."""
+    """Random inputs: x ~ N(0, 1) and w ~ N(0, 9/D), so logits ~ N(0, 9); uniform targets. `peaked`
+    moves x towards the weights of its target, whose logit is then larger by 30, as where a trained
+    model is sure.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     # Filled in place, in the final type: a float32 copy of a large head would leave its mark on
     # peak memory.
@@ -55,6 +62,11 @@ def make_problem(
     w = torch.empty(shape.vocab, shape.features, dtype=dtype, device=device)
     w.normal_(std=_LOGIT_SPREAD / shape.features**0.5, generator=generator)
     y = torch.randint(shape.vocab, (shape.tokens,), generator=generator, device=device)
+    if peaked:
+        for start in range(0, shape.tokens, 1024):
+            part = slice(start, start + 1024)
+            rows = w[y[part]].float()
+            x[part] += (_PEAK * rows / rows.square().sum(1, keepdim=True)).to(dtype)
     return Problem(
         shape, x.requires_grad_(requires_grad), w.requires_grad_(requires_grad), y, softcap
     )

@@ -8,14 +8,15 @@ from memeff.bench.measure import Settings, ShapeResult, VariantResult
 MIB = 2**20
 
 
-def _columns(result: ShapeResult, row: VariantResult, backward: bool) -> list[str]:
+def _columns(result: ShapeResult, row: VariantResult, settings: Settings) -> list[str]:
+    backward = settings.backward
     if row.timing is None:
         return [row.name, "-", "-", "-", "-", "-", *(["-", "-", "-"] if backward else [])]
     assert row.errors is not None  # both come from the same call
     cells = [
         row.name,
-        f"{row.timing.median * 1e3:.1f}",
-        f"{row.timing.spread * 1e3:.1f}",
+        _milliseconds(row.timing.median, settings),
+        _milliseconds(row.timing.spread, settings),
         f"{row.timing.median / result.floor.median:.2f}",
         "-" if row.extra_bytes is None else f"{row.extra_bytes / MIB:.1f}",
     ]
@@ -28,6 +29,10 @@ def _columns(result: ShapeResult, row: VariantResult, backward: bool) -> list[st
     return cells
 
 
+def _milliseconds(seconds: float, settings: Settings) -> str:
+    return f"{seconds * 1e3:.{1 if settings.device == 'cpu' else 3}f}"
+
+
 def table(result: ShapeResult, settings: Settings) -> str:
     """The rows of one shape as aligned text, notes of the variants that did not run below."""
     shape, backward = result.shape, settings.backward
@@ -38,15 +43,15 @@ def table(result: ShapeResult, settings: Settings) -> str:
     rate = products * shape.product_flops / result.floor.median / 1e9
     floor = [
         "GEMM floor",
-        f"{result.floor.median * 1e3:.1f}",
-        f"{result.floor.spread * 1e3:.1f}",
+        _milliseconds(result.floor.median, settings),
+        _milliseconds(result.floor.spread, settings),
         "1.00",
     ]
     if backward:
         floor += [f"{result.gradient_bytes / MIB:.1f}", "0.0"]
     floor += ["-"] * (len(header) - len(floor))
     body = [header, floor] + [
-        _columns(result, row, backward) for row in result.rows if row.timing is not None
+        _columns(result, row, settings) for row in result.rows if row.timing is not None
     ]
     widths = [max(len(line[i]) for line in body) for i in range(len(header))]
 
@@ -57,9 +62,11 @@ def table(result: ShapeResult, settings: Settings) -> str:
 
     what = "forward + backward" if backward else "forward only, no gradients"
     softcap = "" if settings.softcap is None else f", softcap {settings.softcap:g}"
+    peaked = ", peaked softmax" if settings.peaked else ""
+    where = f"{settings.threads} threads" if settings.device == "cpu" else settings.device
     lines = [
-        f"N={shape.tokens} D={shape.features} V={shape.vocab} {settings.dtype}, {what}{softcap}, "
-        f"{settings.threads} threads; floor = {products} x torch.mm, {rate:.0f} GFLOP/s",
+        f"N={shape.tokens} D={shape.features} V={shape.vocab} {settings.dtype}, {what}{softcap}"
+        f"{peaked}, {where}; floor = {products} x torch.mm, {rate:.0f} GFLOP/s",
         aligned(header),
         "-" * (sum(widths) + 2 * (len(widths) - 1)),
         *(aligned(line) for line in body[1:]),
@@ -69,7 +76,7 @@ def table(result: ShapeResult, settings: Settings) -> str:
 
 
 LEGEND = (
-    "ms: median over interleaved rounds. peak MiB: over the inputs, measured in a fresh process.\n"
+    "ms: median over interleaved rounds. peak MiB: over the inputs, measured.\n"
     "over grads: peak without dX + dW. err: against float64; relative, gradients in Frobenius norm."
 )
 
@@ -87,6 +94,7 @@ def _run_json(settings: Settings, result: ShapeResult) -> dict[str, Any]:
         "dtype": settings.dtype,
         "backward": settings.backward,
         "softcap": settings.softcap,
+        "peaked": settings.peaked,
         "device": settings.device,
         "rounds": settings.rounds,
         "tokens": shape.tokens,

@@ -1,4 +1,8 @@
-"""Interleaved timing: each round runs every candidate once, so that all see the same machine."""
+"""Interleaved timing: each round runs every candidate once, so that all see the same machine.
+
+On a CUDA device a call is timed by events on its stream, after the L2 cache has been overwritten:
+in training, too, something else ran in between.
+"""
 
 import statistics
 import time
@@ -37,14 +41,32 @@ class Timing:
 
 
 def time_once(call: Call, device: torch.device) -> float:
-    """Wall-clock seconds of one call, the device's queue empty before and after."""
+    """Seconds of one call, the device's queue empty before and after."""
     if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def cache_flusher(device: torch.device) -> Call:
+    """What empties the L2 cache of a CUDA device; does nothing for the CPU, whose caches other
+    candidates of the round have filled."""
+    if device.type != "cuda":
+        return lambda: None
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    scratch = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
+
+    def flush() -> None:
+        scratch.zero_()
+
+    return flush
 
 
 def time_interleaved(
@@ -55,11 +77,12 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Times `candidates` (name -> (call, reset)), all warmed up before, over `rounds` rounds.
 
-    `reset` runs before each call, outside the clock. The order is turned by one each round, so that
-    nobody always runs behind the same neighbour. The first candidate is the yardstick for leaving
-    slow ones out of later rounds.
+    `reset` runs before each call, outside the clock, as does the flushing of a GPU's cache. The
+    order is turned by one each round, so that nobody always runs behind the same neighbour. The
+    first candidate is the yardstick for leaving slow ones out of later rounds.
     """
     names = list(candidates)
+    flush_cache = cache_flusher(device)
     timings = {name: Timing() for name in names}
     for turn in range(rounds):
         offset = turn % len(names)
@@ -70,6 +93,7 @@ def time_interleaved(
             on_progress(f"timing: round {turn + 1} of {rounds}, {name}")
             call, reset = candidates[name]
             reset()
+            flush_cache()
             own.append(time_once(call, device))
             reset()
     return timings

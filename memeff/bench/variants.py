@@ -5,25 +5,43 @@ Each is a function (x [N, D], w [V, D], y [N], softcap) -> loss [], differentiab
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 
-# Used by the default run. "memeff@BYTES" is memeff with that memory budget, for any size.
-DEFAULT_VARIANTS = (
-    "standard",
-    "eager",
-    "compile",
-    "torch-chunked",
-    "cce",
-    "liger",
-    "memeff",
-    "memeff@32MiB",
-)
+# Used by the default run, by type of device. "memeff@BYTES" is memeff with that memory budget,
+# "memeff~MASS" with that skip_mass, for any number.
+DEFAULT_VARIANTS = {
+    "cpu": (
+        "standard",
+        "eager",
+        "compile",
+        "torch-chunked",
+        "cce",
+        "memeff",
+        "memeff@32MiB",
+    ),
+    "cuda": (
+        "standard",
+        "eager",
+        "compile",
+        "torch-chunked",
+        "cce",
+        "cce-exact",
+        "liger",
+        "quack",
+        "memeff",
+        "memeff@512MiB",
+        "memeff@256MiB",
+        "memeff@32MiB",
+    ),
+}
 
 
 class Unavailable(Exception):
@@ -100,12 +118,22 @@ def _require(package: str, install: str) -> None:
         raise Unavailable(f"{package} is not installed ({install})")
 
 
-def _make_cce(device: str, softcap: float | None) -> Variant:
-    _require("cut_cross_entropy", "pip install cut-cross-entropy")
+def _import(module: str, package: str) -> Any:
+    """A peer's module; Unavailable where it is not installed or does not import."""
+    _require(module.partition(".")[0], f"pip install {package}")
     try:
-        peer = importlib.import_module("cut_cross_entropy")
+        return importlib.import_module(module)
     except ImportError as error:
-        raise Unavailable(f"cut_cross_entropy does not import: {error}") from error
+        raise Unavailable(f"{module} does not import: {error}") from error
+
+
+def _require_gpu(package: str, device: str) -> None:
+    if not device.startswith("cuda"):
+        raise Unavailable(f"{package} runs on GPUs only")
+
+
+def _make_cce(device: str, softcap: float | None) -> Variant:
+    peer = _import("cut_cross_entropy", "cut-cross-entropy")
     implementation = "cce" if device.startswith("cuda") else "torch_compile"
 
     def loss(
@@ -117,11 +145,36 @@ def _make_cce(device: str, softcap: float | None) -> Variant:
     return Variant("cce", loss, bytes_per_logit=12 if compiled else 0, compiled=compiled)
 
 
+def _make_cce_exact(device: str, softcap: float | None) -> Variant:
+    """Without its filter, which leaves small probabilities out of the gradients."""
+    _require_gpu("cut_cross_entropy's own kernel", device)
+    peer = _import("cut_cross_entropy", "cut-cross-entropy")
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        return peer.linear_cross_entropy(x, w, y, softcap=softcap, impl="cce", filter_eps=None)
+
+    return Variant("cce-exact", loss)
+
+
+def _make_quack(device: str, softcap: float | None) -> Variant:
+    _require_gpu("quack", device)
+    if softcap is not None:
+        raise Unavailable("quack's linear_cross_entropy has no soft-cap")
+    peer = _import("quack.linear_cross_entropy", "quack-kernels")
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        return peer.chunked_linear_cross_entropy(x, w, y)
+
+    return Variant("quack", loss)
+
+
 def _make_liger(device: str, softcap: float | None) -> Variant:
-    _require("liger_kernel", "pip install liger-kernel")
-    if not device.startswith("cuda"):
-        raise Unavailable("liger_kernel runs on GPUs only")
-    peer = importlib.import_module("liger_kernel.transformers")
+    _require_gpu("liger_kernel", device)
+    peer = _import("liger_kernel.transformers", "liger-kernel")
     module = peer.LigerFusedLinearCrossEntropyLoss(softcap=softcap)
 
     def loss(
@@ -136,11 +189,15 @@ def _make_memeff(name: str, softcap: float | None) -> Variant:
     import memeff  # here, so that the peers can be measured even where memeff was not built
 
     _, _, budget = name.partition("@")
+    _, _, mass = name.partition("~")
+    options: dict[str, Any] = {"memory_budget": budget} if budget else {}
+    if mass:
+        options["skip_mass"] = float(mass)
 
     def loss(
         x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
     ) -> torch.Tensor:
-        return memeff.linear_cross_entropy(x, w, y, softcap=softcap, memory_budget=budget or None)
+        return memeff.linear_cross_entropy(x, w, y, softcap=softcap, **options)
 
     return Variant(name, loss)
 
@@ -151,21 +208,25 @@ _MAKERS: dict[str, Callable[[str, float | None], Variant]] = {
     "compile": _make_compile,
     "torch-chunked": _make_torch_chunked,
     "cce": _make_cce,
+    "cce-exact": _make_cce_exact,
     "liger": _make_liger,
+    "quack": _make_quack,
 }
+
+_MEMEFF = re.compile(r"memeff(@[^~]+|~[\d.e-]+)?")
 
 
 def check_names(names: list[str]) -> None:
     """ValueError naming the first unknown variant."""
     for name in names:
-        if name.partition("@")[0] != "memeff" and name not in _MAKERS:
-            known = ", ".join([*_MAKERS, "memeff", "memeff@BYTES"])
+        if not _MEMEFF.fullmatch(name) and name not in _MAKERS:
+            known = ", ".join([*_MAKERS, "memeff", "memeff@BYTES", "memeff~SKIP_MASS"])
             raise ValueError(f"variants: {name!r} is unknown; expected some of {known}")
 
 
 def make_variant(name: str, device: str = "cpu", softcap: float | None = None) -> Variant:
     """The variant called `name`; raises Unavailable (with the reason) where it cannot run."""
     check_names([name])
-    if name.partition("@")[0] == "memeff":
+    if _MEMEFF.fullmatch(name):
         return _make_memeff(name, softcap)
     return _MAKERS[name](device, softcap)
