@@ -307,3 +307,24 @@ def check(case: Case, *, device: str = "cpu", **overrides: Any) -> Result:
     exact = run_plain(replace(case, dtype=torch.float64), cpu_inputs.in_float64())
     assert_result(ours, run_plain(case, inputs).cpu(), exact)
     return ours
+
+
+def compact_budget(case: Case) -> int:
+    """A memory budget in which `case` runs with compact sums of many chunks on this machine."""
+    for budget in range(2**20, 2**28, 2**19):
+        try:
+            plan = memeff.plan(
+                math.prod(case.lead),
+                case.features,
+                case.vocab,
+                case.dtype,
+                bias_grad=case.bias,
+                label_smoothing=case.label_smoothing,
+                memory_budget=budget,
+            )
+        except ValueError:  # too small
+            continue
+        if plan.accumulation == "compact":
+            assert plan.num_chunks > 8, plan
+            return budget
+    raise AssertionError(f"no budget leads to compact sums for {case}")

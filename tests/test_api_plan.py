@@ -53,6 +53,29 @@ def test_budget_bounds_the_workspace(budget: str, reduction: str) -> None:
     assert 0 < plan.workspace_bytes <= units[budget]
 
 
+def test_small_budgets_keep_bfloat16_sums_compact() -> None:
+    plan = memeff.plan(4096, 1024, 32768, "bfloat16", memory_budget="40MiB")
+    assert plan.accumulation == "compact" or plan.kernels == "blas"
+    exact = memeff.plan(
+        4096, 1024, 32768, "bfloat16", memory_budget="40MiB", grad_accumulation="float32"
+    )
+    assert exact.accumulation != "compact"
+
+
+def test_options_count() -> None:
+    """Partial sums of what else is wanted per token are part of the workspace."""
+
+    def workspace(**options: object) -> int:
+        return memeff.plan(
+            512, 64, 100_000, "float32", weight_grad=False, **options
+        ).workspace_bytes
+
+    plain = workspace()
+    assert workspace(label_smoothing=0.1) > plain
+    assert workspace(return_statistics=True) > plain
+    assert workspace(probabilities=True) > plain
+
+
 def test_readable() -> None:
     text = str(memeff.plan(4096, 1024, 32768, "bfloat16"))
     for part in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from cases import (
     WEIGHT_LAYOUTS,
     Case,
     check,
+    compact_budget,
     make_inputs,
     run_memeff,
+    run_plain,
 )
+from tolerances import assert_close_as_plain
 
 import memeff
 
@@ -163,6 +167,32 @@ def test_many_chunks_do_not_cost_accuracy(accumulation: str, dtype: torch.dtype)
     PyTorch.
     """
     check(Case((1024,), 32, 515, dtype=dtype, chunk_size=16, grad_accumulation=accumulation))
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "label_smoothing": 0.1, "ignored": 0.3}])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 12.0], ids=["flat", "usual", "peaked"])
+def test_compact_sums_do_not_cost_accuracy(spread: float, options: dict[str, Any]) -> None:
+    case = Case((2048,), 128, 8192, dtype=torch.bfloat16, spread=spread, **options)
+    check(case, memory_budget=compact_budget(case))
+
+
+def test_compact_sums_beside_outliers() -> None:
+    """Features 256 times larger than the others, as hidden states have them: the others' gradients,
+    which share exponents with theirs, are as good by themselves.
+    """
+    case = Case((2048,), 128, 8192, dtype=torch.bfloat16)
+    inputs = make_inputs(case)
+    large = torch.arange(case.features) % 16 == 5
+    inputs.x[..., large] *= 256
+    inputs.w[..., large] /= 256
+    ours = run_memeff(case, inputs, memory_budget=compact_budget(case))
+    plain = run_plain(case, inputs)
+    exact = run_plain(replace(case, dtype=torch.float64), inputs.in_float64())
+    assert ours.dw is not None and plain.dw is not None and exact.dw is not None
+    for name, columns in (("outliers", large), ("others", ~large)):
+        assert_close_as_plain(
+            f"dw of {name}", ours.dw[:, columns], plain.dw[:, columns], exact.dw[:, columns]
+        )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, make_inputs, run_memeff
+from cases import Case, compact_budget, make_inputs, run_memeff
 from tolerances import Result
 
 from memeff.bench.isolated import call_isolated
@@ -21,6 +22,7 @@ CASES = [
     for reduction in ("mean", "none")
     for chunk in (None, 64)
 ]
+COMPACT = Case((1500,), 96, 5000, dtype=torch.bfloat16, bias=True, ignored=0.2)
 
 
 def assert_same_bits(a: Result, b: Result) -> None:
@@ -28,8 +30,10 @@ def assert_same_bits(a: Result, b: Result) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, COMPACT], ids=str)
 def test_run_to_run(case: Case) -> None:
+    if case is COMPACT:
+        case = replace(case, memory_budget=compact_budget(case))
     inputs = make_inputs(case)
     first = run_memeff(case, inputs)
     for _ in range(4):

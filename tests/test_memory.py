@@ -20,14 +20,13 @@ LOGITS_BYTES = {
     "float16": 2 * TOKENS * VOCAB,
     "float32": 4 * TOKENS * VOCAB,
 }
-# What the step may take beside gradients and planned workspace: stacks, page tables, malloc's
-# arenas, and the packing buffers inside torch's matrix products (a few MiB per thread).
-SLACK = 8 * MIB
+# What the step may take beside gradients and planned memory: stacks, page tables, malloc's arenas.
+SLACK = 2 * MIB
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def measure_step(function: str, dtype: str, **fields: Any) -> dict[str, int]:
-    """Bytes of one step: peak over its inputs, gradients, planned workspace."""
+    """Bytes of one step: peak over its inputs, gradients, planned memory beside these."""
     run = {"memeff": run_memeff, "plain": run_plain}[function]
     fields["differentiate"] = tuple(fields.get("differentiate", ("dx", "dw")))
     case = Case((TOKENS,), FEATURES, VOCAB, dtype=getattr(torch, dtype), **fields)
@@ -53,7 +52,11 @@ def measure_step(function: str, dtype: str, **fields: Any) -> dict[str, int]:
         chunk_size=case.chunk_size,
         grad_accumulation=case.grad_accumulation,
     )
-    return {"peak": peak.extra_bytes, "gradients": gradients, "workspace": plan.workspace_bytes}
+    return {
+        "peak": peak.extra_bytes,
+        "gradients": gradients,
+        "planned": plan.workspace_bytes + plan.library_bytes,
+    }
 
 
 def over_gradients(measured: dict[str, int]) -> int:
@@ -71,7 +74,7 @@ def test_the_meter_sees_logits(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_default_stays_within_its_plan(dtype: str, reduction: str) -> None:
     measured = call_isolated(measure_step, function="memeff", dtype=dtype, reduction=reduction)
-    assert over_gradients(measured) <= measured["workspace"] + SLACK, measured
+    assert over_gradients(measured) <= measured["planned"] + SLACK, measured
     assert over_gradients(measured) < LOGITS_BYTES[dtype] / 2, measured
 
 
@@ -91,7 +94,7 @@ def test_memory_budget_is_kept(dtype: str, reduction: str, budget: int) -> None:
         reduction=reduction,
         memory_budget=f"{budget}MiB",
     )
-    assert measured["workspace"] <= budget * MIB, measured
+    assert measured["planned"] <= budget * MIB, measured
     assert over_gradients(measured) <= budget * MIB + SLACK, measured
 
 
@@ -119,7 +122,7 @@ def test_memory_budget_is_kept_with(dtype: str, fields: dict[str, Any]) -> None:
 def test_no_gradients_takes_memory_of_the_order_of_the_tokens(dtype: str) -> None:
     measured = call_isolated(measure_step, function="memeff", dtype=dtype, differentiate=[])
     assert measured["gradients"] == 0
-    assert measured["peak"] <= measured["workspace"] + SLACK, measured
+    assert measured["peak"] <= measured["planned"] + SLACK, measured
     assert measured["peak"] <= 32 * MIB, measured
 
 
@@ -143,4 +146,4 @@ def many_steps(dtype: str) -> dict[str, int]:
 def test_steps_do_not_leak(dtype: str) -> None:
     measured = call_isolated(many_steps, dtype=dtype)
     # At most two sets of gradients are alive at once: the last step's and the present one's.
-    assert measured["peak"] <= 2 * measured["gradients"] + 8 * MIB + SLACK / 4, measured
+    assert measured["peak"] <= 2 * measured["gradients"] + 8 * MIB + SLACK, measured

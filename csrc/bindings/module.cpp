@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -85,8 +84,8 @@ Plan plan_or_throw(const Planner& planner, const Problem& problem, PlanRequest r
 }
 
 /// The plan of a whole call, forward and backward. Where backward is an operator of its own
-/// (per-token losses, float16), shape and chunks are its plan's, bytes the larger and FLOPs the sum
-/// of the two; token statistics are forward's alone.
+/// (per-token losses, float16), shape and chunks are its plan's, bytes those of the larger and FLOPs the
+/// sum of the two; token statistics are forward's alone.
 Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
   if (!wants_gradient || gradient_in_forward(problem.reduction, request.dtype)) {
@@ -99,8 +98,11 @@ Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   request.statistics_known = true;
   problem.statistics = false;
   Plan plan = plan_or_throw(planner, problem, request);
-  plan.workspace_bytes = std::max(plan.workspace_bytes, forward.workspace_bytes);
-  plan.library_bytes = std::max(plan.library_bytes, forward.library_bytes);
+  const int64_t forward_bytes = forward.workspace_bytes + forward.library_bytes;
+  if (forward_bytes > plan.workspace_bytes + plan.library_bytes) {
+    plan.workspace_bytes = forward.workspace_bytes;
+    plan.library_bytes = forward.library_bytes;
+  }
   plan.flops += forward.flops;
   plan.floor_flops += forward.floor_flops;
   return plan;

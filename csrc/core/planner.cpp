@@ -385,15 +385,19 @@ int64_t library_bytes(const PlanRequest& r) {
   if (!r.cpu_blas) return 0;
   // Measured with the MKL of torch's wheels on Zen 4, by products C[rows, columns] of many shapes: in fp32
   // each thread packs 192 of the inner dimension, for all columns up to 6240; in fp64 256, for all rows up
-  // to 5000 (hence kMostFp64Slice); and less than 1 MiB of the other operand. Other libraries and
-  // processors may differ.
+  // to 5000 (hence kMostFp64Slice); and less than 1 MiB of the other operand. It keeps these buffers, and
+  // adds another for a product that needs a larger one: at worst, one per kind of product. Other
+  // libraries and processors may differ.
   const int64_t block = std::min(r.tokens, kPreferredBlock);
+  const int64_t kinds = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
   if (accumulation_dtype(r.dtype) == DType::kFloat64) {
     const int64_t rows = std::max(block, std::min(r.vocab, kMostFp64Slice));
-    return r.threads * ((1 << 20) + 256 * 8 * rows);
+    // Rows are classes in two kinds of product, which share a buffer.
+    return r.threads * std::min<int64_t>(kinds, 2) * ((1 << 20) + 256 * 8 * rows);
   }
-  const int64_t columns = std::max(block, r.grad_input || r.grad_weight ? r.features : 0);
-  return r.threads * ((300 << 10) + 192 * 4 * std::min<int64_t>(6240, columns));
+  const auto columns = [](int64_t count) { return std::min<int64_t>(6240, count); };
+  const int64_t packed = columns(block) + (kinds - 1) * columns(r.features);
+  return r.threads * (kinds * (300 << 10) + 192 * 4 * packed);
 }
 
 namespace {
