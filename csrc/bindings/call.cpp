@@ -4,6 +4,8 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <vector>
+
 namespace memeff {
 
 DType dtype_of(const at::Tensor& tensor, const char* name) {
@@ -90,9 +92,12 @@ void Call::use_statistics(const at::Tensor& known_lse, const at::Tensor& grad_lo
 }
 
 void Call::allocate_gradients(bool wanted) {
+  // Without tokens nothing is computed, so nothing else would write the zeros.
+  const bool zeros = problem_.tokens == 0;
   const auto allocate = [&](bool want, const at::Tensor& like, void** data) {
+    const std::vector<int64_t> sizes = want ? like.sizes().vec() : std::vector<int64_t>{0};
     at::Tensor gradient =
-        want ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+        zeros ? at::zeros(sizes, like.options()) : at::empty(sizes, like.options());
     if (want) *data = gradient.mutable_data_ptr();
     return gradient;
   };

@@ -112,7 +112,7 @@ class EmulatedDevice : public CudaLikeDevice {
   void use_workspace(const at::Tensor& workspace, const std::function<void()>& run) const override {
     Buffers buffers;
     buffers.output(workspace.mutable_data_ptr(), static_cast<int64_t>(workspace.nbytes()),
-                   "workspace", 2);
+                   "workspace", 1);  // flags of tiles are bytes
     run();
   }
 };
