@@ -225,6 +225,9 @@ MEMEFF_DECLARE_PRODUCTS
 namespace sm90 {
 MEMEFF_DECLARE_PRODUCTS
 
+// Here classes_per_range is a multiple of 128, best of 256. A gradient G must not overlap what its
+// product is written to.
+
 /// Whether this family can work on the operands: TMA wants 16-bit rows that start at multiples of 16
 /// bytes. `block` is what is stored, scores or a gradient [classes, tokens], or null.
 bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <type_traits>
@@ -71,7 +72,7 @@ struct Case {
   bool options = false;  // bias, class weights, scale, cap
   bool full = false;     // all statistics
   bool store = false;
-  bool infinities = false;  // -inf and NaN among the logits
+  bool infinities = false;  // -inf, NaN and the lowest float among the logits
 };
 
 template <class T>
@@ -108,6 +109,9 @@ struct Linear {
       bias.at(0, c.first_class + 1) = -INFINITY;
       for (int64_t v = 128; v < 256 && v < c.classes; ++v)
         bias.at(0, c.first_class + v) = -INFINITY;
+      // Masked the other way, before classes that are not.
+      for (int64_t v = 256; v < 384 && v < c.classes; ++v)
+        bias.at(0, c.first_class + v) = -std::numeric_limits<float>::max();
       for (int64_t k = 0; k < c.features; ++k) x.at(c.tokens - 1, k) = T(NAN);
     }
     z.assign(c.tokens, std::vector<double>(c.classes));
@@ -213,7 +217,7 @@ void test_statistics(const Case& c) {
       }
       if (!c.full) continue;
       CHECK(std::abs(entropy.at(range, n) - wanted_entropy) < 4 * tolerance * total);
-      CHECK(wanted_smooth == -INFINITY
+      CHECK(wanted_smooth < -std::numeric_limits<float>::max()
                 ? smooth.at(range, n) == -INFINITY
                 : std::abs(smooth.at(range, n) - wanted_smooth) < tolerance * (1 + magnitude));
       const int64_t best = argmax.at(range, n) - c.first_class;

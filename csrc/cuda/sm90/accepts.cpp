@@ -1,4 +1,5 @@
-// What the sm_90a family can work on: the demands of TMA, which moves all operands and most results.
+// What the sm_90a family can work on: the demands of TMA, which moves all operands and most
+// results.
 #include "cuda/launch.h"
 
 namespace memeff::cuda::sm90 {

@@ -3,27 +3,28 @@
 //   grad_input    C [tokens, features]  = G^T W      sum over classes
 //   grad_weight   C [classes, features] = G x        sum over tokens
 //
-// W [classes, features], x [tokens, features]. One kernel: rows of C are the columns or the rows of G,
-// so A = G is MN-major or K-major; B has k as its rows both times, MN-major. Nothing is transposed
-// in memory: wgmma reads either kind. The pipeline, its tiles of 128 x 256 of C and its map of shared
-// memory are pipeline.cuh's. C must not overlap G: other blocks may still read what one overwrites.
+// W [classes, features], x [tokens, features]. One kernel: rows of C are the columns or the rows of
+// G, so A = G is MN-major or K-major; B has k as its rows both times, MN-major. Nothing is
+// transposed in memory: wgmma reads either kind. The pipeline, its tiles of 128 x 256 of C and its
+// map of shared memory are pipeline.cuh's. C must not overlap G: other blocks may still read what
+// one overwrites.
 //
-// Tiles of G that count as zero are neither loaded nor multiplied. k advances by such a tile, 128, two
-// steps of 64: the producer's warp looks at 32 marks at once (ballot) and visits those that are set; a
-// consumer warp need not know which they are, only how many, and counts them while the first are on
-// their way.
+// Tiles of G that count as zero are neither loaded nor multiplied. k advances by such a tile, 128,
+// two steps of 64: the producer's warp looks at 32 marks at once (ballot) and visits those that are
+// set; a consumer warp need not know which they are, only how many, and counts them while the first
+// are on their way.
 //
 // Epilogue: fp32 sums leave as boxes of 64 x 32 by TMA, which with `accumulate` adds them in L2: no
 // block reads, or waits for, what it adds to. Each element is added to once per launch, so results
-// do not depend on timing. Rounded results leave as boxes of 64 x 64. Updates that need the old value
-// (kAddNative, kSplit*) read and write two adjacent elements per thread and access: 16 bytes of a
-// row per quad, half sectors that L2 joins.
+// do not depend on timing. Rounded results leave as boxes of 64 x 64. Updates that need the old
+// value (kAddNative, kSplit*) read and write two adjacent elements per thread and access: 16 bytes
+// of a row per quad, half sectors that L2 joins.
 //
-// Work: 2 classes tokens features FLOPs each; at 8192 x 128256 x 4096, 8.6 TFLOP, 12.3 ms at 700
-// TFLOP/s. grad_input has tokens * features / 32768 tiles of C, each a long sum: 1024 there, 7.8
-// rounds of 132 blocks; below 512 tokens * 4096 features / 2 SMs run dry. grad_weight has many tiles
-// of short sums: with 4096 tokens a tile takes 65536 cycles of tensor cores, its epilogue moves 128
-// KiB of fp32 or 64 KiB.
+// Work: 2 classes tokens features FLOPs each; at 8192 x 128256 x 4096, 8.6 TFLOP, predicted 13.4 ms
+// on an H100 or H200 (docs/kernels-sm90.md). grad_input has tokens * features / 32768 tiles of C,
+// each a long sum: 1024 there, 7.8 rounds of 132 blocks; with fewer tiles than SMs some stay idle.
+// grad_weight has many tiles of short sums: one takes 16 * tokens cycles of tensor cores and moves
+// 128 KiB of fp32, or 64 KiB.
 #include "cuda/common/weight_update.cuh"
 #include "cuda/launch.h"
 #include "cuda/sm90/tile_store.cuh"

@@ -14,11 +14,11 @@
 // than skip_mass * classes / vocab, and no target lies in it. The quad sums a token's mass; the 8
 // consumer warps vote through shared memory.
 //
-// Numerics: fp32, rounded once. exp by ex2.approx: relative error 2^-22 near p = 1 and 2^-18 at
-// e^-30, far below the rounding of the result; the target's entry by expm1f.
+// Numerics: fp32, rounded once. The exponential's relative error, 2^-22 near p = 1 and 2^-18 at
+// e^-60, is far below the rounding of the result; the target's entry is by expm1f.
 //
-// Work: 2 tokens classes features FLOPs, and 2 bytes written per score. At 8192 x 128256 x 4096: 8.6
-// TFLOP, 12.3 ms at 700 TFLOP/s; the epilogue is as long as that of linear_statistics.
+// Work: 2 tokens classes features FLOPs, and 2 bytes written per score. At 8192 x 128256 x 4096:
+// 8.6 TFLOP, predicted 13.8 ms on an H100 or H200 (docs/kernels-sm90.md).
 #include "cuda/common/logit_gradient.cuh"
 #include "cuda/sm90/logits.cuh"
 
@@ -33,14 +33,14 @@ struct Marks {
   float mass_per_class;  // skip_mass / vocab
 };
 
-// Votes of the consumer warps on two halves, two sets: the next tile's may come before the last have
-// been counted.
+// Votes of the consumer warps on two halves, two sets: the next tile's may come before the last
+// have been counted.
 using Votes = uint32_t[2][kHalves][kConsumerWarps];
 static_assert(sizeof(Votes) <= kScratchBytes);
 constexpr int kVotesBarrier = 1 + kConsumerGroups;  // after those of BoxStore
 
-// Logits of a half, from the thread's first class on, become gradients. Returns whether the warp has
-// anything in it that keeps the tile.
+// Logits of a half, from the thread's first class on, become gradients. Returns whether the warp
+// has anything in it that keeps the tile.
 MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
                                const TokenCoefficients<float> (&coefficients)[2],
                                const int (&target)[2], const Scores& scores, bool has_target,

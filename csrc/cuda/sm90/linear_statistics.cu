@@ -13,13 +13,15 @@
 // and a range ends after any number of halves. Kept scores are transposed on the way to shared
 // memory (stmatrix) and leave by TMA while the next half is computed and the next tile multiplied.
 //
-// Numerics: fp32 throughout; exp by ex2.approx, a relative error of 2^-22 near the maximum that grows
-// by 2^-23 per unit of z below it, where the terms no longer count. E rounds to 2^-12.
+// Numerics: fp32 throughout; sums are of fp32 exponentials, not of the rounded E. The exponential's
+// relative error is 2^-22 near the maximum and grows by 2^-24 per unit of z below it, where terms
+// count less. E rounds to 2^-12.
 //
-// Work: 2 tokens classes features FLOPs. At 8192 x 128256 x 4096, 8.6 TFLOP: 12.3 ms at the 700
-// TFLOP/s that such pipelines reach on an H100 or H200. Epilogue: per tile 32768 exponentials, 2048
-// cycles of the special function units, against 1024 * features / 64 of tensor cores: 3 % at 4096
-// features where it does not overlap. Kept scores write 2.1 GB there, 0.6 ms of 3.3 TB/s, overlapped.
+// Work: 2 tokens classes features FLOPs. At 8192 x 128256 x 4096, 8.6 TFLOP: predicted 13.5 ms on
+// an H100 or H200, 13.7 ms with kept scores (docs/kernels-sm90.md has the assumptions). Epilogue:
+// per tile 32768 exponentials, 2048 cycles of the special function units, against 16 * features
+// cycles of tensor cores: 3 % at 4096 features, as far as it does not overlap. Kept scores are 2.1
+// GB there.
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/sm90/logits.cuh"
 
@@ -37,9 +39,9 @@ struct StatisticsOutput {
   int tiles_per_unit;
 };
 
-// Logits of 128 classes join the states of the thread's two tokens; `first` is its first class. With
-// kStore, z becomes exp(z - max); then a range is one half. Maximum and argmax are the same in all
-// lanes of a quad; the sums are each lane's own until the range ends.
+// Logits of 128 classes join the states of the thread's two tokens; `first` is its first class.
+// With kStore, z becomes exp(z - max); then a range is one half. Maximum and argmax are the same in
+// all lanes of a quad; the sums are each lane's own until the range ends.
 template <bool kFull, bool kStore>
 MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)[kHalfCount],
                              int first, const Scores& scores) {

@@ -42,8 +42,8 @@ MEMEFF_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// exp x of a logit's distance from a maximum or from lse: a relative error of 2^-22 + |x| 2^-24, far
-// below the rounding of what is stored, and in sums below that of the logits themselves.
+// exp x of a logit's distance from a maximum or from lse: a relative error of 2^-22 + |x| 2^-24,
+// far below the rounding of what is stored, and in sums below that of the logits themselves.
 MEMEFF_DEVICE float fast_exp(float x) { return ptx::exp2_approximate(x * 1.4426950408889634f); }
 
 // What turns products into logits, for a block of scores.
@@ -60,8 +60,9 @@ struct Scores {
     return index >= 0 && index < classes ? static_cast<int>(index) : -1;
   }
 
-  // Products of a half become logits; -inf past the last class. `first` is the thread's first class.
-  // Loops are repeated rather than their conditions: these are the same for the whole launch.
+  // Products of a half become logits; -inf past the last class. `first` is the thread's first
+  // class. Loops are repeated rather than their conditions: these are the same for the whole
+  // launch.
   MEMEFF_DEVICE void to_logits(float (&z)[kHalfCount], int first) const {
     if (transform.bias != nullptr) {
 #pragma unroll

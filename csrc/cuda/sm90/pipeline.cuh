@@ -16,10 +16,10 @@
 //   229440  scratch of an epilogue
 //
 // A stage goes round: the producer waits for "empty" (8 consumer warps have arrived), announces the
-// bytes on "full" and starts the copies; consumers wait for "full", multiply, and once the *next*
-// step's products are under way wait for these and arrive at "empty". So one group of products is
-// always in flight, and the producer is up to 4 steps ahead, also into the next tile of C: its loads
-// run during the epilogue.
+// bytes on "full" and starts the copies. Consumers wait for "full" and start their products; once
+// those of the next stage are under way, too, they wait for these to end and arrive at "empty". So
+// one group of products is always in flight, and the producer is up to 4 steps ahead, also into the
+// next tile of C: its loads run during the epilogue.
 //
 // Ragged edges cost nothing here: TMA reads zeros outside a tensor and never writes there.
 #pragma once
@@ -52,9 +52,9 @@ static_assert(kSharedBytes <= 227 * 1024);
 
 enum class Major { kK, kMn };  // which index of an operand is contiguous in memory
 
-// One operand's share of a stage: kExtent of m or n, kStepK of k. K-major operands are tensors
-// [mn, k] and come in one box of kExtent rows of 64 k; MN-major operands are tensors [k, mn] and come
-// as boxes of 64 k, 64 mn wide, one after the other.
+// One operand's share of a stage: kExtent of m or n, kStepK of k.
+//   K-major    a tensor [mn, k]: one box of kExtent rows, 64 k wide
+//   MN-major   a tensor [k, mn]: boxes of 64 rows of k, 64 mn wide, one after the other
 template <Major kMajor, int kExtent>
 struct OperandTile {
   static constexpr int kBoxRows = kMajor == Major::kK ? kExtent : kStepK;
@@ -153,8 +153,9 @@ MEMEFF_DEVICE void leave_stage(const Ring& ring, int stage) {
   if (lane_index() == 0) ptx::mbarrier_arrive(ring.empty(stage));
 }
 
-// A consumer warpgroup: c = the product of the next `steps` stages. Accumulator i of a thread is row
-// 16 warp + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2 of the group's 64 x 256.
+// A consumer warpgroup: c = the product of the next `steps` stages. In the group's 64 x 256,
+// accumulator i of a thread is
+//   row 16 warp + lane / 4 + 8 (i / 2 % 2),  column 8 (i / 4) + 2 (lane % 4) + i % 2
 template <class T, class A, class B>
 MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring& ring, int steps) {
   constexpr bool kATransposed = std::is_same_v<A, OperandTile<Major::kMn, kTileM>>;
@@ -214,8 +215,7 @@ inline Status persistent_blocks(int64_t tiles, unsigned* blocks) {
 #if defined(__CUDACC__)
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error ==
-      cudaSuccess)  // answered by the runtime without asking the driver: no need to keep it
+  if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
 #else

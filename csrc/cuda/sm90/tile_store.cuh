@@ -1,9 +1,9 @@
 // Results on their way from accumulators to global memory, through shared memory and TMA.
 //
-// A box is 64 rows of 128 bytes with 128-byte swizzle: 64 x 64 16-bit numbers, or 64 x 32 floats. Each
-// consumer warpgroup owns two: while TMA reads one, the other is filled. TMA needs no registers and
-// nobody's time, so stores overlap with the next box and with the next tile's main loop, and it clips
-// what reaches past the end of the tensor.
+// A box is 64 rows of 128 bytes with 128-byte swizzle: 64 x 64 16-bit numbers, or 64 x 32 floats.
+// Each consumer warpgroup owns two: while TMA reads one, the other is filled. TMA needs no
+// registers and nobody's time, so stores overlap with the next box and with the next tile's main
+// loop, and it clips what reaches past the end of the tensor.
 //
 // In a row, 16-byte piece p lies at p ^ (row % 8). stmatrix then hits all 32 banks once; the 8-byte
 // stores of floats meet 2 to a bank.
