@@ -133,15 +133,18 @@ def demangle(names: Sequence[str]) -> list[str]:
     return answer.stdout.splitlines()
 
 
-def parse_ptx(ptx: str) -> tuple[dict[str, int], int]:
-    """Threads per block by kernel, from the launch bounds; and the dynamic shared memory."""
-    threads = {}
-    for match in re.finditer(r"\.entry\s+(\w+)\s*\(([^{]*)\{", ptx):
-        bounds = re.search(r"\.maxntid\s+(\d+)", match[2])
-        if bounds:
-            threads[match[1]] = int(bounds[1])
-    shared = re.search(r"memeff_dynamic_shared = (\d+)", ptx)
-    return threads, int(shared[1]) if shared else 0  # zero is not written out
+def parse_ptx(ptx: str) -> dict[str, tuple[int | None, int]]:
+    """By kernel: threads per block, from its launch bounds, and dynamic shared memory."""
+    value = re.search(r"memeff_dynamic_shared = (\d+)", ptx)
+    dynamic_bytes = int(value[1]) if value else 0  # zero is not written out
+    dynamic = re.search(r"\.extern \.shared [^;]*?(\w+)\[\];", ptx)
+    found = {}
+    for entry in ptx.split(".entry ")[1:]:
+        name, head = entry.split("(", 1)[0].strip(), entry.split("{", 1)[0]
+        bounds = re.search(r"\.maxntid\s+(\d+)", head)
+        uses_dynamic = dynamic is not None and re.search(rf"\b{dynamic[1]}\b", entry) is not None
+        found[name] = (int(bounds[1]) if bounds else None, dynamic_bytes if uses_dynamic else 0)
+    return found
 
 
 def parse_ptxas(log: str) -> dict[str, tuple[int, int, int]]:
@@ -173,15 +176,15 @@ def compile_source(toolkit: Toolkit, source: Source, arch: Arch) -> list[Compile
         _run([toolkit.nvcc, *flags, "-ptx", f"-arch=compute_{arch.name}", unit, "-o", ptx])
         ptxas = toolkit.root / "bin" / "ptxas"
         log = _run([ptxas, "-v", f"-arch=sm_{arch.name}", ptx, "-o", Path(folder) / "unit.cubin"])
-        threads, dynamic = parse_ptx(ptx.read_text())
+        launches = parse_ptx(ptx.read_text())
+    compiled = []
     kernels = parse_ptxas(log)
-    return [
-        Compiled(f"{family} {short_name(full)}", arch, threads.get(name), registers, static,
-                 dynamic, spilled)
-        for (name, (registers, static, spilled)), full in zip(
-            kernels.items(), demangle(list(kernels)), strict=True
-        )
-    ]  # fmt: skip
+    for (name, measured), full in zip(kernels.items(), demangle(list(kernels)), strict=True):
+        threads, dynamic = launches[name]
+        registers, static, spilled = measured
+        kernel = f"{family} {short_name(full)}"
+        compiled.append(Compiled(kernel, arch, threads, registers, static, dynamic, spilled))
+    return compiled
 
 
 def _run(command: Sequence[str | Path]) -> str:

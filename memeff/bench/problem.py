@@ -65,7 +65,7 @@ def make_problem(
     if peaked:
         for start in range(0, shape.tokens, 1024):
             part = slice(start, start + 1024)
-            rows = w[y[part]].float()
+            rows = w[y[part]].double()
             x[part] += (_PEAK * rows / rows.square().sum(1, keepdim=True)).to(dtype)
     return Problem(
         shape, x.requires_grad_(requires_grad), w.requires_grad_(requires_grad), y, softcap
