@@ -63,7 +63,9 @@ def grpo_by_hand(data: dict[str, Tensor], kind: str, level: str, **options: Any)
                 term = -torch.minimum(unclipped * advantage, clipped * advantage)
             if beta:
                 d = data["ref"][b, t] - data["logprobs"][b, t]
-                term = term + beta * (torch.exp(d) - d - 1)
+                kl = torch.exp(d) - d - 1
+                corrected = options.get("use_bias_correction_kl", True)
+                term = term + beta * (kl * torch.exp(log_ratio) if corrected else kl)
             terms.append(term)
         per_sequence.append(terms)
     total = sum(sum(terms) for terms in per_sequence if terms)
@@ -78,7 +80,12 @@ def grpo_by_hand(data: dict[str, Tensor], kind: str, level: str, **options: Any)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"epsilon_high": 0.28, "beta": 0.04}, {"delta": 1.5, "epsilon": 0.1}],
+    [
+        {},
+        {"epsilon_high": 0.28, "beta": 0.04},
+        {"beta": 0.1, "use_bias_correction_kl": False},
+        {"delta": 1.5, "epsilon": 0.1},
+    ],
     ids=str,
 )
 def test_grpo(kind: str, level: str, options: dict[str, Any]) -> None:
