@@ -395,7 +395,9 @@ def grpo_by_trl(d: dict[str, Tensor], logprobs: Tensor, loss_type: str, level: s
         max_completion_length=logprobs.shape[1], aux_loss_enabled=False, use_liger_kernel=False,
         _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
         model=SimpleNamespace(training=False),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda t: t),
+        accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t
+        ),
         _get_per_token_logps_and_entropies=lambda *_, **__: (
             logprobs, torch.zeros_like(logprobs), None,
         ),
@@ -413,13 +415,13 @@ def grpo_by_trl(d: dict[str, Tensor], logprobs: Tensor, loss_type: str, level: s
 def grpo(arguments: argparse.Namespace) -> list[Row]:
     d = grpo_problem()
 
-    def ours(kind: str, level: str) -> list[Tensor]:
+    def ours(kind: str, level: str, **options: Any) -> list[Tensor]:
         x, w = (d[name].clone().requires_grad_() for name in "xw")
         logprobs = memeff.linear_logprobs(x, w, d["ids"].masked_fill(d["mask"] == 0, -100))
         loss = memeff.losses.grpo_loss(
             logprobs, d["advantages"], d["mask"], old_logprobs=d["old"], ref_logprobs=d["ref"],
             loss_type=kind, beta=0.04, importance_sampling_level=level,
-            epsilon_high=1.3 if kind == "cispo" else None,
+            epsilon_high=1.3 if kind == "cispo" else None, **options,
         )  # fmt: skip
         return gradients(loss, [x, w])
 
@@ -431,7 +433,8 @@ def grpo(arguments: argparse.Namespace) -> list[Row]:
     def difference(a: list[Tensor], b: list[Tensor]) -> float:
         return max(((p - q).norm() / q.norm()).item() for p, q in zip(a, b, strict=True))
 
-    worst = difference(ours("grpo", "token"), standard(lambda lp: grpo_by_the_paper(d, lp)))
+    mine = ours("grpo", "token", use_bias_correction_kl=False)
+    worst = difference(mine, standard(lambda lp: grpo_by_the_paper(d, lp)))
     rows = [
         row(
             "GRPO matches the paper's formula on full logits",

@@ -6,9 +6,10 @@ advantage A, the loss of a token is
     -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)                grpo, bnpo, dr_grpo, dapo
     -min(r, epsilon_high) A log pi(y), the factor before log constant  cispo
 
-    + beta (pi_ref/pi - log(pi_ref/pi) - 1)        estimate of the KL divergence to a reference
+    + beta r (pi_ref/pi - log(pi_ref/pi) - 1)      estimate of the KL divergence to a reference
 
-and the loss types differ in how tokens are averaged:
+where the factor r, which GRPO's paper does not have, makes the gradient of the estimate unbiased
+(DeepSeek 2025, arXiv 2512.02556; TRL's default). The loss types differ in how tokens are averaged:
 
     grpo      mean over the tokens of each sequence, then over sequences
     bnpo      mean over the tokens of the batch
@@ -48,6 +49,7 @@ def grpo_loss(
     epsilon_high: float | None = None,
     delta: float | None = None,
     beta: float = 0.0,
+    use_bias_correction_kl: bool = True,
     num_items: int | float | Tensor | None = None,
     max_completion_length: int | None = None,
     entropy: Tensor | None = None,
@@ -68,6 +70,7 @@ def grpo_loss(
             epsilon_high = epsilon. DAPO recommends 0.28. In cispo epsilon_high is the bound itself.
         delta: upper bound of the unclipped ratio too (two-sided clipping), or None.
         beta: coefficient of the KL term.
+        use_bias_correction_kl: whether the KL term has the factor r.
         num_items: what "dapo" and "cispo" divide by; None: the positions that count here.
         max_completion_length: what "dr_grpo" divides each sequence by; None: T.
         entropy, entropy_coef: [B, T] and the coefficient of its mean, which is subtracted.
@@ -102,7 +105,8 @@ def grpo_loss(
         per_token = -torch.min(unclipped, clipped)
     if beta != 0 and ref_logprobs is not None:
         log_ref_ratio = kept(ref_logprobs - logprobs, counted)
-        per_token = per_token + beta * (log_ref_ratio.exp() - log_ref_ratio - 1)
+        kl = log_ref_ratio.exp() - log_ref_ratio - 1
+        per_token = per_token + beta * (kl * ratio if use_bias_correction_kl else kl)
 
     per_token = kept(per_token.expand(logprobs.shape), counted)
     if loss_type == "grpo":

@@ -90,9 +90,28 @@ void test_variant(const test::KernelVariant<T>& variant) {
   CHECK(std::isnan(limits[3]));
 }
 
+void test_log() {
+  // Scores' exponentials come as fp16 numbers of (0, 1]; and beyond them, all exponents.
+  std::vector<float> x = {1.0f, std::sqrt(0.5f), std::sqrt(2.0f), std::ldexp(1.0f, -24)};
+  test::Random random(4);
+  for (int exponent = -125; exponent < 127; ++exponent) {
+    for (int i = 0; i < 40; ++i) {
+      x.push_back(std::ldexp(static_cast<float>(random.uniform(1, 2)), exponent));
+    }
+  }
+  for (const float value : x) {
+    const double exact = std::log(static_cast<double>(value));
+    const float result = log_vector(broadcast<float>(value))[0];
+    test::context() = test::describe("log ", value);
+    CHECK_NEAR(result, exact, std::ldexp(1 + std::abs(exact), -22));
+  }
+  CHECK_EQ(log_vector(broadcast<float>(1.0f))[0], 0);
+}
+
 }  // namespace
 
 int main() {
+  test_log();
   for (const auto& variant : test::kernel_variants<float>()) test_variant(variant);
   for (const auto& variant : test::kernel_variants<double>()) test_variant(variant);
   return test::result();
