@@ -132,10 +132,13 @@ def linear_cross_entropy(
             (True: 1, next-token prediction); the last k positions have no target, and per-token
             results have k positions fewer.
         return_statistics: also return :class:`memeff.TokenStatistics`, computed in the same pass.
-        memory_budget: most bytes of workspace beyond the gradients, as int or like "64MiB", "1GB".
+        memory_budget: most bytes beyond the gradients, as int or like "64MiB", "1GB": workspace, and
+            what torch's matrix products take where these are used.
         chunk_size: tokens per chunk, for those who want to fix what the planner chooses.
         grad_accumulation: how the weight gradient is summed over chunks of tokens: "float32",
-            "native" (its own dtype), or "auto": float32 wherever the memory budget allows.
+            "native" (its own dtype), or "auto": float32 wherever the memory budget allows, and for
+            bfloat16 in smaller ones 16-bit sums that are 32 times finer than bfloat16 (the plan
+            calls them "compact").
         skip_mass: e > 0 lets the gradients leave out tiles of the softmax without much probability:
             less than e per token in all, so that the error of a token's input gradient is less than
             e * max_v ||linear_weight[v]|| times its share of the loss. Saves time on GPUs where the
