@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "build" / "emulator-python"
+FOLDER = ROOT / "build" / "emulator-python"  # of the extension
 NAME = "_memeff_emulated"
 SOURCES = (
     "tests/emulator/python/emulated_device.cpp",
@@ -42,20 +42,22 @@ def missing() -> str | None:
     """What keeps the emulated kernels from being built here, or None."""
     if cuda_include() is None:
         return "no headers of a CUDA toolkit (set CUDA_HOME)"
-    for tool in ("cmake", "ninja"):
+    for tool in ("cmake", "make", "ninja"):
         if shutil.which(tool) is None:
             return f"no {tool}"
     return None
 
 
 def compile_kernels() -> Path:
-    """The static libraries of kernels and emulator; returns their folder."""
-    folder = FOLDER / "kernels"
-    compiler = os.environ.get("MEMEFF_EMULATOR_CXX") or shutil.which("clang++-19") or "g++"
-    configure = ["cmake", "-S", ROOT / "tests/emulator", "-B", folder, "-G", "Ninja"]
-    subprocess.run([*configure, f"-DCMAKE_CXX_COMPILER={compiler}"], check=True)
+    """The static libraries of kernels and emulator, shared with `make emulate`; their folder."""
+    folder = ROOT / "build" / "emulator"
+    configure = ["cmake", "-S", ROOT / "tests/emulator", "-B", folder]
+    if "CXX" not in os.environ and not (folder / "CMakeCache.txt").exists():
+        checks_most = shutil.which("clang++-19") or shutil.which("clang++")
+        configure += [f"-DCMAKE_CXX_COMPILER={checks_most}"] if checks_most else []
+    subprocess.run(configure, check=True)
     targets = ["memeff_cuda_emulated", "memeff_emulator"]
-    subprocess.run(["cmake", "--build", folder, "--target", *targets], check=True)
+    subprocess.run(["cmake", "--build", folder, "--parallel", "2", "--target", *targets], check=True)
     return folder
 
 
