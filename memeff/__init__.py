@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memeff import reference as reference
     from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
+    from memeff.fused_loss import linear_loss as linear_loss
     from memeff.memory_efficient_linear import MemoryEfficientLinear as MemoryEfficientLinear
     from memeff.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
     from memeff.planning import Plan as Plan
@@ -32,6 +33,7 @@ _HOMES = {
     "TokenStatistics": "memeff.statistics",
     "chunked_linear_apply": "memeff.chunked",
     "linear_cross_entropy": "memeff.functional",
+    "linear_loss": "memeff.fused_loss",
     "linear_logprobs": "memeff.token_statistics",
     "linear_token_statistics": "memeff.token_statistics",
     "plan": "memeff.planning",
@@ -46,6 +48,7 @@ __all__ = [
     "chunked_linear_apply",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_loss",
     "linear_token_statistics",
     "losses",
     "plan",

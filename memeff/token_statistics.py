@@ -156,7 +156,7 @@ def _statistics(
     for name, tensor in tensors.items():
         if tensor is not None or name == "linear_weight":
             _checks.check_tensor(name, tensor)
-    _check_shapes(input, linear_weight, target, linear_bias)
+    check_shapes(input, linear_weight, target, linear_bias)
     cast_to = _arguments.autocast_dtype(input.device)
     if cast_to is not None:
         input = _arguments.autocast_to(input, cast_to)
@@ -266,9 +266,7 @@ def _call_op(
     )
 
 
-def _check_shapes(
-    input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None
-) -> None:
+def check_shapes(input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> None:
     if input.dim() < 1 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
         raise RuntimeError(
             f"input has shape {tuple(input.shape)} and linear_weight {tuple(weight.shape)}, "

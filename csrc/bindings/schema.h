@@ -39,6 +39,17 @@ inline void define_operators(torch::Library& m) {
       "target, Tensor? linear_bias, int ignore_index, float softcap, float logit_scale, "
       "bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, SymInt chunk_size) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // Gradients of a sum of per-token losses, in the forward pass: differentiate_chunk (implemented in
+  // Python, memeff/fused_loss.py) is called with the statistics of one chunk of tokens after another and
+  // returns their upstream gradients. `handle` says whose chunk it is.
+  m.def(
+      "linear_loss_gradients(int handle, Tensor input, Tensor linear_weight, Tensor? target, "
+      "Tensor? linear_bias, int ignore_index, float softcap, float logit_scale, bool entropy, "
+      "bool input_grad, bool weight_grad, bool bias_grad, SymInt memory_budget, SymInt chunk_size) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "differentiate_chunk(int handle, int begin, Tensor logprob, Tensor lse, Tensor entropy, "
+      "Tensor max_logit) -> Tensor[]");
   m.def("scale_gradient(Tensor gradient, Tensor scale) -> Tensor");
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

@@ -78,7 +78,37 @@ void StatisticsCall::use_gradients(const at::Tensor& known_lse, const at::Tensor
   TORCH_CHECK(known_entropy.dim() == 1 && known_entropy.size(0) == n, "entropy has shape ",
               known_entropy.sizes(), ": expected [", n, "]");
   entropy = known_entropy.to(at::kDouble).contiguous();
-  statistics_.entropy = const_cast<double*>(entropy.const_data_ptr<double>());
+  statistics_.known_entropy = entropy.const_data_ptr<double>();
+}
+
+void StatisticsCall::differentiate_in_forward(Differentiate differentiate) {
+  differentiate_ = std::move(differentiate);
+  const auto options = lse.options();
+  const int64_t n = problem_.tokens;
+  grad_logprob_ = at::empty({n, problem_.targets}, options);
+  grad_lse_ = at::empty({n}, options);
+  statistics_.grad_logprob = grad_logprob_.const_data_ptr<double>();
+  statistics_.grad_lse = grad_lse_.const_data_ptr<double>();
+  if (statistics_.entropy != nullptr) {
+    grad_entropy_ = at::empty({n}, options);
+    statistics_.grad_entropy = grad_entropy_.const_data_ptr<double>();
+  }
+  statistics_.context = this;
+  statistics_.differentiate = [](void* context, int64_t begin, int64_t end) {
+    static_cast<StatisticsCall*>(context)->differentiate_rows(begin, end);
+  };
+}
+
+void StatisticsCall::differentiate_rows(int64_t begin, int64_t end) {
+  const auto rows = [&](const at::Tensor& tensor) {
+    return tensor.size(0) == problem_.tokens ? tensor.slice(0, begin, end) : tensor;
+  };
+  const std::vector<at::Tensor> gradients =
+      differentiate_(begin, rows(logprob), rows(lse), rows(entropy), rows(max_logit));
+  const at::Tensor* targets[] = {&grad_logprob_, &grad_lse_, &grad_entropy_};
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    targets[i]->slice(0, begin, end).copy_(gradients[i]);
+  }
 }
 
 void StatisticsCall::check_backward_budget() const {
@@ -86,6 +116,7 @@ void StatisticsCall::check_backward_budget() const {
   // The entropy's gradient may need more than the others'.
   TokenStatistics later = statistics_;
   if (later.entropy != nullptr) later.grad_entropy = problem_.lse;
+  later.entropy = nullptr;
   later.argmax = nullptr;
   later.top = 0;
   Problem problem = problem_;

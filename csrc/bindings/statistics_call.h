@@ -1,6 +1,9 @@
 // A call of the token statistics operators: see Call, and TokenStatistics in core/problem.h.
 #pragma once
 
+#include <functional>
+#include <vector>
+
 #include "bindings/call.h"
 
 namespace memeff {
@@ -26,14 +29,22 @@ class StatisticsCall : public Call {
                      const OptionalTensor& grad_logprob, const OptionalTensor& grad_lse,
                      const OptionalTensor& grad_entropy);
   void check_backward_budget() const;
+  /// Gradients in the forward pass. `differentiate` gets the first row and the statistics of a chunk, and
+  /// returns upstream gradients in the order of logprob, lse and (if it was computed) entropy.
+  using Differentiate = std::function<std::vector<at::Tensor>(
+      int64_t begin, const at::Tensor& logprob, const at::Tensor& lse, const at::Tensor& entropy,
+      const at::Tensor& max_logit)>;
+  void differentiate_in_forward(Differentiate differentiate);
 
   at::Tensor logprob, entropy, max_logit, argmax, top_logprobs, top_ids;
 
  private:
+  void differentiate_rows(int64_t begin, int64_t end);
   const double* gradient(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name,
                          at::Tensor* owner) const;
 
   TokenStatistics statistics_;
+  Differentiate differentiate_;
   at::Tensor grad_logprob_, grad_lse_, grad_entropy_;
 };
 

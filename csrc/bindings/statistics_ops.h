@@ -1,9 +1,11 @@
 // The token statistics operators, for any device; as ops.h.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "bindings/ops.h"
 #include "bindings/statistics_call.h"
@@ -48,9 +50,36 @@ Gradients token_statistics_backward(
 }
 
 template <class D>
+Gradients linear_loss_gradients(int64_t handle, const at::Tensor& input, const at::Tensor& weight,
+                                const OptionalTensor& target, const OptionalTensor& bias,
+                                int64_t ignore_index, double softcap, double logit_scale,
+                                bool entropy, bool input_grad, bool weight_grad, bool bias_grad,
+                                int64_t memory_budget, int64_t chunk_size) {
+  StatisticsCall call(D::get(), input, weight, target, bias,
+                      {ignore_index, softcap, logit_scale, input_grad, weight_grad, bias_grad,
+                       memory_budget, chunk_size});
+  call.allocate_outputs(false, entropy, false, 0);
+  // The operator is implemented in Python; the dispatcher takes care of the interpreter's lock.
+  using Chunk = std::vector<at::Tensor>(int64_t, int64_t, const at::Tensor&, const at::Tensor&,
+                                        const at::Tensor&, const at::Tensor&);
+  static const auto chunk = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("memeff::differentiate_chunk", "")
+                                .typed<Chunk>();
+  call.differentiate_in_forward([handle](int64_t begin, const at::Tensor& logprob,
+                                         const at::Tensor& lse, const at::Tensor& row_entropy,
+                                         const at::Tensor& max_logit) {
+    return chunk.call(handle, begin, logprob, lse, row_entropy, max_logit);
+  });
+  call.allocate_gradients(true);
+  call.run(false);
+  return {call.grad_input, call.grad_weight, call.grad_bias};
+}
+
+template <class D>
 void implement_statistics_operators(torch::Library& m) {
   m.impl("linear_token_statistics_forward", &token_statistics_forward<D>);
   m.impl("linear_token_statistics_backward", &token_statistics_backward<D>);
+  m.impl("linear_loss_gradients", &linear_loss_gradients<D>);
 }
 
 }  // namespace memeff

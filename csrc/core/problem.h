@@ -33,9 +33,9 @@ struct TokenStatistics {
   bool skip_ignored = false;  // leave out tokens without a target: all their statistics are 0
 
   void* logprob = nullptr;  // [N, K] log p of each target; 0 where it is ignore_index
-  double* entropy =
-      nullptr;  // [N] -sum_v p_v log p_v; read by the backward pass for grad_entropy. fp64
-                // as lse: its rounding would be an error that all classes share
+  // [N] -sum_v p_v log p_v. fp64 as lse: its rounding would be an error that all classes share.
+  double* entropy = nullptr;
+  const double* known_entropy = nullptr;  // [N] the same, for the backward pass with grad_entropy
   void* max_logit = nullptr;     // [N]
   int64_t* argmax = nullptr;     // [N]
   int64_t top = 0;               // the `top` most probable classes, largest first
@@ -45,6 +45,11 @@ struct TokenStatistics {
   const double* grad_logprob = nullptr;  // [N, K]
   const double* grad_lse = nullptr;      // [N]
   const double* grad_entropy = nullptr;  // [N]
+
+  // Gradients in the forward pass: called as soon as the statistics of rows [begin, end) are written, sets
+  // their upstream gradients. skip_ignored must be off.
+  void (*differentiate)(void* context, int64_t begin, int64_t end) = nullptr;
+  void* context = nullptr;
 };
 
 struct Problem {

@@ -58,7 +58,7 @@ void update_compact_row(const T* sums, T scale, int64_t columns, WeightUpdate up
 
 bool wants_entropy(const Problem& p) {
   const TokenStatistics* s = p.token_statistics;
-  return p.statistics || (s != nullptr && s->entropy != nullptr && s->grad_entropy == nullptr);
+  return p.statistics || (s != nullptr && s->entropy != nullptr);
 }
 
 bool wants_argmax(const Problem& p) {
@@ -152,6 +152,7 @@ int64_t CpuBackend<T>::select_tokens() {
       if (takes_part(n)) list_token(n);
     }
     if (is_16_bit(problem_.dtype)) output_scale_ = problem_.logit_scale;
+    if (!context_.request->statistics_known) clear_token_statistics();
     return count_;
   }
   double weight = 0;
@@ -262,7 +263,7 @@ void CpuBackend<T>::restore_statistics() {
   parallel_for(count_, kTokenGrain, [&](int64_t begin, int64_t end, int) {
     for (int64_t token = begin; token < end; ++token) {
       lse_[token] = problem_.lse[rows_[token]];
-      if (has_entropy_gradient()) entropy_[token] = statistics_->entropy[rows_[token]];
+      if (has_entropy_gradient()) entropy_[token] = statistics_->known_entropy[rows_[token]];
       if (problem_.probabilities != nullptr) {
         double mass = 0;
         for (int64_t v = 0; v < problem_.vocab; ++v) {
@@ -350,18 +351,13 @@ double CpuBackend<T>::token_loss(int64_t token, double* z_term) const {
 }
 
 template <class T>
-void CpuBackend<T>::write_token_statistics() {
+void CpuBackend<T>::write_token_statistics(Range tokens) {
   const TokenStatistics& s = *statistics_;
-  const int64_t n = problem_.tokens, targets = problem_.targets;
+  const int64_t targets = problem_.targets;
   T* logprob = static_cast<T*>(s.logprob);
   T* max_logit = static_cast<T*>(s.max_logit);
   T* top = static_cast<T*>(s.top_logprobs);
-  std::fill_n(problem_.lse, n, 0.0);
-  if (logprob != nullptr) std::fill_n(logprob, n * targets, T{0});
-  if (s.entropy != nullptr) std::fill_n(s.entropy, n, 0.0);
-  if (max_logit != nullptr) std::fill_n(max_logit, n, T{0});
-  if (s.argmax != nullptr) std::fill_n(s.argmax, n, 0);
-  for (int64_t token = 0; token < count_; ++token) {
+  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
     const int64_t row = rows_[token];
     problem_.lse[row] = lse_[token];
     if (s.entropy != nullptr) s.entropy[row] = entropy_[token];
@@ -377,6 +373,28 @@ void CpuBackend<T>::write_token_statistics() {
     for (int64_t j = 0; j < s.top; ++j) {
       top[row * s.top + j] = static_cast<T>(top[row * s.top + j] - lse_[token]);
     }
+  }
+}
+
+template <class T>
+void CpuBackend<T>::clear_token_statistics() {
+  const TokenStatistics& s = *statistics_;
+  const int64_t n = problem_.tokens;
+  std::fill_n(problem_.lse, n, 0.0);
+  if (s.logprob != nullptr) std::fill_n(static_cast<T*>(s.logprob), n * problem_.targets, T{0});
+  if (s.entropy != nullptr) std::fill_n(s.entropy, n, 0.0);
+  if (s.max_logit != nullptr) std::fill_n(static_cast<T*>(s.max_logit), n, T{0});
+  if (s.argmax != nullptr) std::fill_n(s.argmax, n, 0);
+}
+
+template <class T>
+void CpuBackend<T>::differentiate_statistics(Range tokens) {
+  if (statistics_ == nullptr || statistics_->differentiate == nullptr) return;
+  write_token_statistics(tokens);
+  // All tokens take part, so positions are rows.
+  statistics_->differentiate(statistics_->context, tokens.begin, tokens.end);
+  for (int64_t token = tokens.begin; token < tokens.end; ++token) {
+    set_statistics_coefficients(token);
   }
 }
 
@@ -407,7 +425,11 @@ void CpuBackend<T>::update_top(const T* z, int64_t stride, Range classes, Range 
 
 template <class T>
 void CpuBackend<T>::write_loss() {
-  if (statistics_ != nullptr) return write_token_statistics();
+  if (statistics_ != nullptr) {
+    // With gradients in the forward pass they have been written chunk by chunk.
+    if (statistics_->differentiate == nullptr) write_token_statistics({0, count_});
+    return;
+  }
   const DType dtype = accumulation_dtype(problem_.dtype);
   const int64_t n = problem_.tokens;
   T* statistics = static_cast<T*>(problem_.statistics_out);

@@ -37,6 +37,7 @@ class CpuBackend : public Backend {
 
   int64_t select_tokens() override;
   void merge_statistics(Range tokens) override;
+  void differentiate_statistics(Range tokens) override;
   void restore_statistics() override;
   void write_loss() override;
   void finish_grad_input(Range tokens) override;
@@ -139,7 +140,8 @@ class CpuBackend : public Backend {
   void list_token(int64_t n);
   void set_coefficients(int64_t token);
   void set_statistics_coefficients(int64_t token);
-  void write_token_statistics();
+  void clear_token_statistics();
+  void write_token_statistics(Range tokens);
   double token_loss(int64_t token, double* z_term) const;
   double upstream(int64_t token) const;
 

@@ -40,6 +40,9 @@ class Backend {
   virtual void scores(Range tokens, const ScoreBlock* block) = 0;
   /// Turns partial statistics into lse and the other token statistics, and those into coefficients.
   virtual void merge_statistics(Range tokens) = 0;
+  /// Token statistics with gradients in the forward pass: has the caller set the upstream gradients of
+  /// these tokens, and turns them into coefficients.
+  virtual void differentiate_statistics(Range) {}
   /// Takes lse from the problem instead, for all tokens.
   virtual void restore_statistics() = 0;
   /// Loss (and token statistics, when asked for) from the statistics of all tokens.

@@ -114,6 +114,7 @@ class Run {
       }
       backend_.merge_statistics(tokens);
     });
+    backend_.differentiate_statistics(chunk.tokens);
   }
 
   void input_gradient_of_kept(const Chunk& chunk) {

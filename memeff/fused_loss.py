@@ -1,0 +1,232 @@
+"""``linear_loss``: a sum of per-token losses of token statistics, with gradients in one pass.
+
+The work of linear_cross_entropy, three matrix products, for a loss that the caller writes. As soon
+as the statistics of a chunk of tokens are known, autograd differentiates the caller's function with
+respect to them; the chunk's scores, still there, then become gradients of the logits.
+
+The operator calls back for each chunk through another operator, differentiate_chunk, which this
+file implements; a number says which call it belongs to.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memeff import _arguments, _checks, ops
+from memeff._gradients import CapturedResult, ReadyGradients, captured_leaves, node_number
+from memeff.statistics import LogitStatistics
+from memeff.token_statistics import check_shapes, linear_token_statistics
+
+__all__ = ["linear_loss"]
+
+REDUCTIONS = ("sum", "mean")
+
+
+def linear_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    loss_fn: Callable[..., Tensor],
+    *per_token_tensors: Tensor,
+    linear_bias: Tensor | None = None,
+    reduction: str = "sum",
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    entropy: bool = False,
+    memory_budget: int | str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Sum or mean over all tokens of ``loss_fn(statistics, *chunks)``, without storing the logits.
+
+    ``loss_fn`` gets the :class:`memeff.LogitStatistics` of c tokens (``logprob`` [c] or [c, K],
+    ``lse`` [c], ``max_logit`` [c], and ``entropy`` [c] if asked for) and the same c rows of each of
+    ``per_token_tensors``; it returns their losses, [c]. A token's loss must depend on that token
+    alone; what goes beyond (sequence-level ratios, say) takes :func:`linear_token_statistics`.
+    Gradients flow to ``input``, ``linear_weight``, ``linear_bias``, ``per_token_tensors``, and
+    parameters that ``loss_fn`` closes over. They are computed in the forward pass.
+
+    Args:
+        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
+            memory_budget, chunk_size: as in :func:`linear_token_statistics`.
+        reduction: "sum", or "mean": the sum divided by the number of tokens, masked or not.
+
+    Returns:
+        The loss, 0-d, float32 (float64 for float64 inputs). Second derivatives raise an error.
+    """
+    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    options: dict[str, Any] = {
+        "linear_bias": linear_bias, "ignore_index": ignore_index, "softcap": softcap,
+        "logit_scale": logit_scale, "entropy": entropy, "memory_budget": memory_budget,
+        "chunk_size": chunk_size,
+    }  # fmt: skip
+    for name, tensor in (("input", input), ("linear_weight", linear_weight)):
+        _checks.check_tensor(name, tensor)
+    for position, tensor in enumerate(per_token_tensors):
+        _checks.check_tensor(f"per_token_tensors[{position}]", tensor)
+    check_shapes(input, linear_weight, target, linear_bias)
+    lead = input.shape[:-1]
+    for position, tensor in enumerate(per_token_tensors):
+        if tensor.shape[: len(lead)] != lead:
+            raise RuntimeError(
+                f"per_token_tensors[{position}] has shape {tuple(tensor.shape)}, expected one that "
+                f"begins with {tuple(lead)}, the leading dimensions of input"
+            )
+    rows = [t.reshape(lead.numel(), *t.shape[len(lead) :]) for t in per_token_tensors]
+    if target is not None:
+        target = target.reshape(lead.numel(), *target.shape[len(lead) :])
+    x = input.flatten(0, -2) if lead else input.unsqueeze(0)
+
+    operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    if not wanted or input.dtype == torch.float16 or not len(x) or not len(linear_weight):
+        # No gradient in the forward pass: none wanted, or fp16, where it could underflow before a
+        # loss scale is applied.
+        statistics = linear_token_statistics(x, linear_weight, target, argmax=False, **options)
+        total = _checked(loss_fn(statistics, *rows), len(x)).sum()
+    else:
+        run = torch.compiler.disable(_Call(loss_fn, rows, target).run)
+        total = run(x, linear_weight, linear_bias, options)
+    return total / lead.numel() if reduction == "mean" else total
+
+
+def _checked(losses: Tensor, tokens: int) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape != (tokens,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses)
+        raise RuntimeError(f"loss_fn returned {got} for {tokens} tokens, expected ({tokens},)")
+    return losses
+
+
+class _Call:
+    """One call with gradients in the forward pass; rows of the per-token tensors."""
+
+    _numbers = itertools.count()
+    running: dict[int, _Call] = {}  # noqa: RUF012  (calls in progress, by number)
+
+    def __init__(
+        self, loss_fn: Callable[..., Tensor], rows: list[Tensor], target: Tensor | None
+    ) -> None:
+        self.loss_fn, self.rows = loss_fn, rows
+        self.one_target = target is not None and target.dim() == 1
+        self.target = target if target is None or target.dim() == 2 else target.unsqueeze(1)
+        self.total: Tensor | None = None
+        self.grad_rows = [torch.zeros_like(t) if t.requires_grad else None for t in rows]
+        self.captured: dict[Tensor, Tensor] = {}
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        cast_to = _arguments.autocast_dtype(x.device)
+        if cast_to is not None:
+            x, weight = (_arguments.autocast_to(t, cast_to) for t in (x, weight))
+            bias = None if bias is None else _arguments.autocast_to(bias, cast_to)
+        _checks.check_dtypes(x, weight, bias, None, None)
+        softcap = options["softcap"]
+        _checks.check_numbers(0.0, softcap, options["logit_scale"], 0.0)
+        number = next(self._numbers)
+        self.running[number] = self
+        try:
+            gradients = torch.ops.memeff.linear_loss_gradients(
+                number,
+                x.detach(),
+                weight.detach(),
+                self.target,
+                None if bias is None else bias.detach(),
+                options["ignore_index"],
+                0.0 if softcap is None else float(softcap),
+                float(options["logit_scale"]),
+                options["entropy"],
+                x.requires_grad,
+                weight.requires_grad,
+                bias is not None and bias.requires_grad,
+                _arguments.parse_memory_budget(options["memory_budget"]),
+                _arguments.parse_chunk_size(options["chunk_size"], None),
+            )
+        finally:
+            del self.running[number]
+        assert self.total is not None
+        pairs = [
+            *zip((x, weight, bias), gradients, strict=True),
+            *zip(self.rows, self.grad_rows, strict=True),
+            *self.captured.items(),
+        ]
+        needed = [(t, g) for t, g in pairs if t is not None and t.requires_grad and g is not None]
+        total: Tensor = ReadyGradients.apply(
+            self.total, [g for _, g in needed], *(t for t, _ in needed)
+        )
+        return total
+
+    def differentiate(
+        self, begin: int, logprob: Tensor, lse: Tensor, entropy: Tensor, max_logit: Tensor
+    ) -> list[Tensor]:
+        """Upstream gradients of one chunk's statistics; adds its losses to the total."""
+        tokens = slice(begin, begin + len(lse))
+        wide = logprob.dtype
+        leaves = [logprob.detach(), lse.to(wide)]
+        if len(entropy):
+            leaves.append(entropy.to(wide))
+        with torch.enable_grad():
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            number = node_number(lse.device)
+            statistics = LogitStatistics(
+                logprob=None if self.target is None else
+                leaves[0].squeeze(1) if self.one_target else leaves[0],
+                lse=leaves[1],
+                entropy=leaves[2] if len(leaves) > 2 else None,
+                max_logit=max_logit,
+                argmax=None,
+                top_logprobs=None,
+                top_ids=None,
+            )  # fmt: skip
+            chunks = [t[tokens].detach().requires_grad_(t.requires_grad) for t in self.rows]
+            loss = _checked(self.loss_fn(statistics, *chunks), len(lse)).sum()
+        self.total = loss.detach() if self.total is None else self.total + loss.detach()
+        if not loss.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        own = [*leaves, *(chunk for chunk in chunks if chunk.requires_grad)]
+        try:
+            others = captured_leaves(loss, own, number)
+        except CapturedResult as node:
+            raise RuntimeError(
+                f"loss_fn closes over a result ({node}) of other differentiable computations, "
+                "expected parameters only; pass it as a per-token tensor, or use "
+                "memeff.linear_token_statistics"
+            ) from None
+        inputs = [*own, *others]
+        gradients = dict(
+            zip(inputs, torch.autograd.grad(loss, inputs, allow_unused=True), strict=True)
+        )
+        for whole, chunk in zip(self.grad_rows, chunks, strict=True):
+            gradient = gradients.get(chunk)
+            if whole is not None and gradient is not None:
+                whole[tokens] = gradient
+        for leaf in others:
+            gradient = gradients[leaf]
+            if gradient is not None:
+                before = self.captured.get(leaf)
+                self.captured[leaf] = gradient if before is None else before + gradient
+        result = []
+        for leaf in leaves:
+            gradient = gradients[leaf]
+            result.append(torch.zeros_like(leaf) if gradient is None else gradient)
+        return result
+
+
+def _differentiate_chunk(handle: int, begin: int, *statistics: Tensor) -> list[Tensor]:
+    return _Call.running[handle].differentiate(begin, *statistics)
+
+
+def _gradients_fake(
+    handle: int, input: Tensor, weight: Tensor, target: Any, bias: Tensor | None, *scalars: Any
+) -> tuple[Tensor, ...]:
+    *_, input_grad, weight_grad, bias_grad, _, _ = scalars
+    return ops.gradients_like(input, weight, bias, (input_grad, weight_grad, bias_grad))
+
+
+torch.library.impl("memeff::differentiate_chunk", "CompositeExplicitAutograd")(_differentiate_chunk)
+torch.library.register_fake("memeff::linear_loss_gradients", _gradients_fake)

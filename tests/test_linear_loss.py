@@ -1,0 +1,163 @@
+"""linear_loss: per-token losses of statistics, gradients in the forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close_as_plain
+from torch import Tensor
+
+import memeff
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Problem:
+    def __init__(self, dtype: torch.dtype, tokens: int = 203, vocab: int = 700) -> None:
+        self.x = torch.randn(tokens, 40, dtype=torch.float64).to(dtype).requires_grad_()
+        self.w = (torch.randn(vocab, 40, dtype=torch.float64) / 3).to(dtype).requires_grad_()
+        self.b = torch.randn(vocab, dtype=torch.float64).to(dtype).requires_grad_()
+        self.target = torch.randint(vocab, (tokens,))
+        self.target[torch.rand(tokens) < 0.3] = -100
+        self.old = torch.randn(tokens).requires_grad_()
+        self.scale = torch.tensor(0.7, requires_grad=True)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.w, self.b, self.old, self.scale]
+
+    def in_float64(self) -> Problem:
+        copy = Problem.__new__(Problem)
+        copy.target = self.target
+        for name in ("x", "w", "b", "old", "scale"):
+            setattr(copy, name, getattr(self, name).detach().double().requires_grad_())
+        return copy
+
+    def per_token(self, logprob: Tensor, lse: Tensor, entropy: Tensor, old: Tensor) -> Tensor:
+        """A loss that uses everything."""
+        ratio = (logprob - old.clamp(-1, 1)).clamp(max=2).exp()
+        return ratio * self.scale - 0.1 * entropy.square() + 0.01 * lse.square()
+
+    def ours(self, **options: Any) -> Tensor:
+        return memeff.linear_loss(
+            self.x, self.w, self.target,
+            lambda s, old: self.per_token(s.logprob, s.lse, s.entropy, old),
+            self.old, linear_bias=self.b, entropy=True, **options,
+        )  # fmt: skip
+
+    def plain(
+        self, reduction: str = "sum", logit_scale: float = 1.0, softcap: Any = None
+    ) -> Tensor:
+        z = F.linear(self.x, self.w, self.b)
+        z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        log_p = z.log_softmax(-1)
+        ignored = self.target == -100
+        logprob = log_p.gather(1, self.target.masked_fill(ignored, 0)[:, None]).squeeze(1)
+        entropy = torch.special.entr(log_p.exp()).sum(-1)
+        logprob = logprob.masked_fill(ignored, 0)
+        losses = self.per_token(logprob, z.logsumexp(-1), entropy, self.old.to(z.dtype))
+        return losses.mean() if reduction == "mean" else losses.sum()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("chunk_size", [None, 32])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "mean", "logit_scale": 1.3}, {"softcap": 4.0}], ids=str
+)
+def test_loss_and_gradients(
+    dtype: torch.dtype, chunk_size: int | None, options: dict[str, Any]
+) -> None:
+    p = Problem(dtype)
+    exact = p.in_float64()
+    ours = p.ours(chunk_size=chunk_size, **options)
+    sides = [(p, ours), (p, p.plain(**options)), (exact, exact.plain(**options))]
+    losses = [loss.detach() for _, loss in sides]
+    assert_close_as_plain("loss", *losses, gradient=False)
+    for scale in (1.5, -0.25):
+        gradients = [
+            torch.autograd.grad(loss * scale, q.leaves, retain_graph=True) for q, loss in sides
+        ]
+        for name, *three in zip(("dx", "dw", "db", "old", "scale"), *gradients, strict=True):
+            assert_close_as_plain(name, *three)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_budget(dtype: torch.dtype) -> None:
+    """Vocabulary slices: statistics of all tokens come before any gradient."""
+    p = Problem(dtype, tokens=600)
+    exact = p.in_float64()
+    plain = torch.autograd.grad(p.plain(), p.leaves)
+    expected = torch.autograd.grad(exact.plain(), exact.leaves)
+    for budget in (1_700_000, 2_500_000):
+        ours = torch.autograd.grad(p.ours(memory_budget=budget), p.leaves)
+        for name, *three in zip(
+            ("dx", "dw", "db", "old", "scale"), ours, plain, expected, strict=True
+        ):
+            assert_close_as_plain(name, *three)
+
+
+def test_equals_the_other_forms() -> None:
+    """statistics, linear_loss and chunked_linear_apply: one loss."""
+    p = Problem(torch.float64)
+
+    def nll(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, reduction="sum")
+
+    forms = [
+        memeff.linear_loss(p.x, p.w, p.target, lambda s: -s.logprob, linear_bias=p.b),
+        -memeff.linear_logprobs(p.x, p.w, p.target, linear_bias=p.b).sum(),
+        memeff.chunked_linear_apply(nll, p.x, p.w, p.target, linear_bias=p.b, chunk_size=30),
+        memeff.linear_cross_entropy(p.x, p.w, p.target, linear_bias=p.b, reduction="sum"),
+    ]
+    results = [(f.detach(), *torch.autograd.grad(f, [p.x, p.w, p.b])) for f in forms]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_shapes_and_partial_gradients(several: bool) -> None:
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    w = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(11, (3, 5, 2) if several else (3, 5))
+    mask = torch.rand(3, 5) < 0.5
+    shapes = []
+
+    def fn(s: memeff.LogitStatistics, mask: Tensor) -> Tensor:
+        assert s.logprob is not None and s.entropy is None
+        shapes.append(s.logprob.shape[1:])
+        return (s.logprob.sum(-1) if several else s.logprob) * mask
+
+    ours = memeff.linear_loss(x, w, y, fn, mask, chunk_size=4)
+    assert set(shapes) == {(2,) if several else ()}
+    picked = memeff.linear_logprobs(x, w, y)
+    expected = ((picked.sum(-1) if several else picked) * mask).sum()
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, w), torch.autograd.grad(expected, w))
+    without = memeff.linear_loss(x, w.detach(), y, fn, mask)
+    torch.testing.assert_close(without, expected.detach())
+    assert memeff.linear_loss(x[:0], w, y[:0], fn, mask[:0]) == 0
+    constant = memeff.linear_loss(x, w, None, lambda s: s.lse.detach())
+    assert not torch.autograd.grad(constant, w)[0].any()
+
+
+def test_errors() -> None:
+    p = Problem(torch.float32)
+    with pytest.raises(RuntimeError, match=r"loss_fn returned shape \(\) for"):
+        memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse.sum())
+    outside = p.scale * 2
+    with pytest.raises(RuntimeError, match="loss_fn closes over a result"):
+        memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse * outside)
+    with pytest.raises(ValueError, match="reduction is 'none'"):
+        memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse, reduction="none")
+    with pytest.raises(RuntimeError, match=r"per_token_tensors\[0\] has shape"):
+        memeff.linear_loss(p.x, p.w, p.target, lambda s, t: s.lse, torch.zeros(3))
+    loss = memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse)  # still works afterwards
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, p.x, create_graph=True)
