@@ -3,7 +3,8 @@
     python benchmarks/predict_cuda.py --shape 4096,4096,128256
 
 One line per step of a forward and backward pass in 16 bits with scores kept in the gradient's
-memory (N <= D). A step takes as long as its slower side, arithmetic or memory; steps follow one another.
+memory (N <= D). A step takes as long as its slower side, arithmetic or memory; steps follow one
+another.
 What a GPU sustains is an assumption (see GPUS), not a measurement of these kernels.
 """
 

@@ -132,8 +132,8 @@ def linear_cross_entropy(
             (True: 1, next-token prediction); the last k positions have no target, and per-token
             results have k positions fewer.
         return_statistics: also return :class:`memeff.TokenStatistics`, computed in the same pass.
-        memory_budget: most bytes beyond the gradients, as int or like "64MiB", "1GB": workspace, and
-            what torch's matrix products take where these are used.
+        memory_budget: most bytes beyond the gradients, as int or like "64MiB", "1GB": workspace,
+            and what torch's matrix products take where these are used.
         chunk_size: tokens per chunk, for those who want to fix what the planner chooses.
         grad_accumulation: how the weight gradient is summed over chunks of tokens: "float32",
             "native" (its own dtype), or "auto": float32 wherever the memory budget allows, and for

@@ -33,7 +33,7 @@ class Plan:
     """"statistics", "token_chunks" or "vocab_slices"."""
     kernels: str
     """What computes: "avx512_bf16" or "blas" (torch's products) on the CPU; on a GPU the families
-    of kernels for scores and for the products of the gradients: "sm90,generic" (generic: cuBLAS)."""
+    of kernels for scores and for products of gradients: "sm90,generic" (generic: cuBLAS)."""
     tokens_per_chunk: int
     num_chunks: int
     vocab_per_slice: int

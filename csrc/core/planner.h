@@ -69,8 +69,8 @@ struct Plan {
   int64_t weight_block = 0;   // tokens per grad_weight product: whole chunks if there is room
   int64_t slice_vocab = 0;    // vocabulary rows that pass together
   // How kept scores are divided for grad_input; 0: like everything else.
-  int64_t input_block = 0;  // tokens
-  int64_t input_slice = 0;  // vocabulary rows
+  int64_t input_block = 0;       // tokens
+  int64_t input_slice = 0;       // vocabulary rows
   bool separate_sweeps = false;  // vocab slices: one sweep for grad_input, one for grad_weight
   int64_t num_chunks = 0;
   int64_t num_slices = 0;

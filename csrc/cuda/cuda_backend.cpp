@@ -19,10 +19,9 @@ void check(const Status& status) {
 
 /// The functions of a family of fused kernels.
 struct FusedKernels {
-  decltype(&sm80::linear_statistics) linear_statistics;
-  decltype(&sm80::linear_gradient) linear_gradient;
-  decltype(&sm80::grad_input_product) grad_input_product;
-  decltype(&sm80::grad_weight_product) grad_weight_product;
+  LinearStatistics* linear_statistics;
+  LinearGradient* linear_gradient;
+  GradientProduct *grad_input_product, *grad_weight_product;
 };
 
 FusedKernels kernels_of(Family family) {

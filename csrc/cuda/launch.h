@@ -50,15 +50,15 @@ struct Block {
 /// be merged by merge_statistics. Null members are not computed; max and sum always are. A range
 /// of -inf logits alone has max -inf and sum 0; a NaN logit makes the sum NaN.
 struct PartialStatistics {
-  void* max = nullptr;           // A: max_v z_v
-  int64_t max_stride = 0;        // of max alone: it may be kept elsewhere, as stored scores do
-  int64_t stride = 0;            // of all others
-  void* sum = nullptr;           // A: sum_v exp(z_v - max)
-  void* entropy = nullptr;       // A: sum_v exp(z_v - max) (z_v - max), without logits of -inf
-  void* smooth = nullptr;        // A: sum_v w_v z_v
-  int32_t* argmax = nullptr;     // of the vocabulary: the first class of the largest logit, or, where
-                                 // all are -inf, of the range
-  void* target_dot = nullptr;    // A: sum_v w_v q_v z_v of class probabilities q, where w_v q_v != 0
+  void* max = nullptr;         // A: max_v z_v
+  int64_t max_stride = 0;      // of max alone: it may be kept elsewhere, as stored scores do
+  int64_t stride = 0;          // of all others
+  void* sum = nullptr;         // A: sum_v exp(z_v - max)
+  void* entropy = nullptr;     // A: sum_v exp(z_v - max) (z_v - max), without logits of -inf
+  void* smooth = nullptr;      // A: sum_v w_v z_v
+  int32_t* argmax = nullptr;   // of the vocabulary: the first class of the largest logit, or, where
+                               // all are -inf, of the range
+  void* target_dot = nullptr;  // A: sum_v w_v q_v z_v of class probabilities q, where w_v q_v != 0
   void* target_mass = nullptr;   // A: sum_v w_v q_v
   void* target_plain = nullptr;  // A: sum_v q_v z_v, where q_v != 0
 };
@@ -196,37 +196,37 @@ struct ProductOutput {
   const float* scale = nullptr;
 };
 
-#define MEMEFF_DECLARE_PRODUCTS                                                                    \
-  /* Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores;  \
-     then classes_per_range is kStoredTile and first_class a multiple of it. No probabilities. */ \
-  Status linear_statistics(const Block& block, const LinearOperands& operands,                     \
-                           const LogitTerms& terms, const Targets& targets,                        \
-                           int64_t classes_per_range, const PartialStatistics& partials,           \
-                           float* target_logit, const StoredScores& scores, void* stream);         \
-  /* The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the   \
-     operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where each token's  \
-     probability mass in it is less than skip_mass * (classes of the tile) / vocab and no target   \
-     lies in it, else 1. No probabilities. */                                                      \
-  Status linear_gradient(const Block& block, const LinearOperands& operands,                       \
-                         const LogitTerms& terms, const Targets& targets,                          \
-                         const Coefficients& coefficients, void* gradient, int64_t stride,         \
-                         uint8_t* tiles, int64_t tiles_stride, double skip_mass, int64_t vocab,    \
-                         void* stream);                                                            \
-  /* G^T W: [tokens, features] */                                                                  \
-  Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,     \
-                            const ProductOutput& output, void* stream);                            \
-  /* G x: [classes, features] */                                                                   \
-  Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,    \
-                             const ProductOutput& output, void* stream);
+/// Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores; then
+/// classes_per_range is kStoredTile and first_class a multiple of it. No probabilities.
+using LinearStatistics = Status(const Block& block, const LinearOperands& operands,
+                                const LogitTerms& terms, const Targets& targets,
+                                int64_t classes_per_range, const PartialStatistics& partials,
+                                float* target_logit, const StoredScores& scores, void* stream);
+
+/// The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the
+/// operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where each token's
+/// probability mass in it is less than skip_mass * (classes of the tile) / vocab and no target lies
+/// in it, else 1. No probabilities.
+using LinearGradient = Status(const Block& block, const LinearOperands& operands,
+                              const LogitTerms& terms, const Targets& targets,
+                              const Coefficients& coefficients, void* gradient, int64_t stride,
+                              uint8_t* tiles, int64_t tiles_stride, double skip_mass, int64_t vocab,
+                              void* stream);
+
+/// G^T W [tokens, features], or G x [classes, features].
+using GradientProduct = Status(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                               const ProductOutput& output, void* stream);
 
 namespace sm80 {
-MEMEFF_DECLARE_PRODUCTS
-}
-namespace sm90 {
-MEMEFF_DECLARE_PRODUCTS
+LinearStatistics linear_statistics;
+LinearGradient linear_gradient;
+GradientProduct grad_input_product, grad_weight_product;
+}  // namespace sm80
 
-// Here classes_per_range is a multiple of 128, best of 256. A gradient G must not overlap what its
-// product is written to.
+namespace sm90 {
+LinearStatistics linear_statistics;
+LinearGradient linear_gradient;
+GradientProduct grad_input_product, grad_weight_product;
 
 /// Whether this family can work on the operands: TMA wants 16-bit rows that start at multiples of 16
 /// bytes. `block` is what is stored, scores or a gradient [classes, tokens], or null.

@@ -56,8 +56,8 @@ def compile_kernels() -> Path:
         checks_most = shutil.which("clang++-19") or shutil.which("clang++")
         configure += [f"-DCMAKE_CXX_COMPILER={checks_most}"] if checks_most else []
     subprocess.run(configure, check=True)
-    targets = ["memeff_cuda_emulated", "memeff_emulator"]
-    subprocess.run(["cmake", "--build", folder, "--parallel", "2", "--target", *targets], check=True)
+    build = ["cmake", "--build", folder, "--parallel", "2", "--target"]
+    subprocess.run([*build, "memeff_cuda_emulated", "memeff_emulator"], check=True)
     return folder
 
 
