@@ -31,7 +31,7 @@ def test_a_small_run(tmp_path, capsys):
         (["--device", "meta"], "expected cpu, cuda"),
         (["--device", "nonsense"], "--device is 'nonsense'"),
         (["--variants", "memeff~much"], "'memeff~much' is unknown"),
-        (["--variants", "memeff@1MiB~0.1"], "is unknown"),
+        (["--variants", "memeff@4MiB~0.1"], "is unknown"),
         (["--shape", "1,2"], "'1,2'"),
     ],
 )
@@ -48,7 +48,7 @@ def test_default_variants_are_known():
 
 def test_memory_budget_by_name():
     problem = make_problem(Shape(8, 4, 16), torch.float32)
-    loss = make_variant("memeff@1MiB").loss(problem.x, problem.w, problem.y, None)
+    loss = make_variant("memeff@4MiB").loss(problem.x, problem.w, problem.y, None)
     expected = make_variant("standard").loss(problem.x, problem.w, problem.y, None)
     torch.testing.assert_close(loss, expected)
 
