@@ -134,7 +134,8 @@ def linear_cross_entropy(
         return_statistics: also return :class:`memeff.TokenStatistics`, computed in the same pass.
         memory_budget: most bytes beyond the gradients, as int or like "64MiB", "1GB": workspace,
             and what torch's matrix products take where these are used.
-        chunk_size: tokens per chunk, for those who want to fix what the planner chooses.
+        chunk_size: tokens per chunk, for those who want to fix what the planner chooses; at least 8
+            where torch's matrix products compute the scores.
         grad_accumulation: how the weight gradient is summed over chunks of tokens: "float32",
             "native" (its own dtype), or "auto": float32 wherever the memory budget allows, and for
             bfloat16 in smaller ones 16-bit sums that are 32 times finer than bfloat16 (the plan
