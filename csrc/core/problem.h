@@ -36,11 +36,11 @@ struct TokenStatistics {
   // [N] -sum_v p_v log p_v. fp64 as lse: its rounding would be an error that all classes share.
   double* entropy = nullptr;
   const double* known_entropy = nullptr;  // [N] the same, for the backward pass with grad_entropy
-  void* max_logit = nullptr;     // [N]
-  int64_t* argmax = nullptr;     // [N]
-  int64_t top = 0;               // the `top` most probable classes, largest first
-  void* top_logprobs = nullptr;  // [N, top]
-  int64_t* top_ids = nullptr;    // [N, top]
+  void* max_logit = nullptr;              // [N]
+  int64_t* argmax = nullptr;              // [N]
+  int64_t top = 0;                        // the `top` most probable classes, largest first
+  void* top_logprobs = nullptr;           // [N, top]
+  int64_t* top_ids = nullptr;             // [N, top]
 
   const double* grad_logprob = nullptr;  // [N, K]
   const double* grad_lse = nullptr;      // [N]
