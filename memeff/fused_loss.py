@@ -84,9 +84,11 @@ def linear_loss(
 
     operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    if not wanted or input.dtype == torch.float16 or not len(x) or not len(linear_weight):
-        # No gradient in the forward pass: none wanted, or fp16, where it could underflow before a
-        # loss scale is applied.
+    on_cpu = input.device.type == "cpu"
+    empty = not len(x) or not len(linear_weight)
+    if not wanted or input.dtype == torch.float16 or not on_cpu or empty:
+        # No gradient in the forward pass: none wanted; fp16, where it could underflow before a loss
+        # scale is applied; or a GPU, whose backend cannot stop between two chunks.
         statistics = linear_token_statistics(x, linear_weight, target, argmax=False, **options)
         total = _checked(loss_fn(statistics, *rows), len(x)).sum()
     else:

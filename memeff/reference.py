@@ -46,7 +46,7 @@ def linear_cross_entropy(
     if shift:
         input, target, token_weight = shifted_pairs(input, target, token_weight, int(shift))
 
-    logits = _logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
+    logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
     vocab = logits.shape[-1]
     lse = logits.logsumexp(-1)
     log_p = logits.log_softmax(-1)
@@ -121,7 +121,7 @@ def linear_token_statistics(
     top_k: int = 0,
 ) -> LogitStatistics:
     """Return what :func:`memeff.linear_token_statistics` returns; see there for the arguments."""
-    logits = _logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
+    logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
     lse, log_p = logits.logsumexp(-1), logits.log_softmax(-1)
     logprob = None
     if target is not None:
@@ -142,7 +142,7 @@ def linear_token_statistics(
     )
 
 
-def _logits(
+def compute_logits(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,

@@ -122,4 +122,4 @@ class StatisticsOperators:
 
 
 _memeff = StatisticsOperators("memeff")
-LIBRARIES = {"cpu": _memeff}
+LIBRARIES = {"cpu": _memeff, "cuda": _memeff}

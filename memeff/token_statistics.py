@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def linear_token_statistics(
             positions fewer.
         memory_budget: most bytes of workspace beyond results and gradients, as int or like "64MiB".
         chunk_size: tokens that pass through together, for those who want to fix it.
-        backend: "cpu", "reference" (plain PyTorch, stores the logits), or "auto".
+        backend: "cpu", "cuda", "reference" (plain PyTorch, stores the logits), or "auto".
 
     Returns:
         :class:`memeff.LogitStatistics`. Second derivatives raise an error.
@@ -199,11 +201,6 @@ def _statistics(
                 argmax=argmax,
                 top_k=top_k,
             )
-    elif resolved not in statistics_ops.LIBRARIES:
-        raise RuntimeError(
-            f"input is on {input.device}, expected the CPU: token statistics have no kernels for "
-            'other devices yet. backend="reference" runs plain PyTorch there, and stores the logits'
-        )
     else:
         fields = _call_op(
             input,
@@ -239,20 +236,9 @@ def _call_op(
     if target is not None:
         targets = target.shape[len(lead)] if target.dim() > len(lead) else 1
         several = target.reshape(rows.shape[0], targets)
-    grad = torch.is_grad_enabled()
-    logprob, lse, entropy, max_logit, argmax, top_logprobs, top_ids = statistics_ops.LIBRARIES[
-        backend
-    ].linear_token_statistics_forward(
-        rows,
-        linear_weight,
-        several,
-        linear_bias,
-        *transform,
-        *wanted,
-        grad and input.requires_grad,
-        grad and linear_weight.requires_grad,
-        grad and linear_bias is not None and linear_bias.requires_grad,
-        *planning,
+    call = _call_rows if backend == "cpu" else _call_rows_on_gpu
+    logprob, lse, entropy, max_logit, argmax, top_logprobs, top_ids = call(
+        rows, linear_weight, several, linear_bias, transform, wanted, planning, backend
     )
     _, wants_entropy, wants_argmax, top_k = wanted
     return LogitStatistics(
@@ -264,6 +250,91 @@ def _call_op(
         top_logprobs=top_logprobs.reshape(*lead, top_k) if top_k else None,
         top_ids=top_ids.reshape(*lead, top_k) if top_k else None,
     )
+
+
+def _call_rows(
+    rows: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    transform: tuple[int, float, float],
+    wanted: tuple[bool, bool, bool, int],
+    planning: tuple[int, int],
+    backend: str,
+) -> Sequence[Tensor]:
+    """What the op returns for rows [N, D] and targets [N, K]."""
+    grad = torch.is_grad_enabled()
+    return statistics_ops.LIBRARIES[backend].linear_token_statistics_forward(
+        rows,
+        linear_weight,
+        target,
+        linear_bias,
+        *transform,
+        *wanted,
+        grad and rows.requires_grad,
+        grad and linear_weight.requires_grad,
+        grad and linear_bias is not None and linear_bias.requires_grad,
+        *planning,
+    )
+
+
+def _call_rows_on_gpu(
+    rows: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    transform: tuple[int, float, float],
+    wanted: tuple[bool, bool, bool, int],
+    planning: tuple[int, int],
+    backend: str,
+) -> Sequence[Tensor]:
+    """The same where the op knows one target and no top_k: one call per further target, and plain
+    PyTorch on blocks of logits for the largest ones."""
+    skip_ignored, entropy, argmax, top_k = wanted
+    targets = 1 if target is None else target.shape[1]
+    # With several targets a token may count although the first is ignored.
+    all_wanted = (skip_ignored and targets == 1, entropy, argmax, 0)
+
+    def call(column: Tensor | None, asked: tuple[bool, bool, bool, int]) -> Sequence[Tensor]:
+        return _call_rows(
+            rows, linear_weight, column, linear_bias, transform, asked, planning, backend
+        )
+
+    first = None if target is None else target[:, :1].contiguous()
+    results = list(call(first, all_wanted))
+    if target is not None and targets > 1:
+        only_logprob = (True, False, False, 0)
+        columns = (target[:, k : k + 1].contiguous() for k in range(1, targets))
+        others = [call(column, only_logprob)[0] for column in columns]
+        results[0] = torch.cat([results[0], *others], 1)
+    if top_k:
+        results[5:] = _top(rows, linear_weight, linear_bias, results[1], transform, top_k)
+    return results
+
+
+@torch.no_grad()
+def _top(
+    rows: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    lse: Tensor,
+    transform: tuple[int, float, float],
+    top_k: int,
+) -> list[Tensor]:
+    """The largest log-probabilities and their classes, from blocks of logits of 64 MiB."""
+    _, softcap, scale = transform
+    block = max(1, 2**24 // linear_weight.shape[0])
+    found = []
+    for begin in range(0, rows.shape[0], block):
+        part = slice(begin, begin + block)
+        logits = reference.compute_logits(
+            rows[part], linear_weight, linear_bias, softcap or None, scale
+        )
+        top = logits.topk(top_k)
+        found.append((top.values - lse[part, None].to(logits.dtype), top.indices))
+    if not found:
+        return [lse.new_zeros((0, top_k)), lse.new_zeros((0, top_k), dtype=torch.int64)]
+    return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
 
 
 def check_shapes(input: Tensor, weight: Tensor, target: Tensor | None, bias: Tensor | None) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import emulated
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from cases import (
     DTYPES,
     INPUT_LAYOUTS,
@@ -26,6 +28,8 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_property import cases as any_case
+from test_token_statistics import DIFFERENTIABLE, Problem
+from test_token_statistics import check as check_statistics
 
 import memeff
 
@@ -145,6 +149,36 @@ def test_statistics(dtype: torch.dtype) -> None:
             torch.testing.assert_close(value.double(), other, rtol=1e-4, atol=1e-4, msg=name)
         else:
             assert torch.equal(value, other), name
+
+
+STATISTICS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("logprob",), {}),
+    (("logprob", "lse"), {"softcap": 3.0, "logit_scale": 0.7}),
+    (("entropy",), {"logit_scale": -1.3}),
+    (DIFFERENTIABLE, {"softcap": 4.0, "top_k": 3}),
+]
+
+
+@pytest.mark.parametrize(("names", "options"), STATISTICS, ids=str)
+@pytest.mark.parametrize("targets", [None, 3])
+def test_token_statistics(
+    names: tuple[str, ...], options: dict[str, Any], targets: int | None, dtype: torch.dtype
+) -> None:
+    problem = Problem(37, 24, 301, targets=targets, dtype=dtype)
+    check_statistics(problem, names, {"backend": "emulated"}, **options)
+
+
+def test_logprobs_skip_ignored_tokens(dtype: torch.dtype) -> None:
+    problem = Problem(37, 24, 301, dtype=dtype)
+    on_cpu, ours = (
+        memeff.linear_logprobs(problem.x, problem.w, problem.target, backend=backend)
+        for backend in ("cpu", "emulated")
+    )
+    torch.testing.assert_close(ours, on_cpu, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(value.sum(), problem.x)[0] for value in (on_cpu, ours)]
+    assert (gradients[1][problem.target == -100] == 0).all()
+    tolerance = 4 * torch.finfo(dtype).eps * gradients[0].abs().max().item()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=max(tolerance, 1e-6))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -8,6 +8,7 @@
 
 #include "bindings/call.h"
 #include "bindings/ops.h"
+#include "bindings/statistics_ops.h"
 #include "cuda/launch.h"
 
 namespace memeff {
@@ -44,6 +45,9 @@ class CudaDevice : public CudaLikeDevice {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(memeff, CUDA, m) { implement_operators<CudaDevice>(m); }
+TORCH_LIBRARY_IMPL(memeff, CUDA, m) {
+  implement_operators<CudaDevice>(m);
+  implement_statistics_operators<CudaDevice>(m);
+}
 
 }  // namespace memeff

@@ -105,4 +105,12 @@ struct Problem {
   void* grad_bias = nullptr;       // [V], or null
 };
 
+/// Which numbers beside maximum and sum of a row the caller's statistics need.
+inline bool wants_entropy(const Problem& p) {
+  return p.statistics || (p.token_statistics != nullptr && p.token_statistics->entropy != nullptr);
+}
+inline bool wants_argmax(const Problem& p) {
+  return p.statistics || (p.token_statistics != nullptr && p.token_statistics->argmax != nullptr);
+}
+
 }  // namespace memeff

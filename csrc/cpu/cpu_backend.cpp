@@ -56,15 +56,6 @@ void update_compact_row(const T* sums, T scale, int64_t columns, WeightUpdate up
 
 }  // namespace
 
-bool wants_entropy(const Problem& p) {
-  const TokenStatistics* s = p.token_statistics;
-  return p.statistics || (s != nullptr && s->entropy != nullptr);
-}
-
-bool wants_argmax(const Problem& p) {
-  return p.statistics || (p.token_statistics != nullptr && p.token_statistics->argmax != nullptr);
-}
-
 template <class T>
 CpuBackend<T>::CpuBackend(const CpuContext& context)
     : context_(context),

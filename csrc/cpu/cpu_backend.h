@@ -26,10 +26,6 @@ struct CpuContext {
   char* workspace;  // layout_workspace(request, plan).total bytes
 };
 
-/// Which partial sums beside maximum and sum a caller's statistics need.
-bool wants_entropy(const Problem& problem);
-bool wants_argmax(const Problem& problem);
-
 template <class T>
 class CpuBackend : public Backend {
  public:

@@ -92,7 +92,10 @@ class CudaBackend : public Backend {
     check(cuda::restore_statistics(problem_, tokens_, stream_));
   }
 
-  void write_loss() override { check(cuda::write_loss(problem_, tokens_, stream_)); }
+  void write_loss() override {
+    check(tokens_.for_statistics ? write_token_statistics(problem_, tokens_, stream_)
+                                 : cuda::write_loss(problem_, tokens_, stream_));
+  }
 
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
                       bool add_bias) override {
@@ -301,9 +304,16 @@ class CudaBackend : public Backend {
     const bool soft = problem_.probabilities != nullptr, smooths = problem_.label_smoothing > 0;
     take(&tokens_.target), take(&tokens_.lse), take(&tokens_.target_logit);
     take(&tokens_.target_dot, soft), take(&tokens_.target_mass), take(&tokens_.target_plain, soft);
-    take(&tokens_.smooth, smooths), take(&tokens_.entropy, problem_.statistics);
-    take(&tokens_.maximum, problem_.statistics), take(&tokens_.argmax, problem_.statistics);
-    take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
+    const TokenStatistics* wanted = problem_.token_statistics;
+    tokens_.for_statistics = wanted != nullptr;
+    if (wanted != nullptr) tokens_.wanted = *wanted;
+    take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
+    take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
+    take(&tokens_.argmax, wants_argmax(problem_));
+    // A caller's statistics have coefficients in the backward pass only.
+    take(&tokens_.shift, wanted == nullptr || request_.statistics_known);
+    take(&tokens_.entropy_coefficient, wanted != nullptr && wanted->grad_entropy != nullptr);
+    take(&tokens_.softmax), take(&tokens_.target_coefficient);
     take(&tokens_.target_rest), take(&tokens_.weighted, smooths), take(&tokens_.target_gradient);
     tokens_.weighted_apart = apart_;
   }
@@ -354,6 +364,7 @@ class CudaBackend : public Backend {
     Coefficients c;
     c.shift = from_token(tokens_.shift, tokens.begin);
     c.softmax = from_token(tokens_.softmax, tokens.begin);
+    c.entropy = from_token(tokens_.entropy_coefficient, tokens.begin);
     if (problem_.probabilities != nullptr) {
       c.target = from_token(tokens_.target_coefficient, tokens.begin);
     } else {
@@ -385,9 +396,9 @@ class CudaBackend : public Backend {
       partials.max_stride = stride;
     }
     partials.sum = take(bytes);
-    if (problem_.statistics) partials.entropy = take(bytes);
+    if (wants_entropy(problem_)) partials.entropy = take(bytes);
     if (problem_.label_smoothing > 0) partials.smooth = take(bytes);
-    if (problem_.statistics) partials.argmax = static_cast<int32_t*>(take(4));
+    if (wants_argmax(problem_)) partials.argmax = static_cast<int32_t*>(take(4));
     if (problem_.probabilities != nullptr) {
       partials.target_dot = take(bytes);
       partials.target_mass = take(bytes);

@@ -286,9 +286,9 @@ std::string megabytes(int64_t bytes) {
 PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selection& kernels) {
   PlanTraits traits;
   traits.kernels = kernels;
-  traits.partials = 2 + (p.label_smoothing > 0 ? 1 : 0) + (p.statistics ? 1 : 0) +
+  traits.partials = 2 + (p.label_smoothing > 0 ? 1 : 0) + (wants_entropy(p) ? 1 : 0) +
                     (p.probabilities != nullptr ? 3 : 0);
-  traits.argmax = p.statistics;
+  traits.argmax = wants_argmax(p);
   traits.skips = p.skip_mass > 0 && kernels.products != Family::kGeneric;
   traits.smoothing_apart = traits.skips && p.label_smoothing > 0;
   // The gradient of the bias is summed from those of the logits, with all their parts.

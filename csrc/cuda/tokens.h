@@ -43,6 +43,10 @@ struct TokenArrays {
   // no coefficients at all.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
+  void* entropy_coefficient = nullptr;  // A; of token statistics with a gradient of the entropy
+  // Of a problem with token statistics (whose pointer lies in host memory) what kernels need of it.
+  bool for_statistics = false;
+  TokenStatistics wanted;
   // Whether the gradients of the logits leave `weighted` out: it is then added to their products.
   bool weighted_apart = false;
   float* target_gradient = nullptr;  // of stored scores: dz_y times dz/du (without logit_scale for
@@ -68,6 +72,10 @@ Status restore_statistics(const Problem& problem, const TokenArrays& tokens, voi
 /// problem.loss, lse, statistics_out, argmax from the statistics of all tokens. Without statistics
 /// the lse of tokens left out is 0. tokens.lse may be problem.lse.
 Status write_loss(const Problem& problem, const TokenArrays& tokens, void* stream);
+
+/// The caller's token statistics (problem.token_statistics: one target per token or none, no top) in
+/// place of a loss.
+Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, void* stream);
 
 /// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where
 /// each token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target

@@ -1,4 +1,5 @@
-// The loss from the statistics of all tokens, and what the caller gets to see of them.
+// The loss from the statistics of all tokens, and what the caller gets to see of them; or, one
+// thread per token, the statistics that a caller wants in place of a loss.
 //
 //   loss_n = token_weight ( (1-eps) (m lse - t) + eps/V (lse sum_v w_v - sum_v w_v z_v) )
 //   z_n    = token_weight z_loss lse^2
@@ -82,7 +83,41 @@ __global__ void __launch_bounds__(kThreads) write_loss_kernel(Problem problem, T
   losses[0] = static_cast<A>(loss);
 }
 
+constexpr int kStatisticsThreads = 256;
+
+template <class A>
+__global__ void __launch_bounds__(kStatisticsThreads)
+    write_token_statistics_kernel(Problem problem, TokenArrays tokens) {
+  const int64_t token = int64_t{blockIdx.x} * kStatisticsThreads + threadIdx.x;
+  if (token >= problem.tokens) return;
+  const TokenStatistics& wanted = tokens.wanted;
+  const int64_t target = tokens.target[token];
+  const bool left_out = target == kNoTarget && wanted.skip_ignored;
+  const double lse = tokens.lse[token];
+  problem.lse[token] = left_out ? 0.0 : lse;
+  if (wanted.logprob != nullptr) {
+    const double logit = static_cast<const A*>(tokens.target_logit)[token];  // NaN of bad targets
+    static_cast<A*>(wanted.logprob)[token] =
+        target == kNoTarget ? A(0) : static_cast<A>(logit - lse);
+  }
+  if (wanted.entropy != nullptr) wanted.entropy[token] = left_out ? 0.0 : tokens.entropy[token];
+  static_cast<A*>(wanted.max_logit)[token] =
+      left_out ? A(0) : static_cast<A>(tokens.maximum[token]);
+  if (wanted.argmax != nullptr) wanted.argmax[token] = left_out ? 0 : tokens.argmax[token];
+}
+
 }  // namespace
+
+Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, void* stream) {
+  if (problem.tokens == 0) return {};
+  const bool in_double = accumulation_dtype(problem.dtype) == DType::kFloat64;
+  const auto write =
+      in_double ? write_token_statistics_kernel<double> : write_token_statistics_kernel<float>;
+  const auto blocks =
+      static_cast<unsigned>((problem.tokens + kStatisticsThreads - 1) / kStatisticsThreads);
+  MEMEFF_LAUNCH(write, dim3(blocks), dim3(kStatisticsThreads), 0, stream, problem, tokens);
+  return launch_status();
+}
 
 Status write_loss(const Problem& problem, const TokenArrays& tokens, void* stream) {
   const bool in_double = accumulation_dtype(problem.dtype) == DType::kFloat64;

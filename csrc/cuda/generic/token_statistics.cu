@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kScalarThreads)
   }
   if (scales_sums(problem)) {
     // With every token left out gradients are 0, not 0/0, as in torch.
-    scalars.output_scale = counted > 0.0 ? problem.logit_scale / scalars.denominator : 0.0;
+    scalars.output_scale = counted > 0.0 || tokens.for_statistics ? problem.logit_scale / scalars.denominator : 0.0;
     if (problem.grad_loss != nullptr && problem.reduction != Reduction::kNone)
       scalars.output_scale *= problem.grad_loss[0];
     scalars.output_scale_float = static_cast<float>(scalars.output_scale);
@@ -116,13 +116,36 @@ __global__ void __launch_bounds__(kScalarThreads)
 
 // ---- coefficients ----
 
-// Factors of p_v, of the target and of w_v in the gradient, the latter two to be subtracted.
+// Factors of p_v and p_v z_v, of the target and of w_v in the gradient, the latter two to be
+// subtracted.
 struct Factors {
-  double softmax = 0.0, target = 0.0, weighted = 0.0;
+  double softmax = 0.0, target = 0.0, weighted = 0.0, entropy = 0.0;
 };
+
+// Of token statistics, from the caller's upstream gradients (core/problem.h).
+MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenArrays& tokens,
+                                            int64_t token, double lse) {
+  const TokenStatistics& wanted = tokens.wanted;
+  const int64_t target = tokens.target[token];
+  Factors factors;
+  if (target == kNoTarget && wanted.skip_ignored) return factors;
+  const double g = scales_sums(problem) ? 1.0 : problem.logit_scale;
+  const bool has_target = target != kNoTarget && wanted.grad_logprob != nullptr;
+  const double logprob = has_target ? g * wanted.grad_logprob[token] : 0.0;
+  factors.softmax = -logprob;
+  if (wanted.grad_lse != nullptr) factors.softmax += g * wanted.grad_lse[token];
+  if (wanted.grad_entropy != nullptr) {
+    factors.entropy = -g * wanted.grad_entropy[token];
+    factors.softmax += g * wanted.grad_entropy[token] * (lse - wanted.known_entropy[token]);
+  }
+  factors.target = -logprob;
+  if (target == kBadTarget) factors.softmax = factors.target = NAN;
+  return factors;
+}
 
 MEMEFF_DEVICE Factors factors_of(const Problem& problem, const TokenArrays& tokens, int64_t token,
                                  double lse, double target_mass) {
+  if (tokens.for_statistics) return factors_of_statistics(problem, tokens, token, lse);
   Factors factors;
   if (problem.target != nullptr && tokens.target[token] == kNoTarget) return factors;
   double g = problem.token_weight == nullptr ? 1.0 : problem.token_weight[token];
@@ -152,6 +175,10 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
       isfinite(lse) ? factors.softmax * exp(static_cast<double>(shift) - lse) : factors.softmax;
   static_cast<A*>(tokens.shift)[token] = shift;
   static_cast<A*>(tokens.softmax)[token] = static_cast<A>(softmax);
+  if (tokens.entropy_coefficient != nullptr) {
+    const double undone = isfinite(lse) ? exp(static_cast<double>(shift) - lse) : 1.0;
+    static_cast<A*>(tokens.entropy_coefficient)[token] = static_cast<A>(factors.entropy * undone);
+  }
   if (problem.probabilities != nullptr)
     static_cast<A*>(tokens.target_coefficient)[token] = static_cast<A>(-factors.target);
   else

@@ -20,6 +20,7 @@ NAME = "_memeff_emulated"
 SOURCES = (
     "tests/emulator/python/emulated_device.cpp",
     "csrc/bindings/call.cpp",
+    "csrc/bindings/statistics_call.cpp",
     "csrc/core/planner.cpp",
     "csrc/cuda/cuda_backend.cpp",
     "csrc/cuda/gemm_torch.cpp",

@@ -16,6 +16,7 @@
 #include "bindings/cuda_device.h"
 #include "bindings/ops.h"
 #include "bindings/schema.h"
+#include "bindings/statistics_ops.h"
 #include "cuda/launch.h"
 #include "emulator/emulator.h"
 
@@ -85,6 +86,17 @@ class EmulatedDevice : public CudaLikeDevice {
       buffers.output(p.lse, p.tokens * 8, "lse", 8);
       buffers.output(p.loss, (per_token ? p.tokens : 1) * sum_size, "loss", sum_size);
     }
+    if (p.token_statistics != nullptr) {
+      const TokenStatistics& s = *p.token_statistics;
+      buffers.output(s.logprob, p.tokens * sum_size, "logprob", sum_size);
+      buffers.output(s.entropy, p.tokens * 8, "entropy", 8);
+      buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
+      buffers.output(s.max_logit, p.tokens * sum_size, "max_logit", sum_size);
+      buffers.output(s.argmax, p.tokens * 8, "argmax", 8);
+      buffers.input(s.grad_logprob, p.tokens * 8, "grad_logprob", 8);
+      buffers.input(s.grad_lse, p.tokens * 8, "grad_lse", 8);
+      buffers.input(s.grad_entropy, p.tokens * 8, "grad_entropy", 8);
+    }
     buffers.output(p.statistics_out, 4 * p.tokens * sum_size, "statistics", sum_size);
     buffers.output(p.argmax, p.tokens * 8, "argmax", 8);
     buffers.output(p.grad_input, p.tokens * p.features * size, "grad_input", size);
@@ -139,7 +151,10 @@ std::vector<std::string> take_reports() {
 }  // namespace
 
 TORCH_LIBRARY(memeff_emulated, m) { define_operators(m); }
-TORCH_LIBRARY_IMPL(memeff_emulated, CPU, m) { implement_operators<EmulatedDevice>(m); }
+TORCH_LIBRARY_IMPL(memeff_emulated, CPU, m) {
+  implement_operators<EmulatedDevice>(m);
+  implement_statistics_operators<EmulatedDevice>(m);
+}
 
 }  // namespace memeff
 
