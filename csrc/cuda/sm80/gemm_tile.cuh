@@ -1,21 +1,28 @@
-// A tile of C = A B^T on tensor cores: [kRows, kColumns] of C per thread block, operands 16 bit,
-// k contiguous, fp32 accumulation.
+// A tile of C = A B on tensor cores: 128 x 128 of C per thread block, 16-bit operands, fp32
+// accumulation. What the kernels of this folder have in common.
 //
-//            kColumns = 128 (B rows)
+//            kColumns = 128
 //          +---------------+---------------+
-//          | warp 0        | warp 4        |   8 warps, 4 x 2; each computes 32 x 64 of C as
-//          | warp 1        | warp 5        |   2 x 8 products mma.m16n8k16 per 16 of k
-//  kRows   | warp 2        | warp 6        |
-//  = 128   | warp 3        | warp 7        |
+//          | warp 0        | warp 2        |   4 warps, 2 x 2; each computes 64 x 64 of C as
+//  kRows   |               |               |   4 x 8 products mma.m16n8k16 per 16 of k
+//  = 128   +---------------+---------------+
+//          | warp 1        | warp 3        |
 //          +---------------+---------------+
+//
+// Why 64 x 64 per warp: per 16 of k a warp reads 4 KiB from shared memory for 64 K multiply-adds.
+// An SM of sm_80 does those in 64 cycles, its shared memory delivers 4 KiB in 32; tiles of 32 x 64
+// would need all of that bandwidth (24 of 32 cycles, and 8 more for the copies that fill it). The
+// accumulators take 128 registers per thread, so two blocks of 128 threads fit an SM: one computes
+// while the other waits at a barrier or is in its epilogue.
 //
 // Slices of kDepth = 32 of k of both operands pass through a ring of kStages buffers in shared
-// memory (16 KiB each). cp.async fills the buffer that all threads have left; one barrier per slice
-// says so.
+// memory, 8 KiB per operand. cp.async fills the buffer that all threads have left; one barrier per
+// slice says so. Three stages (48 KiB) let two blocks fit also the 100 KiB of sm_86 and sm_89.
 //
-// A row of a slice is 64 bytes, four chunks of 16. Chunk c of row r lies at position
-// c ^ (r / 2 % 4) of the row, so that the 8 rows that ldmatrix reads at once (same c) cover all 32
-// banks.
+// A slice lies in shared memory as it lies in global memory, in chunks of 16 bytes: 128 rows of 4
+// chunks where k is contiguous, 32 rows of 16 chunks where the tile's index is (ldmatrix then
+// transposes). Within its row a chunk is moved (chunk_offset) so that the 8 rows that ldmatrix reads
+// at once, all at the same chunk, cover all 32 banks.
 #pragma once
 
 #include "cuda/common/vector_io.cuh"
@@ -24,55 +31,87 @@
 namespace memeff::cuda::sm80 {
 
 constexpr int kRows = 128, kColumns = 128, kDepth = 32, kStages = 3;
-constexpr int kThreads = 256;
-constexpr int kWarpRows = 32, kWarpColumns = 64;
+constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 2;
+constexpr int kWarpRows = 64, kWarpColumns = 64;
 constexpr int kOperandBytes = kRows * kDepth * 2;
 constexpr int kStageBytes = 2 * kOperandBytes;
-constexpr int kSharedBytes = kStages * kStageBytes;
+constexpr int kPipelineBytes = kStages * kStageBytes;
 constexpr int kChunk = 8;  // elements of 16 bytes
 
-MEMEFF_DEVICE uint32_t chunk_offset(int row, int chunk) {
-  return static_cast<uint32_t>(row * kDepth * 2 + ((chunk ^ (row / 2 % 4)) << 4));
-}
-
-// A row-major matrix [rows, depth] whose rows are operands.
+// A row-major matrix in global memory.
 template <class T>
-struct Operand {
+struct Matrix {
   const T* data;
-  int64_t rows, depth, stride;
+  int64_t rows, columns, stride;
 };
 
-// Starts to copy rows [first_row, first_row + 128) x [first_k, first_k + 32) to shared memory;
-// zeros where the matrix ends. Rows that are not 16-byte aligned go through registers.
-template <bool kAligned, class T>
-MEMEFF_DEVICE void load_slice(unsigned char* to, const Operand<T>& from, int64_t first_row,
-                              int64_t first_k) {
-  constexpr int kChunksPerRow = kDepth / kChunk;
+template <class T>
+bool chunks_are_aligned(const Matrix<T>& matrix) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride % kChunk == 0;
+}
+
+inline int64_t count_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// ---- slices ----
+
+// Which index of an operand is contiguous in memory: k, or the row of A or column of B.
+enum class Contiguous { kDepth, kTile };
+
+template <int kBoxColumns>
+MEMEFF_DEVICE uint32_t chunk_offset(int row, int chunk) {
+  static_assert(kBoxColumns == 32 || kBoxColumns == 128);
+  // Rows of 64 bytes: two of them span the banks, so pairs of rows are moved alike.
+  const int moved = kBoxColumns == 32 ? chunk ^ (row / 2 % 4) : chunk ^ (row % 8);
+  return static_cast<uint32_t>(row * kBoxColumns * 2 + moved * 16);
+}
+
+// Starts to copy a box of `from` to shared memory; zeros where the matrix ends. A matrix whose rows
+// are not 16-byte aligned goes through registers.
+template <bool kAligned, int kBoxRows, int kBoxColumns, class T>
+MEMEFF_DEVICE void load_box(unsigned char* to, const Matrix<T>& from, int64_t first_row,
+                            int64_t first_column) {
+  constexpr int kChunksPerRow = kBoxColumns / kChunk;
 #pragma unroll
-  for (int pass = 0; pass < kRows * kChunksPerRow / kThreads; ++pass) {
-    const int i = pass * kThreads + threadIdx.x;
+  for (int pass = 0; pass < kBoxRows * kChunksPerRow / kThreads; ++pass) {
+    const int i = pass * kThreads + static_cast<int>(threadIdx.x);
     const int row = i / kChunksPerRow, chunk = i % kChunksPerRow;
-    const int64_t k = first_k + chunk * kChunk;
-    int64_t present = first_row + row < from.rows ? from.depth - k : 0;
-    present = present < 0 ? 0 : present > kChunk ? kChunk : present;
+    const int64_t column = first_column + chunk * kChunk;
+    const int present = first_row + row < from.rows ? count_left<kChunk>(column, from.columns) : 0;
     // An address inside the matrix even when nothing is read from it.
-    const T* source = present > 0 ? from.data + (first_row + row) * from.stride + k : from.data;
-    unsigned char* target = to + chunk_offset(row, chunk);
+    const T* source =
+        present > 0 ? from.data + (first_row + row) * from.stride + column : from.data;
+    unsigned char* target = to + chunk_offset<kBoxColumns>(row, chunk);
     if constexpr (kAligned) {
-      ptx::cp_async_16(ptx::shared_address(target), source, static_cast<int>(present * sizeof(T)));
+      ptx::cp_async_16(ptx::shared_address(target), source, present * static_cast<int>(sizeof(T)));
     } else {
       T values[kChunk];
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) values[e] = e < present ? source[e] : narrow<T>(0.f);
+      load(values, source, present);
       store(reinterpret_cast<T*>(target), values);
     }
   }
 }
 
-// What a warp holds of the tile of C.
-struct Accumulators {
-  float value[2][8][4];  // [16 rows][8 columns][mma fragment]
+// The slice that begins at `k` and at row (of A) or column (of B) `first`.
+template <bool kAligned, Contiguous kContiguous, class T>
+MEMEFF_DEVICE void load_slice(unsigned char* to, const Matrix<T>& from, int64_t first, int64_t k) {
+  if constexpr (kContiguous == Contiguous::kDepth)
+    load_box<kAligned, kRows, kDepth>(to, from, first, k);
+  else
+    load_box<kAligned, kDepth, kColumns>(to, from, k, first);
+}
 
+// ---- products ----
+
+// What a thread holds of the tile of C: 16 columns of each of 8 rows.
+constexpr int kThreadRows = 8, kThreadColumns = 16;
+
+struct Accumulators {
+  float value[kWarpRows / 16][kWarpColumns / 8][4];  // [16 rows][8 columns][mma fragment]
+
+  MEMEFF_DEVICE float& at(int row, int column) {
+    return value[row / 2][column / 2][row % 2 * 2 + column % 2];
+  }
   MEMEFF_DEVICE void clear() {
 #pragma unroll
     for (auto& rows : value)
@@ -83,6 +122,40 @@ struct Accumulators {
   }
 };
 
+// Where at(row, column) of this thread lies in the tile.
+MEMEFF_DEVICE int row_in_tile(int row) {
+  const int thread = static_cast<int>(threadIdx.x);
+  return thread / 32 % 2 * kWarpRows + row * 8 + thread % 32 / 4;
+}
+MEMEFF_DEVICE int column_in_tile(int column) {
+  const int thread = static_cast<int>(threadIdx.x);
+  return thread / 64 * kWarpColumns + column / 2 * 8 + thread % 4 * 2 + column % 2;
+}
+
+// ldmatrix takes its four 8x8 matrices in the order of the fragment's registers. For A: rows 0-7,
+// 8-15 of the left half of k, then of the right.
+template <Contiguous kContiguous>
+MEMEFF_DEVICE void load_a(uint32_t (&a)[4], uint32_t slice, int row, int k) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (kContiguous == Contiguous::kDepth)
+    ptx::ldmatrix_x4(a, slice + chunk_offset<kDepth>(row + lane % 16, k / kChunk + lane / 16));
+  else
+    ptx::ldmatrix_x4_trans(
+        a, slice + chunk_offset<kRows>(k + lane % 8 + lane / 16 * 8, row / kChunk + lane / 8 % 2));
+}
+
+// For B: both halves of k of 8 columns, then of the next 8.
+template <Contiguous kContiguous>
+MEMEFF_DEVICE void load_b(uint32_t (&b)[4], uint32_t slice, int column, int k) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (kContiguous == Contiguous::kDepth)
+    ptx::ldmatrix_x4(b, slice + chunk_offset<kDepth>(column + lane % 8 + lane / 16 * 8,
+                                                     k / kChunk + lane / 8 % 2));
+  else
+    ptx::ldmatrix_x4_trans(
+        b, slice + chunk_offset<kColumns>(k + lane % 16, column / kChunk + lane / 16));
+}
+
 MEMEFF_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                             __nv_bfloat16) {
   ptx::mma_m16n8k16_bf16(d, a, b);
@@ -92,41 +165,68 @@ MEMEFF_DEVICE void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_
 }
 
 // Adds the product of one slice.
-template <class T>
+template <class T, Contiguous kContiguousA, Contiguous kContiguousB>
 MEMEFF_DEVICE void multiply_slice(Accumulators& c, const unsigned char* stage) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int first_row = warp % 4 * kWarpRows, first_column = warp / 4 * kWarpColumns;
-  const uint32_t a_base = ptx::shared_address(stage), b_base = a_base + kOperandBytes;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int first_row = warp % 2 * kWarpRows, first_column = warp / 2 * kWarpColumns;
+  const uint32_t slice_a = ptx::shared_address(stage), slice_b = slice_a + kOperandBytes;
 #pragma unroll
-  for (int k = 0; k < kDepth / 16; ++k) {
-    // ldmatrix takes its four 8x8 matrices in the order of the fragment's registers: for A rows
-    // 0-7, 8-15 of the left half of k, then of the right; for B both halves of k of 8 columns,
-    // twice.
-    uint32_t a[2][4], b[4][4];
+  for (int k = 0; k < kDepth; k += 16) {
+    uint32_t a[4][4], b[4][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      ptx::ldmatrix_x4(a[i],
-                       a_base + chunk_offset(first_row + i * 16 + lane % 16, k * 2 + lane / 16));
+    for (int i = 0; i < 4; ++i) load_a<kContiguousA>(a[i], slice_a, first_row + i * 16, k);
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      ptx::ldmatrix_x4(b[j], b_base + chunk_offset(first_column + j * 16 + lane % 8 + lane / 16 * 8,
-                                                   k * 2 + lane / 8 % 2));
+    for (int j = 0; j < 4; ++j) load_b<kContiguousB>(b[j], slice_b, first_column + j * 16, k);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-        multiply(c.value[i][j], a[i], pair, T{});
+        const uint32_t half[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+        multiply(c.value[i][j], a[i], half, T{});
       }
   }
 }
 
-// Which element of the tile c.value[i][j][e] of this thread is.
-MEMEFF_DEVICE int row_in_tile(int i, int e) {
-  return threadIdx.x / 32 % 4 * kWarpRows + i * 16 + e / 2 * 8 + threadIdx.x % 32 / 4;
+// Runs slices through the ring. load(stage) starts the copies of the next slice, or returns false
+// when there is none left; multiply(stage) uses the oldest. Afterwards no copy is in flight, but
+// threads may still be reading the last slice.
+template <class Load, class Multiply>
+MEMEFF_DEVICE void run_pipeline(unsigned char* stages, Load load, Multiply multiply) {
+  int64_t started = 0;
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    if (load(stages + stage * kStageBytes)) ++started;
+    ptx::cp_async_commit();  // also when empty: the wait below counts groups
+  }
+  int read = 0, write = kStages - 1;
+  for (int64_t done = 0; done < started; ++done) {
+    ptx::cp_async_wait<kStages - 2>();
+    // The oldest slice has arrived for everybody, and everybody has left the buffer before it,
+    // which the next load overwrites.
+    __syncthreads();
+    if (load(stages + write * kStageBytes)) ++started;
+    ptx::cp_async_commit();
+    multiply(stages + read * kStageBytes);
+    read = read == kStages - 1 ? 0 : read + 1;
+    write = write == kStages - 1 ? 0 : write + 1;
+  }
 }
-MEMEFF_DEVICE int column_in_tile(int j, int e) {
-  return threadIdx.x / 128 * kWarpColumns + j * 8 + threadIdx.x % 4 * 2 + e % 2;
+
+// ---- order of blocks ----
+
+// Blocks start in the order of their index. Those that run at the same time (216 on 108 SMs) read
+// each slice of their rows and columns of tiles once from memory, later from L2; 16 rows of tiles
+// by 13.5 columns need the fewest. So tiles are numbered down groups of 16 rows.
+constexpr unsigned kGroupRows = 16;
+
+struct TileIndex {
+  unsigned row, column;
+};
+MEMEFF_DEVICE TileIndex tile_of_block(unsigned row_tiles, unsigned column_tiles) {
+  const unsigned group = blockIdx.x / (kGroupRows * column_tiles);
+  const unsigned in_group = blockIdx.x % (kGroupRows * column_tiles);
+  const unsigned first = group * kGroupRows;
+  const unsigned height = row_tiles - first < kGroupRows ? row_tiles - first : kGroupRows;
+  return {first + in_group % height, in_group / height};
 }
 
 }  // namespace memeff::cuda::sm80

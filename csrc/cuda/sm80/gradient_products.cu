@@ -1,0 +1,254 @@
+// The two products that end the backward pass, of a gradient G with respect to x W^T:
+//
+//   grad_input   C [tokens, features]  = G^T W      k runs over classes
+//   grad_weight  C [classes, features] = G x        k runs over tokens
+//   G [classes, tokens] with adjacent tokens, W [classes, features], x [tokens, features]
+//
+// A thread block computes a tile of 128 x 128 of C (gemm_tile.cuh). No operand is copied or
+// transposed beforehand: G as the first operand of grad_input, and W and x as second operands, are
+// contiguous along the tile, not along k, and ldmatrix transposes them on the way to registers.
+// Blocks go down groups of 16 rows of tiles (tile_of_block): those that run together then read G
+// and W or x from L2.
+//
+// Tiles of 128 x 128 of G whose flag is 0 count as zero: before it starts, a block notes the k tiles
+// that survive as bits in shared memory, and its loads step from bit to bit; a skipped tile costs no
+// load and no product.
+//
+// The tile of C leaves from the accumulators, two adjacent elements at a time (4 lanes: 32 bytes of
+// fp32): its traffic is 1 / k of the products. It goes to fp32 sums or into the 16-bit gradient
+// (ProductOutput, launch.h): scaled and rounded, added, or split over the gradient and a remainder
+// that together hold the unscaled fp32 sum of several calls.
+//
+// Shared memory: 48 KiB of pipeline and a bit per k tile. Two blocks of 128 threads per SM.
+// 2 tokens features classes FLOPs each. Numerics: fp32 accumulators over all of k, one rounding.
+#include "cuda/common/weight_update.cuh"
+#include "cuda/launch.h"
+#include "cuda/sm80/gemm_tile.cuh"
+
+namespace memeff::cuda::sm80 {
+
+namespace {
+
+// ---- surviving k tiles ----
+
+constexpr int kDepthTile = 128;  // of k: the extent of a flag
+static_assert(kDepthTile == kStoredTile && kDepthTile == kTokenTile && kRows == kDepthTile);
+
+// Kernel argument: flags of the tiles of G, one row of the block's tile of C per `row_stride`.
+struct TileFlags {
+  const uint8_t* flags;  // null: all survive
+  int64_t row_stride, depth_stride;
+};
+
+// Bit t of the mask: whether k tile t survives.
+MEMEFF_DEVICE void note_surviving_tiles(uint32_t* mask, const TileFlags& tiles, unsigned row,
+                                        int count) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const uint8_t* flags = tiles.flags + row * tiles.row_stride;
+  for (int first = thread - lane; first < count; first += kThreads) {
+    const int tile = first + lane;
+    const unsigned word = __ballot_sync(~0u, tile < count && flags[tile * tiles.depth_stride] != 0);
+    if (lane == 0) mask[first / 32] = word;
+  }
+  __syncthreads();
+}
+
+// The first surviving tile from `tile` on, or `count`.
+MEMEFF_DEVICE int surviving_tile(const uint32_t* mask, int tile, int count) {
+  if (mask == nullptr) return tile;
+  while (tile < count) {
+    const uint32_t later = mask[tile / 32] >> tile % 32;
+    if (later != 0) return tile + __ffs(static_cast<int>(later)) - 1;
+    tile = (tile / 32 + 1) * 32;
+  }
+  return count;
+}
+
+// ---- the tile of C leaves ----
+
+// Kernel argument: ProductOutput, and the extent of C.
+struct Destination {
+  int64_t rows, columns;
+  ProductOutput output;
+};
+
+// Adjacent sums to where they belong.
+template <int kCount>
+MEMEFF_DEVICE void put_sums(float (&sums)[kCount], const ProductOutput& to, int64_t row,
+                            int64_t column, int count) {
+  float* target = to.sums + row * to.sums_stride + column;
+  if (to.accumulate) {
+    float before[kCount];
+    load(before, target, count);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) sums[e] += before[e];
+  }
+  store(target, sums, count);
+}
+
+// Calls put(pair, row, column, count) for the thread's pairs of adjacent elements of C.
+template <class Put>
+MEMEFF_DEVICE void for_pairs(Accumulators& c, int64_t first_row, int64_t first_column,
+                             const Destination& to, Put put) {
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r) {
+    const int64_t row = first_row + row_in_tile(r);
+    if (row >= to.rows) continue;
+#pragma unroll
+    for (int v = 0; v < kThreadColumns; v += 2) {
+      const int64_t column = first_column + column_in_tile(v);
+      float pair[2] = {c.at(r, v), c.at(r, v + 1)};
+      const int count = count_left<2>(column, to.columns);
+      if (count > 0) put(pair, row, column, count);
+    }
+  }
+}
+
+template <class T, WeightUpdate kUpdate>
+MEMEFF_DEVICE void update_tile(Accumulators& c, int64_t first_row, int64_t first_column,
+                               const Destination& to) {
+  const ProductOutput& out = to.output;
+  const float scale = out.scale == nullptr ? 1.f : *out.scale;
+  for_pairs(c, first_row, first_column, to,
+            [&](float(&pair)[2], int64_t row, int64_t column, int count) {
+              update_gradient(kUpdate, pair, scale,
+                              static_cast<T*>(out.gradient) + row * out.gradient_stride + column,
+                              out.remainder + row * out.remainder_stride + column, count);
+            });
+}
+
+template <class T>
+MEMEFF_DEVICE void put_tile(Accumulators& c, int64_t first_row, int64_t first_column,
+                            const Destination& to) {
+  if (to.output.sums != nullptr)
+    return for_pairs(c, first_row, first_column, to,
+                     [&](float(&pair)[2], int64_t row, int64_t column, int count) {
+                       put_sums(pair, to.output, row, column, count);
+                     });
+  switch (to.output.update) {
+    case WeightUpdate::kWrite:
+      return update_tile<T, WeightUpdate::kWrite>(c, first_row, first_column, to);
+    case WeightUpdate::kAddNative:
+      return update_tile<T, WeightUpdate::kAddNative>(c, first_row, first_column, to);
+    case WeightUpdate::kSplitFirst:
+      return update_tile<T, WeightUpdate::kSplitFirst>(c, first_row, first_column, to);
+    case WeightUpdate::kSplitNext:
+      return update_tile<T, WeightUpdate::kSplitNext>(c, first_row, first_column, to);
+    case WeightUpdate::kSplitLast:
+      return update_tile<T, WeightUpdate::kSplitLast>(c, first_row, first_column, to);
+  }
+}
+
+// ---- the kernel ----
+
+// C = A B, k = depth rows of `b`. `a` is G: k contiguous for grad_weight, the tile's rows for
+// grad_input.
+template <class T, bool kAligned, Contiguous kContiguousA>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    gradient_product_kernel(Matrix<T> a, Matrix<T> b, TileFlags flags, unsigned row_tiles,
+                            unsigned column_tiles, Destination to) {
+  MEMEFF_DYNAMIC_SHARED(shared);
+  const TileIndex index = tile_of_block(row_tiles, column_tiles);
+  const int64_t first_row = int64_t{index.row} * kRows;
+  const int64_t first_column = int64_t{index.column} * kColumns;
+  const int64_t depth = b.rows;
+  const int tiles = static_cast<int>((depth + kDepthTile - 1) / kDepthTile);
+
+  uint32_t* mask = nullptr;
+  if (flags.flags != nullptr) {
+    mask = reinterpret_cast<uint32_t*>(shared + kPipelineBytes);
+    note_surviving_tiles(mask, flags, index.row, tiles);
+  }
+
+  int tile = surviving_tile(mask, 0, tiles);
+  int within = 0;  // the tile
+  const auto start_next = [&](unsigned char* stage) {
+    if (tile == tiles) return false;
+    const int64_t k = int64_t{tile} * kDepthTile + within;
+    load_slice<kAligned, kContiguousA>(stage, a, first_row, k);
+    load_slice<kAligned, Contiguous::kTile>(stage + kOperandBytes, b, first_column, k);
+    within += kDepth;
+    if (within == kDepthTile || k + kDepth >= depth) {
+      tile = surviving_tile(mask, tile + 1, tiles);
+      within = 0;
+    }
+    return true;
+  };
+  Accumulators c;
+  c.clear();
+  run_pipeline(shared, start_next, [&](const unsigned char* stage) {
+    multiply_slice<T, kContiguousA, Contiguous::kTile>(c, stage);
+  });
+
+  put_tile<T>(c, first_row, first_column, to);
+}
+
+// ---- launch ----
+
+template <class T, bool kAligned, Contiguous kContiguousA>
+Status launch(const Matrix<T>& a, const Matrix<T>& b, const TileFlags& flags, const Destination& to,
+              void* stream) {
+  const auto row_tiles = static_cast<unsigned>(count_tiles(to.rows, kRows));
+  const auto column_tiles = static_cast<unsigned>(count_tiles(to.columns, kColumns));
+  const int mask_bytes =
+      flags.flags == nullptr ? 0 : static_cast<int>(count_tiles(b.rows, kDepthTile * 32)) * 4;
+  const int shared_bytes = kPipelineBytes + mask_bytes;
+  const auto kernel = gradient_product_kernel<T, kAligned, kContiguousA>;
+  const Status allowed = allow_shared_memory(kernel, shared_bytes);
+  if (!allowed.ok()) return allowed;
+  MEMEFF_LAUNCH(kernel, dim3(row_tiles * column_tiles), dim3(kThreads), shared_bytes, stream, a, b,
+                flags, row_tiles, column_tiles, to);
+  return launch_status();
+}
+
+template <class T, Contiguous kContiguousA>
+Status select(int64_t classes, int64_t tokens, const GradientOperands& operands,
+              const ProductOutput& output, void* stream) {
+  constexpr bool kGradInput = kContiguousA == Contiguous::kTile;
+  const Matrix<T> a{static_cast<const T*>(operands.gradient), classes, tokens,
+                    operands.gradient_stride};
+  const Matrix<T> b{static_cast<const T*>(operands.other), kGradInput ? classes : tokens,
+                    operands.features, operands.other_stride};
+  const TileFlags flags{operands.tiles, kGradInput ? 1 : operands.tiles_stride,
+                        kGradInput ? operands.tiles_stride : 1};
+  const Destination to{kGradInput ? tokens : classes, operands.features, output};
+  const bool aligned = chunks_are_aligned(a) && chunks_are_aligned(b);
+  return aligned ? launch<T, true, kContiguousA>(a, b, flags, to, stream)
+                 : launch<T, false, kContiguousA>(a, b, flags, to, stream);
+}
+
+template <Contiguous kContiguousA>
+Status product(int64_t classes, int64_t tokens, const GradientOperands& operands,
+               const ProductOutput& output, void* stream) {
+  const bool split = output.sums == nullptr && output.update != WeightUpdate::kWrite &&
+                     output.update != WeightUpdate::kAddNative;
+  if (output.sums == nullptr && output.gradient == nullptr)
+    return {"gradient product: sums or gradient must be given"};
+  if (split && operands.dtype != DType::kBFloat16)
+    return {"gradient product: split sums need bfloat16"};
+  if (split && output.remainder == nullptr)
+    return {"gradient product: split sums need a remainder"};
+  switch (operands.dtype) {
+    case DType::kBFloat16:
+      return select<__nv_bfloat16, kContiguousA>(classes, tokens, operands, output, stream);
+    case DType::kFloat16:
+      return select<__half, kContiguousA>(classes, tokens, operands, output, stream);
+    default: return {"gradient product: operands are bfloat16 or float16"};
+  }
+}
+
+}  // namespace
+
+Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                          const ProductOutput& output, void* stream) {
+  if (tokens == 0 || operands.features == 0) return {};
+  return product<Contiguous::kTile>(classes, tokens, operands, output, stream);
+}
+
+Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                           const ProductOutput& output, void* stream) {
+  if (classes == 0 || operands.features == 0) return {};
+  return product<Contiguous::kDepth>(classes, tokens, operands, output, stream);
+}
+
+}  // namespace memeff::cuda::sm80
