@@ -223,6 +223,17 @@ void test_sums_are_not_rounded() {
   CHECK(worst < 1e-6);
 }
 
+// Classes masked by the lowest finite number, a whole warp's half of a tile and more.
+void test_lowest_logits() {
+  LinearCase<__nv_bfloat16> c({70, 16, 300, 0, 0, 0, true}, 7);
+  for (int64_t v = 64; v < 256; ++v) c.bias[v] = std::numeric_limits<float>::lowest();
+  c.compute_logits();
+  Options options;
+  options.entropy = true;
+  options.classes_per_range = 384;
+  check_all(c, options);
+}
+
 void test_errors() {
   LinearCase<__half> c({4, 8, 8}, 1);
   Options options;
@@ -269,6 +280,7 @@ int main() {
   test_targets<__nv_bfloat16>();
   test_targets<__half>();
   test_sums_are_not_rounded();
+  test_lowest_logits();
   test_errors();
   CHECK(emulator::counters().ldmatrix_conflicts == 0);
   CHECK(emulator::reports().empty());

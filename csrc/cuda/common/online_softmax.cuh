@@ -27,7 +27,8 @@ struct SoftmaxState {
   MEMEFF_DEVICE void raise(A new_max) {
     const A shift = max - reference_of(new_max);  // -inf when there was nothing but -inf
     const A factor = exponential(shift);
-    if (kFull) entropy = max == A(-INFINITY) ? A(0) : factor * (entropy + shift * sum);
+    // Where the factor is 0, shift * sum may be infinite: a mask need not be -inf to be that large.
+    if (kFull) entropy = factor > A(0) ? factor * (entropy + shift * sum) : A(0);
     sum *= factor;
     max = new_max;
   }
