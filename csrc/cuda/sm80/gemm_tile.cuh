@@ -66,40 +66,63 @@ MEMEFF_DEVICE uint32_t chunk_offset(int row, int chunk) {
   return static_cast<uint32_t>(row * kBoxColumns * 2 + moved * 16);
 }
 
-// Starts to copy a box of `from` to shared memory; zeros where the matrix ends. A matrix whose rows
-// are not 16-byte aligned goes through registers.
-template <bool kAligned, int kBoxRows, int kBoxColumns, class T>
-MEMEFF_DEVICE void load_box(unsigned char* to, const Matrix<T>& from, int64_t first_row,
-                            int64_t first_column) {
-  constexpr int kChunksPerRow = kBoxColumns / kChunk;
-#pragma unroll
-  for (int pass = 0; pass < kBoxRows * kChunksPerRow / kThreads; ++pass) {
-    const int i = pass * kThreads + static_cast<int>(threadIdx.x);
-    const int row = i / kChunksPerRow, chunk = i % kChunksPerRow;
-    const int64_t column = first_column + chunk * kChunk;
-    const int present = first_row + row < from.rows ? count_left<kChunk>(column, from.columns) : 0;
-    // An address inside the matrix even when nothing is read from it.
-    const T* source =
-        present > 0 ? from.data + (first_row + row) * from.stride + column : from.data;
-    unsigned char* target = to + chunk_offset<kBoxColumns>(row, chunk);
-    if constexpr (kAligned) {
-      ptx::cp_async_16(ptx::shared_address(target), source, present * static_cast<int>(sizeof(T)));
+// Where one operand's slices come from: rows of A or columns of B from `first` on. A thread copies
+// the same chunk of several rows of each slice, so that all it computes per chunk is an addition
+// and whether the row exists. Zeros where the matrix ends. A matrix whose rows are not 16-byte
+// aligned goes through registers.
+template <bool kAligned, Contiguous kContiguous, class T>
+class SliceSource {
+ public:
+  MEMEFF_DEVICE SliceSource(const Matrix<T>& from, int64_t first) : stride_(from.stride) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int row = thread / kChunksPerRow, chunk = thread % kChunksPerRow;
+    offset_ = chunk_offset<kBoxColumns>(row, chunk);
+    if constexpr (kContiguous == Contiguous::kDepth) {
+      origin_ = from.data + (first + row) * stride_ + chunk * kChunk;
+      depth_ = from.columns - chunk * kChunk;
+      tile_left_ = count_left<kRows>(first + row, from.rows);
     } else {
-      T values[kChunk];
-      load(values, source, present);
-      store(reinterpret_cast<T*>(target), values);
+      origin_ = from.data + row * stride_ + first + chunk * kChunk;
+      depth_ = from.rows - row;
+      tile_left_ = count_left<kChunk>(first + chunk * kChunk, from.columns);
     }
   }
-}
 
-// The slice that begins at `k` and at row (of A) or column (of B) `first`.
-template <bool kAligned, Contiguous kContiguous, class T>
-MEMEFF_DEVICE void load_slice(unsigned char* to, const Matrix<T>& from, int64_t first, int64_t k) {
-  if constexpr (kContiguous == Contiguous::kDepth)
-    load_box<kAligned, kRows, kDepth>(to, from, first, k);
-  else
-    load_box<kAligned, kDepth, kColumns>(to, from, k, first);
-}
+  // Starts to copy the slice that begins at k.
+  MEMEFF_DEVICE void load(unsigned char* to, int64_t k) const {
+    constexpr bool kDepthAdjacent = kContiguous == Contiguous::kDepth;
+    const T* source = origin_ + (kDepthAdjacent ? k : k * stride_);
+    const int columns = kDepthAdjacent ? count_left<kChunk>(k, depth_) : tile_left_;
+    const int rows = kDepthAdjacent ? tile_left_ : count_left<kDepth>(k, depth_);
+#pragma unroll
+    for (int row = 0; row < kBoxRows; row += kRowsAtOnce) {
+      const int present = row < rows ? columns : 0;
+      unsigned char* target = to + offset_ + row * kBoxColumns * 2;
+      if constexpr (kAligned) {
+        ptx::cp_async_16(ptx::shared_address(target), source,
+                         present * static_cast<int>(sizeof(T)));
+      } else {
+        T values[kChunk];
+        memeff::cuda::load(values, source, present);
+        store(reinterpret_cast<T*>(target), values);
+      }
+      source += kRowsAtOnce * stride_;
+    }
+  }
+
+ private:
+  static constexpr int kBoxColumns = kContiguous == Contiguous::kDepth ? kDepth : kColumns;
+  static constexpr int kBoxRows = kOperandBytes / 2 / kBoxColumns;
+  static constexpr int kChunksPerRow = kBoxColumns / kChunk;
+  static constexpr int kRowsAtOnce = kThreads / kChunksPerRow;
+  static_assert(kRowsAtOnce % 8 == 0, "chunk_offset moves all of a thread's chunks alike");
+
+  const T* origin_;  // of the thread's first chunk of the slice at k = 0
+  int64_t stride_;
+  int64_t depth_;    // what is left of k from that chunk on
+  int tile_left_;    // and of the tile's index
+  uint32_t offset_;  // in shared memory
+};
 
 // ---- products ----
 

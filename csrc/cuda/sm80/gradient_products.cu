@@ -14,12 +14,12 @@
 // that survive as bits in shared memory, and its loads step from bit to bit; a skipped tile costs no
 // load and no product.
 //
-// The tile of C leaves from the accumulators, two adjacent elements at a time (4 lanes: 32 bytes of
-// fp32): its traffic is 1 / k of the products. It goes to fp32 sums or into the 16-bit gradient
-// (ProductOutput, launch.h): scaled and rounded, added, or split over the gradient and a remainder
-// that together hold the unscaled fp32 sum of several calls.
+// The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is short
+// for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, launch.h), scaled
+// and rounded, added, or split over the gradient and a remainder that together hold the unscaled
+// fp32 sum of several calls.
 //
-// Shared memory: 48 KiB of pipeline and a bit per k tile. Two blocks of 128 threads per SM.
+// Shared memory: 48 KiB of pipeline, later 34 KiB for half of C; a bit per k tile. Two blocks of 128 threads per SM.
 // 2 tokens features classes FLOPs each. Numerics: fp32 accumulators over all of k, one rounding.
 #include "cuda/common/weight_update.cuh"
 #include "cuda/launch.h"
@@ -72,70 +72,60 @@ struct Destination {
   ProductOutput output;
 };
 
-// Adjacent sums to where they belong.
-template <int kCount>
-MEMEFF_DEVICE void put_sums(float (&sums)[kCount], const ProductOutput& to, int64_t row,
-                            int64_t column, int count) {
+// One warp's rows of the tile at a time pass through shared memory, so that 16 lanes write a row of
+// 128 elements, 8 each. The 8 floats between rows let the pairs of 4 rows, which half a warp writes
+// at once, cover all banks.
+constexpr int kStagedRow = kColumns + 8;
+static_assert(kWarpRows * kStagedRow * 4 <= kPipelineBytes);
+
+// 8 adjacent sums, the first `count` of which exist, to where they belong.
+template <class T>
+MEMEFF_DEVICE void put(float (&sums)[kChunk], const ProductOutput& to, int64_t row, int64_t column,
+                       int count, float scale) {
+  if (to.sums == nullptr) {
+    T* gradient = static_cast<T*>(to.gradient) + row * to.gradient_stride + column;
+    uint16_t* remainder = to.remainder + row * to.remainder_stride + column;
+    return update_gradient(to.update, sums, scale, gradient, remainder, count);
+  }
   float* target = to.sums + row * to.sums_stride + column;
   if (to.accumulate) {
-    float before[kCount];
+    float before[kChunk];
     load(before, target, count);
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) sums[e] += before[e];
+    for (int e = 0; e < kChunk; ++e) sums[e] += before[e];
   }
   store(target, sums, count);
 }
 
-// Calls put(pair, row, column, count) for the thread's pairs of adjacent elements of C.
-template <class Put>
-MEMEFF_DEVICE void for_pairs(Accumulators& c, int64_t first_row, int64_t first_column,
-                             const Destination& to, Put put) {
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int64_t row = first_row + row_in_tile(r);
-    if (row >= to.rows) continue;
-#pragma unroll
-    for (int v = 0; v < kThreadColumns; v += 2) {
-      const int64_t column = first_column + column_in_tile(v);
-      float pair[2] = {c.at(r, v), c.at(r, v + 1)};
-      const int count = count_left<2>(column, to.columns);
-      if (count > 0) put(pair, row, column, count);
-    }
-  }
-}
-
-template <class T, WeightUpdate kUpdate>
-MEMEFF_DEVICE void update_tile(Accumulators& c, int64_t first_row, int64_t first_column,
-                               const Destination& to) {
-  const ProductOutput& out = to.output;
-  const float scale = out.scale == nullptr ? 1.f : *out.scale;
-  for_pairs(c, first_row, first_column, to,
-            [&](float(&pair)[2], int64_t row, int64_t column, int count) {
-              update_gradient(kUpdate, pair, scale,
-                              static_cast<T*>(out.gradient) + row * out.gradient_stride + column,
-                              out.remainder + row * out.remainder_stride + column, count);
-            });
-}
-
 template <class T>
-MEMEFF_DEVICE void put_tile(Accumulators& c, int64_t first_row, int64_t first_column,
-                            const Destination& to) {
-  if (to.output.sums != nullptr)
-    return for_pairs(c, first_row, first_column, to,
-                     [&](float(&pair)[2], int64_t row, int64_t column, int count) {
-                       put_sums(pair, to.output, row, column, count);
-                     });
-  switch (to.output.update) {
-    case WeightUpdate::kWrite:
-      return update_tile<T, WeightUpdate::kWrite>(c, first_row, first_column, to);
-    case WeightUpdate::kAddNative:
-      return update_tile<T, WeightUpdate::kAddNative>(c, first_row, first_column, to);
-    case WeightUpdate::kSplitFirst:
-      return update_tile<T, WeightUpdate::kSplitFirst>(c, first_row, first_column, to);
-    case WeightUpdate::kSplitNext:
-      return update_tile<T, WeightUpdate::kSplitNext>(c, first_row, first_column, to);
-    case WeightUpdate::kSplitLast:
-      return update_tile<T, WeightUpdate::kSplitLast>(c, first_row, first_column, to);
+MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t first_row,
+                            int64_t first_column, const Destination& to) {
+  auto* staged = reinterpret_cast<float*>(shared);
+  const float scale = to.output.scale == nullptr ? 1.f : *to.output.scale;
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+  for (int half = 0; half < kRows; half += kWarpRows) {
+    __syncthreads();  // all have left the pipeline, or the other half
+    if (row_in_tile(0) / kWarpRows * kWarpRows == half) {
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r)
+#pragma unroll
+        for (int v = 0; v < kThreadColumns; v += 2) {
+          const float pair[2] = {c.at(r, v), c.at(r, v + 1)};
+          store(staged + (row_in_tile(r) - half) * kStagedRow + column_in_tile(v), pair);
+        }
+    }
+    __syncthreads();
+    constexpr int kChunksPerRow = kColumns / kChunk;
+#pragma unroll 1
+    for (int i = thread; i < kWarpRows * kChunksPerRow; i += kThreads) {
+      const int row = i / kChunksPerRow, column = i % kChunksPerRow * kChunk;
+      const int count = count_left<kChunk>(first_column + column, to.columns);
+      if (count == 0 || first_row + half + row >= to.rows) continue;
+      float sums[kChunk];
+      load(sums, staged + row * kStagedRow + column);
+      put<T>(sums, to.output, first_row + half + row, first_column + column, count, scale);
+    }
   }
 }
 
@@ -160,13 +150,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     note_surviving_tiles(mask, flags, index.row, tiles);
   }
 
+  const SliceSource<kAligned, kContiguousA, T> source_a(a, first_row);
+  const SliceSource<kAligned, Contiguous::kTile, T> source_b(b, first_column);
   int tile = surviving_tile(mask, 0, tiles);
   int within = 0;  // the tile
   const auto start_next = [&](unsigned char* stage) {
     if (tile == tiles) return false;
     const int64_t k = int64_t{tile} * kDepthTile + within;
-    load_slice<kAligned, kContiguousA>(stage, a, first_row, k);
-    load_slice<kAligned, Contiguous::kTile>(stage + kOperandBytes, b, first_column, k);
+    source_a.load(stage, k);
+    source_b.load(stage + kOperandBytes, k);
     within += kDepth;
     if (within == kDepthTile || k + kDepth >= depth) {
       tile = surviving_tile(mask, tile + 1, tiles);
@@ -180,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     multiply_slice<T, kContiguousA, Contiguous::kTile>(c, stage);
   });
 
-  put_tile<T>(c, first_row, first_column, to);
+  put_tile<T>(c, shared, first_row, first_column, to);
 }
 
 // ---- launch ----

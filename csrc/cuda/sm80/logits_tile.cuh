@@ -23,16 +23,19 @@ template <bool kAligned, class T, class Finish>
 MEMEFF_DEVICE void multiply_tiles(unsigned char* stages, const Matrix<T>& x, const Matrix<T>& w,
                                   int64_t first_token, int64_t first_class, int64_t tiles,
                                   Accumulators& c, Finish finish) {
+  using Source = SliceSource<kAligned, Contiguous::kDepth, T>;
+  const Source source_x(x, first_token);
+  Source source_w(w, first_class);
   int64_t loaded_tile = 0, loaded_k = 0, k = 0;
   const auto load = [&](unsigned char* stage) {
     if (loaded_tile == tiles) return false;
-    load_slice<kAligned, Contiguous::kDepth>(stage, x, first_token, loaded_k);
-    load_slice<kAligned, Contiguous::kDepth>(stage + kOperandBytes, w,
-                                             first_class + loaded_tile * kColumns, loaded_k);
+    source_x.load(stage, loaded_k);
+    source_w.load(stage + kOperandBytes, loaded_k);
     loaded_k += kDepth;
     if (loaded_k >= x.columns) {
       loaded_k = 0;
       ++loaded_tile;
+      source_w = Source(w, first_class + loaded_tile * kColumns);
     }
     return true;
   };
