@@ -234,6 +234,19 @@ MEMEFF_DEVICE void run_pipeline(unsigned char* stages, Load load, Multiply multi
   }
 }
 
+// The way out through shared memory, 64 rows of C at a time (two of the four warps have them): calls
+// put(row of the 64, column, value, value of the next column).
+template <class Put>
+MEMEFF_DEVICE void for_rows_of_half(Accumulators& c, int first_row, Put put) {
+  const int mine = row_in_tile(0) / kWarpRows * kWarpRows;
+  if (mine != first_row) return;
+#pragma unroll
+  for (int r = 0; r < kThreadRows; ++r)
+#pragma unroll
+    for (int v = 0; v < kThreadColumns; v += 2)
+      put(row_in_tile(r) - first_row, column_in_tile(v), c.at(r, v), c.at(r, v + 1));
+}
+
 // ---- order of blocks ----
 
 // Blocks start in the order of their index. Those that run at the same time (216 on 108 SMs) read

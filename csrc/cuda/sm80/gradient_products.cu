@@ -72,7 +72,7 @@ struct Destination {
   ProductOutput output;
 };
 
-// One warp's rows of the tile at a time pass through shared memory, so that 16 lanes write a row of
+// Half of the tile's rows at a time passes through shared memory, so that 16 lanes write a row of
 // 128 elements, 8 each. The 8 floats between rows let the pairs of 4 rows, which half a warp writes
 // at once, cover all banks.
 constexpr int kStagedRow = kColumns + 8;
@@ -106,15 +106,10 @@ MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t firs
 #pragma unroll 1
   for (int half = 0; half < kRows; half += kWarpRows) {
     __syncthreads();  // all have left the pipeline, or the other half
-    if (row_in_tile(0) / kWarpRows * kWarpRows == half) {
-#pragma unroll
-      for (int r = 0; r < kThreadRows; ++r)
-#pragma unroll
-        for (int v = 0; v < kThreadColumns; v += 2) {
-          const float pair[2] = {c.at(r, v), c.at(r, v + 1)};
-          store(staged + (row_in_tile(r) - half) * kStagedRow + column_in_tile(v), pair);
-        }
-    }
+    for_rows_of_half(c, half, [&](int row, int column, float value, float next) {
+      const float pair[2] = {value, next};
+      store(staged + row * kStagedRow + column, pair);
+    });
     __syncthreads();
     constexpr int kChunksPerRow = kColumns / kChunk;
 #pragma unroll 1

@@ -5,13 +5,14 @@
 //   p_v = exp(z_v - shift);   dz/du' = 1 - (z / softcap)^2, without logit_scale, which the per-token
 //                             coefficients contain (Coefficients, launch.h)
 //
-// One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh); the gradient is made in
-// the accumulators, row by row, and leaves through shared memory as 16 bytes of adjacent tokens.
-// The target's entry, softmax expm1(z_y - shift) + target_rest, replaces what the row's loop made.
+// One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). Products leave through
+// shared memory, where 8 tokens of one class become the work of one thread: their coefficients stay
+// in its registers while it walks over classes, and 8 lanes store 128 bytes of adjacent tokens. (Made
+// in the accumulators, the same arithmetic is unrolled 128 times: 250 KB of code.)
 // With `tiles`, sums of p per token and tile decide whether products may skip the tile.
 //
-// Shared memory: 48 KiB of pipeline; then the same memory takes G (34 KiB) and the masses. Two
-// blocks of 128 threads per SM. x and W are read once per 128 classes and tokens, mostly from L2;
+// Shared memory: 48 KiB of pipeline; then the same memory takes half of the products (33 KiB) and the
+// masses. Two blocks of 128 threads per SM. x and W are read once per 128 classes and tokens, mostly from L2;
 // 2 tokens features classes FLOPs on tensor cores, 2 tokens classes bytes written.
 // Numerics: everything in fp32, G rounded once to nearest.
 #include "cuda/sm80/logits_tile.cuh"
@@ -27,83 +28,82 @@ struct TileMarks {
   float mass_per_class;
 };
 
-// Shared memory after the pipeline.
-constexpr int kMassesAt = kTransposedBytes;          // float [2 halves of the classes][kRows]
-constexpr int kVotesAt = kMassesAt + 2 * kRows * 4;  // uint32_t [warps]
-static_assert(kVotesAt + kThreads / 32 * 4 <= kPipelineBytes);
+// Shared memory after the pipeline: products of 64 tokens, classes adjacent. Rows are 133 floats
+// apart, and rows 32 and up 4 floats further, so that 8 tokens (8 apart) x 4 classes, which a warp
+// reads at once, cover all banks.
+MEMEFF_DEVICE int staged_at(int token, int v) { return token * 133 + token / 32 * 4 + v; }
+constexpr int kMassesAt = (kWarpRows * 133 + 4) * 4;
+constexpr int kWarps = kThreads / 32;
+constexpr int kVotesAt = kMassesAt + kWarps * kRows * 4;
+static_assert(kVotesAt + kWarps * 4 <= kPipelineBytes);
+using Masses = float[kWarps][kRows];  // sums over the classes of each warp
 
-// Logits to gradients, in place. mass[r] is the sum of the thread's probabilities of its row r, 0 for
-// tokens without a gradient.
-MEMEFF_DEVICE void to_gradient(Accumulators& c, const LogitBlock& logits,
-                               const Coefficients& coefficients, int64_t first_token,
-                               int64_t first_class, float (&mass)[kThreadRows]) {
+// How the 64 x 128 are divided: 8 tokens and every 16th class per thread.
+constexpr int kTokens = kChunk;
+constexpr int kTokenThreads = kWarpRows / kTokens, kClassThreads = kThreads / kTokenThreads;
+
+// Gradients of 64 tokens, from `token` of the tile on.
+template <class T>
+MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const LogitBlock& logits,
+                                 Coefficients coefficients, int64_t first_token,
+                                 int64_t first_class, int half, T* gradient, int64_t stride) {
   const LogitTransform<float>& transform = logits.transform;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int staged_token = thread % kTokenThreads * kTokens;
+  const int64_t token = first_token + half + staged_token;
+  const int count = count_left<kTokens>(token, logits.block.tokens);
+  TokenCoefficients<float> of_token[kTokens];
+  int target[kTokens];
+  coefficients.target = nullptr;  // of class probabilities: said here, it takes no registers
+  load_coefficients(of_token, coefficients, token, count);
+  load_targets(target, logits.target, logits.block, token, count);
+
+  float mass[kTokens] = {};
+#pragma unroll 1
+  for (int v = thread / kTokenThreads; v < kColumns; v += kClassThreads) {
+    const int64_t in_block = first_class + v;
+    if (in_block >= logits.block.classes) break;
+    const float bias = transform.bias_of(in_block), weight = transform.weight_of(in_block);
+    T values[kTokens];
 #pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    const int64_t token = first_token + row_in_tile(r);
-    TokenCoefficients<float> loaded[1];
-    load_coefficients(loaded, coefficients, token, token < logits.block.tokens ? 1 : 0);
-    const TokenCoefficients<float>& of_token = loaded[0];
-    const bool present = !of_token.all_zero();
-    const int target = present ? target_in_tile(logits, first_class, token) : -1;
-    float target_z = 0.f;
-    bool target_is_mine = false;
-    mass[r] = 0.f;
-#pragma unroll
-    for (int v = 0; v < kThreadColumns; ++v) {
-      const float z = c.at(r, v);
-      if (column_in_tile(v) == target) {
-        target_z = z;
-        target_is_mine = true;
-      }
-      float weight = 0.f;
-      const int64_t column = first_class + column_in_tile(v);
-      if (of_token.weighted != 0.f && column < logits.block.classes)
-        weight = transform.weight_of(column);
-      mass[r] += exponential(z - of_token.shift);
-      const float du = of_token.gradient(z, weight) * transform.slope(z);
-      c.at(r, v) = present ? du : 0.f;
+    for (int e = 0; e < kTokens; ++e) {
+      const TokenCoefficients<float>& c = of_token[e];
+      const float z = transform.logit(staged[staged_at(staged_token + e, v)], bias);
+      mass[e] += exponential(z - c.shift);
+      const float dz = in_block == target[e] ? c.target_gradient(z, weight) : c.gradient(z, weight);
+      values[e] = narrow<T>(c.all_zero() ? 0.f : dz * transform.slope(z));
     }
-    if (!present) mass[r] = 0.f;
-    if (!target_is_mine) continue;
-    const float du = of_token.target_gradient(target_z, transform.weight_of(first_class + target)) *
-                     transform.slope(target_z);
+    store(gradient + in_block * stride + token, values, count);
+  }
 #pragma unroll
-    for (int v = 0; v < kThreadColumns; ++v)
-      if (column_in_tile(v) == target) c.at(r, v) = du;
+  for (int e = 0; e < kTokens; ++e) {
+    float sum = of_token[e].all_zero() ? 0.f : mass[e];  // no gradient, nothing to lose
+    sum += __shfl_xor_sync(~0u, sum, kTokenThreads);
+    sum += __shfl_xor_sync(~0u, sum, 2 * kTokenThreads);
+    if (thread % 32 < kTokenThreads) masses[thread / 32][half + staged_token + e] = sum;
   }
 }
 
-// Marks the tile 1 unless each token's mass in it is small and no target lies in it. All threads
-// have left the pipeline.
-MEMEFF_DEVICE void mark_tile(unsigned char* shared, const float (&mass)[kThreadRows],
-                             const LogitBlock& logits, int64_t first_token, int64_t first_class,
-                             const TileMarks& marks) {
+// Marks the tile 1 unless each token's mass in it is small and no target lies in it.
+MEMEFF_DEVICE void mark_tile(unsigned char* shared, const Masses& masses, const LogitBlock& logits,
+                             int64_t first_token, int64_t first_class, const TileMarks& marks) {
   const int thread = static_cast<int>(threadIdx.x);
-  auto* masses = reinterpret_cast<float*>(shared + kMassesAt);
   auto* votes = reinterpret_cast<uint32_t*>(shared + kVotesAt);
-#pragma unroll
-  for (int r = 0; r < kThreadRows; ++r) {
-    float sum = mass[r] + __shfl_xor_sync(~0u, mass[r], 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (thread % 4 == 0) masses[thread / 64 * kRows + row_in_tile(r)] = sum;
-  }
-  __syncthreads();
+  __syncthreads();  // masses are complete
   static_assert(kThreads == kRows, "one token per thread");
-  const int64_t classes = logits.block.classes - first_class;
-  const float limit =
-      marks.mass_per_class * static_cast<float>(classes < kColumns ? classes : kColumns);
+  float mass = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) mass += masses[warp][thread];
+  const int classes = count_left<kColumns>(first_class, logits.block.classes);
+  const float limit = marks.mass_per_class * static_cast<float>(classes);
   const bool has_target = target_in_tile(logits, first_class, first_token + thread) >= 0;
-  // Written so that NaN counts as mass. Rows without a token have none.
-  const bool counts = first_token + thread < logits.block.tokens &&
-                      (has_target || !(masses[thread] + masses[kRows + thread] < limit));
-  const unsigned vote = __ballot_sync(~0u, counts);
+  const unsigned vote = __ballot_sync(~0u, has_target || !(mass < limit));  // NaN counts
   if (thread % 32 == 0) votes[thread / 32] = vote;
   __syncthreads();
   if (thread != 0) return;
   uint32_t any = 0;
 #pragma unroll
-  for (int warp = 0; warp < kThreads / 32; ++warp) any |= votes[warp];
+  for (int warp = 0; warp < kWarps; ++warp) any |= votes[warp];
   marks.tiles[first_class / kColumns * marks.stride + first_token / kRows] = any != 0 ? 1 : 0;
 }
 
@@ -118,16 +118,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int64_t first_class = int64_t{index.column} * kColumns;
   Accumulators c;
   multiply_tiles<kAligned>(shared, x, w, first_token, first_class, 1, c, [](int64_t) {});
-  to_logits(c, logits, first_class);
-  float mass[kThreadRows];
-  to_gradient(c, logits, coefficients, first_token, first_class, mass);
 
-  __syncthreads();  // all have read the last slice
-  put_transposed<T>(shared, c);
-  if (marks.tiles != nullptr) mark_tile(shared, mass, logits, first_token, first_class, marks);
-  __syncthreads();
-  store_transposed(shared, gradient + first_class * stride + first_token, stride,
-                   logits.block.classes - first_class, logits.block.tokens - first_token);
+  auto* staged = reinterpret_cast<float*>(shared);
+  auto& masses = *reinterpret_cast<Masses*>(shared + kMassesAt);
+#pragma unroll 1
+  for (int half = 0; half < kRows; half += kWarpRows) {
+    __syncthreads();  // all have left the pipeline, or the other half
+    for_rows_of_half(c, half, [&](int token, int v, float value, float next) {
+      staged[staged_at(token, v)] = value;
+      staged[staged_at(token, v + 1)] = next;
+    });
+    __syncthreads();
+    put_gradients(staged, masses, logits, coefficients, first_token, first_class, half, gradient,
+                  stride);
+  }
+  if (marks.tiles != nullptr) mark_tile(shared, masses, logits, first_token, first_class, marks);
 }
 
 template <class T, bool kAligned>

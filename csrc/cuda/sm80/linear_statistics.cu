@@ -39,10 +39,100 @@ struct Results {
   int64_t scores_stride;
 };
 
+// ---- stored scores ----
+
+// Rows of classes, 128 tokens each. The 16 bytes between rows let the 8 rows that a warp writes at
+// once cover all banks.
+constexpr int kScoresRowBytes = kRows * 2 + 16;
+constexpr int kScoresBytes = kColumns * kScoresRowBytes;
+
+MEMEFF_DEVICE uint32_t pack(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &both, sizeof bits);
+  return bits;
+}
+
+// Writes `c`, rounded, to shared memory, transposed. Lanes whose tokens are neighbours swap halves
+// first, so that each has a pair of adjacent tokens of one class.
+MEMEFF_DEVICE void put_scores(unsigned char* to, const Accumulators& c) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool odd = thread / 4 % 2 != 0;  // of two neighbouring tokens
+#pragma unroll
+  for (int i = 0; i < kWarpRows / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kWarpColumns / 8; ++j) {
+      const uint32_t upper = pack(c.value[i][j][0], c.value[i][j][1]);  // classes v, v + 1
+      const uint32_t lower = pack(c.value[i][j][2], c.value[i][j][3]);  // 8 tokens on
+      // The even lane keeps class v, the odd one v + 1; low half: upper row, high half: lower row.
+      const uint32_t class_0 = (upper & 0xffffu) | lower << 16;
+      const uint32_t class_1 = upper >> 16 | (lower & 0xffff0000u);
+      const uint32_t kept = odd ? class_1 : class_0;
+      const uint32_t received = __shfl_xor_sync(~0u, odd ? class_0 : class_1, 4);
+      const uint32_t even_token = odd ? received : kept, odd_token = odd ? kept : received;
+      const int column = column_in_tile(j * 2) + (odd ? 1 : 0);
+      const int token = row_in_tile(i * 2) & ~1;
+      auto* row = reinterpret_cast<uint32_t*>(to + column * kScoresRowBytes + token * 2);
+      row[0] = (even_token & 0xffffu) | odd_token << 16;
+      row[4] = even_token >> 16 | (odd_token & 0xffff0000u);  // 8 tokens on
+    }
+}
+
+// Copies what all threads have put to rows `to`, "stride" elements apart, 16 bytes at a time where
+// rows are aligned.
+MEMEFF_DEVICE void store_scores(const unsigned char* from, __half* to, int64_t stride,
+                                int64_t classes, int64_t tokens) {
+  constexpr int kChunksPerRow = kRows / kChunk;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kColumns * kChunksPerRow; i += kThreads) {
+    const int row = i / kChunksPerRow, first = i % kChunksPerRow * kChunk;
+    if (row >= classes || first >= tokens) continue;
+    __half values[kChunk];
+    load(values, reinterpret_cast<const __half*>(from + row * kScoresRowBytes + first * 2));
+    store(to + row * stride + first, values, count_left<kChunk>(first, tokens));
+  }
+}
+
+// ---- statistics of a tile ----
+
 // Shared memory after the pipeline.
-constexpr int kMaximaAt = kTransposedBytes;           // float [2 halves of the classes][kRows]
+constexpr int kMaximaAt = kScoresBytes;               // float [2 halves of the classes][kRows]
 constexpr int kStatesAt = kMaximaAt + 2 * kRows * 4;  // State [kRows]
 static_assert(kStatesAt + kRows * sizeof(State<true>) <= kPipelineBytes);
+
+// Products to logits, in place; -inf beyond the last class. Loops are repeated rather than their
+// conditions, which are the same for the whole launch.
+MEMEFF_DEVICE void to_logits(Accumulators& c, const LogitBlock& logits, int64_t first_class) {
+  const LogitTransform<float>& transform = logits.transform;
+  const int classes = count_left<kColumns>(first_class, logits.block.classes);
+  if (transform.bias != nullptr) {
+#pragma unroll
+    for (int v = 0; v < kThreadColumns; ++v) {
+      if (column_in_tile(v) >= classes) continue;
+      const float bias = transform.bias[first_class + column_in_tile(v)];
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) c.at(r, v) += bias;
+    }
+  }
+  if (transform.softcap != 0.f) {
+#pragma unroll
+    for (int v = 0; v < kThreadColumns; ++v)
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) c.at(r, v) = transform.logit(c.at(r, v), 0.f);
+  } else {
+#pragma unroll
+    for (int v = 0; v < kThreadColumns; ++v)
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) c.at(r, v) *= transform.scale;
+  }
+  if (classes == kColumns) return;
+#pragma unroll
+  for (int v = 0; v < kThreadColumns; ++v) {
+    if (column_in_tile(v) < classes) continue;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) c.at(r, v) = -INFINITY;
+  }
+}
 
 MEMEFF_DEVICE void write_target_logits(Accumulators& c, const LogitBlock& logits,
                                        int64_t first_token, int64_t first_class,
@@ -175,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __syncthreads();  // all have read the last slice
   if (kStore) {
     fold_tile<kFull, true>(kept, c, shared, logits, first_class);
-    put_transposed<__half>(shared, c);
+    put_scores(shared, c);
   }
   const bool right = threadIdx.x >= kThreads / 2;                            // half of the classes
   auto* right_states = reinterpret_cast<State<kFull>*>(shared + kStatesAt);  // [kRows]
@@ -184,9 +274,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (right) right_states[kept_row(s)] = kept[s];
   __syncthreads();
   if (kStore)
-    store_transposed(shared, results.scores + first_class * results.scores_stride + first_token,
-                     results.scores_stride, logits.block.classes - first_class,
-                     logits.block.tokens - first_token);
+    store_scores(shared, results.scores + first_class * results.scores_stride + first_token,
+                 results.scores_stride, logits.block.classes - first_class,
+                 logits.block.tokens - first_token);
   if (right) return;
 #pragma unroll
   for (int s = 0; s < kKeptRows; ++s) {

@@ -284,5 +284,5 @@ int main() {
   test_errors();
   CHECK(emulator::counters().ldmatrix_conflicts == 0);
   CHECK(emulator::reports().empty());
-  return emulator::finish("test_sm80_statistics");
+  return emulator::finish("test_sm80_statistics_kernels");
 }
