@@ -8,6 +8,9 @@ using namespace memeff::cuda;
 
 namespace {
 
+// One of the schedules sees everything, the others what is likely to depend on them.
+bool thorough() { return emulator::config().schedule == emulator::Schedule::kInOrder; }
+
 // ---- linear_gradient ----
 
 struct TokenCoefficients {
@@ -407,10 +410,11 @@ void test_products(unsigned seed) {
   };
   for (const Product product : {Product::kGradInput, Product::kGradWeight})
     for (const auto& s : shapes) {
+      if (!thorough() && s.classes * s.tokens < 128 * 40) continue;
       ProductCase<T> c(product, s.classes, s.tokens, s.features, s.padding, s.offset, seed++);
       c.compute();
       check_sums(c, s.padding, s.offset, false);
-      if (emulator::config().schedule != emulator::Schedule::kInOrder) continue;
+      if (!thorough()) continue;
       check_rounded(c, s.padding, s.offset);
       if constexpr (std::is_same_v<T, __nv_bfloat16>) check_split(c, s.padding, s.offset);
     }
@@ -421,15 +425,16 @@ void test_skipped_tiles(unsigned seed) {
   for (const Product product : {Product::kGradInput, Product::kGradWeight}) {
     // 0: none, 1: some, also at the ragged end, 2: all
     for (int amount = 0; amount < 3; ++amount) {
-      ProductCase<T> c(product, 430, 392, 24, 0, 0, seed++);
-      for (int64_t v = 0; v < 4; ++v)
-        for (int64_t n = 0; n < 4; ++n)
+      ProductCase<T> c(product, 300, 264, 24, 0, 0, seed++);
+      for (int64_t v = 0; v < 3; ++v)
+        for (int64_t n = 0; n < 3; ++n)
           if (amount == 2 || (amount == 1 && (v * 3 + n * 2) % 4 < 2)) c.skip_tile(v, n);
       c.compute();
       const auto copies = emulator::counters().cp_async;
       check_sums(c, 0, 0, true);
       if (amount == 2) CHECK(emulator::counters().cp_async == copies);
     }
+    if (!thorough()) continue;
     // More k tiles than one word of the mask has bits.
     ProductCase<T> deep(product, product == Product::kGradInput ? 128 * 41 + 3 : 16,
                         product == Product::kGradInput ? 16 : 128 * 41 + 8, 8, 0, 0, seed++);
@@ -461,22 +466,21 @@ void test_no_depth_and_errors() {
 }  // namespace
 
 int main() {
-  const auto in_order = [] { return emulator::config().schedule == emulator::Schedule::kInOrder; };
-  for_clean_schedules("gradients", [&] {
+  for_clean_schedules("gradients", [] {
     test_gradient_shapes<__nv_bfloat16>(11);
-    if (in_order()) test_gradient_shapes<__half>(31);
+    if (thorough()) test_gradient_shapes<__half>(31);
   });
-  for_clean_schedules("marks", [&] {
+  for_clean_schedules("marks", [] {
     test_marks<__nv_bfloat16>();
-    if (in_order()) test_marks<__half>();
+    if (thorough()) test_marks<__half>();
   });
-  for_clean_schedules("products", [&] {
+  for_clean_schedules("products", [] {
     test_products<__nv_bfloat16>(51);
-    if (in_order()) test_products<__half>(71);
+    if (thorough()) test_products<__half>(71);
   });
-  for_clean_schedules("skipped tiles", [&] {
+  for_clean_schedules("skipped tiles", [] {
     test_skipped_tiles<__nv_bfloat16>(91);
-    if (in_order()) test_skipped_tiles<__half>(111);
+    if (thorough()) test_skipped_tiles<__half>(111);
   });
   test_gradient_targets<__nv_bfloat16>();
   test_gradient_targets<__half>();
