@@ -147,8 +147,8 @@ void check_all(LinearCase<T>& c, const Options& options) {
   if (!options.argmax) CHECK(out.argmax[0] == -7);
 }
 
-// Equal rows of W (so equal logits, large for some tokens), classes that are impossible, and a token
-// that is not a number.
+// Equal rows of W (so equal logits, large for some tokens), classes that are impossible, and a
+// token that is not a number.
 template <class T>
 void plant_corner_cases(LinearCase<T>& c) {
   const int64_t classes = c.shape.classes;

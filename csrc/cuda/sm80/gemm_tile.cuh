@@ -21,8 +21,8 @@
 //
 // A slice lies in shared memory as it lies in global memory, in chunks of 16 bytes: 128 rows of 4
 // chunks where k is contiguous, 32 rows of 16 chunks where the tile's index is (ldmatrix then
-// transposes). Within its row a chunk is moved (chunk_offset) so that the 8 rows that ldmatrix reads
-// at once, all at the same chunk, cover all 32 banks.
+// transposes). Within its row a chunk is moved (chunk_offset) so that the 8 rows that ldmatrix
+// reads at once, all at the same chunk, cover all 32 banks.
 #pragma once
 
 #include "cuda/common/vector_io.cuh"
@@ -234,8 +234,8 @@ MEMEFF_DEVICE void run_pipeline(unsigned char* stages, Load load, Multiply multi
   }
 }
 
-// The way out through shared memory, 64 rows of C at a time (two of the four warps have them): calls
-// put(row of the 64, column, value, value of the next column).
+// The way out through shared memory, 64 rows of C at a time (two of the four warps have them):
+// calls put(row of the 64, column, value, value of the next column).
 template <class Put>
 MEMEFF_DEVICE void for_rows_of_half(Accumulators& c, int first_row, Put put) {
   const int mine = row_in_tile(0) / kWarpRows * kWarpRows;

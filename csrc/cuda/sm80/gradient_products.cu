@@ -10,17 +10,18 @@
 // Blocks go down groups of 16 rows of tiles (tile_of_block): those that run together then read G
 // and W or x from L2.
 //
-// Tiles of 128 x 128 of G whose flag is 0 count as zero: before it starts, a block notes the k tiles
-// that survive as bits in shared memory, and its loads step from bit to bit; a skipped tile costs no
-// load and no product.
+// Tiles of 128 x 128 of G whose flag is 0 count as zero: before it starts, a block notes the k
+// tiles that survive as bits in shared memory, and its loads step from bit to bit; a skipped tile
+// costs no load and no product.
 //
-// The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is short
-// for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, launch.h), scaled
-// and rounded, added, or split over the gradient and a remainder that together hold the unscaled
-// fp32 sum of several calls.
+// The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is
+// short for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, launch.h),
+// scaled and rounded, added, or split over the gradient and a remainder that together hold the
+// unscaled fp32 sum of several calls.
 //
-// Shared memory: 48 KiB of pipeline, later 34 KiB for half of C; a bit per k tile. Two blocks of 128 threads per SM.
-// 2 tokens features classes FLOPs each. Numerics: fp32 accumulators over all of k, one rounding.
+// Shared memory: 48 KiB of pipeline, later 34 KiB for half of C; a bit per k tile. Two blocks of
+// 128 threads per SM. Per call 2 tokens features classes FLOPs; of its operands a block reads 256 k
+// elements, mostly from L2. Numerics: fp32 accumulators over all of k, one rounding.
 #include "cuda/common/weight_update.cuh"
 #include "cuda/launch.h"
 #include "cuda/sm80/gemm_tile.cuh"

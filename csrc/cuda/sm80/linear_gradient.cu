@@ -1,20 +1,19 @@
 // The gradient with respect to u = x W^T, whose logits are computed again and never stored.
 //
 //   x [tokens, features], W [classes, features]:   u = x W^T, z of u (launch.h)
-//   G[v, n] = dz/du' (p_v (softmax + entropy z_v) + target's term + weighted w_v)   [classes, tokens]
-//   p_v = exp(z_v - shift);   dz/du' = 1 - (z / softcap)^2, without logit_scale, which the per-token
-//                             coefficients contain (Coefficients, launch.h)
+//   G [classes, tokens] = (p_v (softmax + entropy z_v) + target's term + weighted w_v) slope(z_v)
+//   p_v = exp(z_v - shift),  slope = 1 - (z / softcap)^2; coefficients: launch.h
 //
 // One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). Products leave through
 // shared memory, where 8 tokens of one class become the work of one thread: their coefficients stay
-// in its registers while it walks over classes, and 8 lanes store 128 bytes of adjacent tokens. (Made
-// in the accumulators, the same arithmetic is unrolled 128 times: 250 KB of code.)
-// With `tiles`, sums of p per token and tile decide whether products may skip the tile.
+// in its registers while it walks over classes, and 8 lanes store 128 bytes of adjacent tokens.
+// (Made in the accumulators, the same arithmetic is unrolled 128 times: 250 KB of code.) With
+// `tiles`, sums of p per token and tile decide whether products may skip the tile.
 //
-// Shared memory: 48 KiB of pipeline; then the same memory takes half of the products (33 KiB) and the
-// masses. Two blocks of 128 threads per SM. x and W are read once per 128 classes and tokens, mostly from L2;
-// 2 tokens features classes FLOPs on tensor cores, 2 tokens classes bytes written.
-// Numerics: everything in fp32, G rounded once to nearest.
+// Shared memory: 48 KiB of pipeline; then the same memory takes half of the products (33 KiB) and
+// the masses. Two blocks of 128 threads per SM. x is read once per 128 classes, W once per 128
+// tokens, mostly from L2; 2 tokens features classes FLOPs on tensor cores, 2 tokens classes bytes
+// written. Numerics: everything in fp32, G rounded once to nearest.
 #include "cuda/sm80/logits_tile.cuh"
 
 namespace memeff::cuda::sm80 {
@@ -42,7 +41,7 @@ using Masses = float[kWarps][kRows];  // sums over the classes of each warp
 constexpr int kTokens = kChunk;
 constexpr int kTokenThreads = kWarpRows / kTokens, kClassThreads = kThreads / kTokenThreads;
 
-// Gradients of 64 tokens, from `token` of the tile on.
+// Gradients of 64 tokens, from `half` of the tile on; sums of their probabilities to `masses`.
 template <class T>
 MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const LogitBlock& logits,
                                  Coefficients coefficients, int64_t first_token,

@@ -163,7 +163,8 @@ MEMEFF_DEVICE int quad_min(int x) {
   return min(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// sums[r] += sum w z over the thread's columns. Column by column, so that weights take no registers.
+// sums[r] += sum w z over the thread's columns. Column by column, so that weights take no
+// registers.
 MEMEFF_DEVICE void add_weighted(float (&sums)[kThreadRows], Accumulators& c,
                                 const LogitBlock& logits, int64_t first_class) {
 #pragma unroll

@@ -1,4 +1,5 @@
-// Tiles of x W^T of 128 tokens x 128 classes on gemm_tile.cuh, for the kernels that begin with them.
+// Tiles of x W^T of 128 tokens x 128 classes on gemm_tile.cuh, for the kernels that begin with
+// them.
 //
 // Rows of a tile are tokens, so that a thread's 16 columns belong to one token at a time, and the
 // statistics of few tokens stay in its registers. The matrices that leave have adjacent tokens
