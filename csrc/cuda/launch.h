@@ -109,8 +109,9 @@ Status block_gradient(const Block& block, void* products, int64_t stride, DType 
                       const Coefficients& coefficients, void* stream);
 
 /// Replaces stored scores by the gradient with respect to u, in place, in the 16-bit type
-/// `gradient_dtype`. The entry of an index target is target_gradient[token] (float), as it is.
-/// first_class is a multiple of kStoredTile. No class probabilities; not softcap with `weighted`.
+/// `gradient_dtype`. The entry of an index target is target_gradient[token] (float), as it is, or
+/// zero where all coefficients are. first_class is a multiple of kStoredTile. No class
+/// probabilities; not softcap with `weighted`.
 Status stored_gradient(const Block& block, const StoredScores& scores, DType gradient_dtype,
                        const LogitTerms& terms, const Targets& targets,
                        const Coefficients& coefficients, const float* target_gradient,

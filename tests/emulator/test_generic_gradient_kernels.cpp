@@ -55,6 +55,7 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
     shift.set(n, left_out ? std::nan("") : 4 + std::abs(normal(random)));
     for (Array* array : {&softmax, &entropy, &rest, &weighted, &target_gradient})
       array->set(n, left_out ? 0.0 : normal(random));
+    if (left_out) target_gradient.set(n, std::nan(""));
     target[n] = n % 4 == 3   ? -2
                 : n % 7 == 6 ? vocab - 1
                              : c.first_class + static_cast<int64_t>(random() % c.classes);

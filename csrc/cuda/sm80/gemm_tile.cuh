@@ -94,7 +94,8 @@ class SliceSource {
     const T* source = origin_ + (kDepthAdjacent ? k : k * stride_);
     const int columns = kDepthAdjacent ? count_left<kChunk>(k, depth_) : tile_left_;
     const int rows = kDepthAdjacent ? tile_left_ : count_left<kDepth>(k, depth_);
-#pragma unroll
+    // One chunk at a time through registers: the accumulators leave room for no more.
+#pragma unroll(kAligned ? kBoxRows / kRowsAtOnce : 1)
     for (int row = 0; row < kBoxRows; row += kRowsAtOnce) {
       const int present = row < rows ? columns : 0;
       unsigned char* target = to + offset_ + row * kBoxColumns * 2;
