@@ -60,7 +60,7 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
   float mass[kTokens] = {};
 #pragma unroll 1
   for (int v = thread / kTokenThreads; v < kColumns; v += kClassThreads) {
-    const int64_t in_block = first_class + v;
+    const int in_block = static_cast<int>(first_class) + v;
     if (in_block >= logits.block.classes) break;
     const float bias = transform.bias_of(in_block), weight = transform.weight_of(in_block);
     T values[kTokens];
@@ -72,7 +72,7 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
       const float dz = in_block == target[e] ? c.target_gradient(z, weight) : c.gradient(z, weight);
       values[e] = narrow<T>(c.all_zero() ? 0.f : dz * transform.slope(z));
     }
-    store(gradient + in_block * stride + token, values, count);
+    store(gradient + int64_t{in_block} * stride + token, values, count);
   }
 #pragma unroll
   for (int e = 0; e < kTokens; ++e) {

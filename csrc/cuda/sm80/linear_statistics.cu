@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int64_t first_token = int64_t{index.row} * kRows;
   const int64_t first_class = index.column * tiles_per_range * kColumns;
   const int64_t tiles_left = (logits.block.classes - first_class + kColumns - 1) / kColumns;
-  const int64_t tiles = tiles_left < tiles_per_range ? tiles_left : tiles_per_range;
+  const auto tiles = static_cast<int>(tiles_left < tiles_per_range ? tiles_left : tiles_per_range);
 
   State<kFull> kept[kKeptRows];
   for (State<kFull>& state : kept)

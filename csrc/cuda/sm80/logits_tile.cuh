@@ -19,21 +19,22 @@ static_assert(kColumns == kStoredTile && kRows == kTokenTile);
 // finish(first_class of the tile) when `c` holds a tile; loads of the next are then in flight.
 template <bool kAligned, class T, class Finish>
 MEMEFF_DEVICE void multiply_tiles(unsigned char* stages, const Matrix<T>& x, const Matrix<T>& w,
-                                  int64_t first_token, int64_t first_class, int64_t tiles,
+                                  int64_t first_token, int64_t first_class, int tiles,
                                   Accumulators& c, Finish finish) {
   using Source = SliceSource<kAligned, Contiguous::kDepth, T>;
   const Source source_x(x, first_token);
   Source source_w(w, first_class);
-  int64_t loaded_tile = 0, loaded_k = 0, k = 0;
+  const int features = static_cast<int>(x.columns);
+  int loaded_tile = 0, loaded_k = 0, k = 0;
   const auto load = [&](unsigned char* stage) {
     if (loaded_tile == tiles) return false;
     source_x.load(stage, loaded_k);
     source_w.load(stage + kOperandBytes, loaded_k);
     loaded_k += kDepth;
-    if (loaded_k >= x.columns) {
+    if (loaded_k >= features) {
       loaded_k = 0;
       ++loaded_tile;
-      source_w = Source(w, first_class + loaded_tile * kColumns);
+      source_w = Source(w, first_class + int64_t{loaded_tile} * kColumns);
     }
     return true;
   };
@@ -42,7 +43,7 @@ MEMEFF_DEVICE void multiply_tiles(unsigned char* stages, const Matrix<T>& x, con
     if (k == 0) c.clear();
     multiply_slice<T, Contiguous::kDepth, Contiguous::kDepth>(c, stage);
     k += kDepth;
-    if (k < x.columns) return;
+    if (k < features) return;
     finish(tile_class);
     tile_class += kColumns;
     k = 0;
