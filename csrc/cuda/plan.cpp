@@ -306,10 +306,6 @@ int64_t tokens_in_gradient_row(const PlanRequest& r, const PlanTraits& t) {
   return bytes % kept_score_bytes(r, t) == 0 ? bytes / kept_score_bytes(r, t) : 0;
 }
 
-bool sums_grad_input(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  return summed_tokens(r, t, plan) > 0;
-}
-
 int64_t classes_per_range(const PlanRequest& r, const PlanTraits& t, const Plan& plan, bool kept) {
   if (!t.kernels.stores_16_bits()) return kGenericRange;
   if (kept) return kStoredTile;

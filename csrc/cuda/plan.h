@@ -62,9 +62,6 @@ int64_t classes_per_range(const PlanRequest& request, const PlanTraits& traits, 
 int64_t kept_score_bytes(const PlanRequest& request, const PlanTraits& traits);
 int64_t tokens_in_gradient_row(const PlanRequest& request, const PlanTraits& traits);
 
-/// Where grad_input is summed in the workspace rather than written by one product per block.
-bool sums_grad_input(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
-
 /// Returns an empty string and fills `plan`, or says why no plan fits and the least budget that does.
 std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan);
 
