@@ -1,8 +1,8 @@
 """The whole way from Python to the CUDA kernels, on the CPU: the kernels run in the emulator.
 
 Every call is checked under the tolerance rule, in memory that starts as NaN, and by the emulator:
-races, bounds, uninitialised reads, copies in flight. Shapes are small, because a kernel runs here
-about a million times slower than on a GPU.
+races, bounds, uninitialised reads, copies in flight. Shapes are small, because every access of
+every thread is a function call here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 // CPU backend for bf16 on AVX512-BF16: handwritten products (bf16_kernels.h) with the softmax
 // statistics in the epilogue of the first one.
 //
-// Scores are kept as fp16 exp(z - max of tile and token), 2^-12 relative error, and turned into bf16
+// Scores are kept as fp16 exp(z - max of tile and token), 2^-11 relative error, and turned into bf16
 // dlogits in place, so grad_weight's rows have room for the scores of D tokens.
 #pragma once
 

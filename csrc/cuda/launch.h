@@ -83,7 +83,7 @@ struct Coefficients {
   const void* weighted = nullptr;     // null: zero
 };
 
-/// Scores kept in 16 bits: E = exp(z - m), fp16 (relative error 2^-12), with the maximum m of each
+/// Scores kept in 16 bits: E = exp(z - m), fp16 (relative error 2^-11), with the maximum m of each
 /// tile of kStoredTile classes and token in fp32.
 struct StoredScores {
   void* data = nullptr;  // [classes, tokens] fp16
@@ -205,9 +205,9 @@ using LinearStatistics = Status(const Block& block, const LinearOperands& operan
                                 float* target_logit, const StoredScores& scores, void* stream);
 
 /// The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the
-/// operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where each token's
-/// probability mass in it is less than skip_mass * (classes of the tile) / vocab and no target lies
-/// in it, else 1. No probabilities.
+/// operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where no target lies in
+/// it and each token that has a gradient has a probability mass of less than skip_mass * (classes
+/// of the tile) / vocab there, else 1. No probabilities.
 using LinearGradient = Status(const Block& block, const LinearOperands& operands,
                               const LogitTerms& terms, const Targets& targets,
                               const Coefficients& coefficients, void* gradient, int64_t stride,

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the emulator as a Python extension of torch operators.
 
-    python tests/emulator/python/build.py      # about two minutes the first time
+    python tests/emulator/python/build.py
 
 Kernels and emulator come from tests/emulator/CMakeLists.txt; here the code above them (backend,
 driver, operators) is compiled against torch and linked to them. tests/conftest.py loads the result.
