@@ -88,13 +88,27 @@ class CudaBackend : public Backend {
                        problem_.skip_mass, tiles_of_scores_, tiles_stride_, stream_));
   }
 
+  void differentiate_statistics(Range tokens) override {
+    const TokenStatistics* statistics = problem_.token_statistics;
+    if (statistics == nullptr || statistics->differentiate == nullptr) return;
+    check(write_token_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+    // The caller works on the same stream: nobody waits.
+    statistics->differentiate(statistics->context, tokens.begin, tokens.end);
+    check(cuda::restore_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+  }
+
   void restore_statistics() override {
-    check(cuda::restore_statistics(problem_, tokens_, stream_));
+    check(cuda::restore_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
   }
 
   void write_loss() override {
-    check(tokens_.for_statistics ? write_token_statistics(problem_, tokens_, stream_)
-                                 : cuda::write_loss(problem_, tokens_, stream_));
+    const TokenStatistics* statistics = problem_.token_statistics;
+    if (statistics == nullptr) {
+      check(cuda::write_loss(problem_, tokens_, stream_));
+    } else if (statistics->differentiate == nullptr) {
+      // With gradients in the forward pass they have been written chunk by chunk.
+      check(write_token_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
+    }
   }
 
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
@@ -310,11 +324,10 @@ class CudaBackend : public Backend {
     take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
     take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
     take(&tokens_.argmax, wants_argmax(problem_));
-    // A caller's statistics have coefficients in the backward pass only.
-    take(&tokens_.shift, wanted == nullptr || request_.statistics_known);
     take(&tokens_.entropy_coefficient, wanted != nullptr && wanted->grad_entropy != nullptr);
-    take(&tokens_.softmax), take(&tokens_.target_coefficient);
-    take(&tokens_.target_rest), take(&tokens_.weighted, smooths), take(&tokens_.target_gradient);
+    take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
+    take(&tokens_.target_rest), take(&tokens_.weighted, smooths);
+    take(&tokens_.target_gradient, !request_.statistics_known);
     tokens_.weighted_apart = apart_;
   }
 
