@@ -12,6 +12,7 @@
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
+#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
 
@@ -153,6 +154,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     const cuda::Selection selection =
         cuda::select_kernels(problem, cuda::Gpu{capability}, "", &error);
     kernels = cuda::name_of(selection);
+    request.gpu_upcasts = cuda::upcasts(problem.dtype, cuda::Gpu{capability});
     planner = [selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
       return cuda::make_plan(*completed, cuda::plan_traits(planned, *completed, selection), chosen);
     };
