@@ -84,10 +84,10 @@ struct alignas(16) StepFactors<Major::kMn> {  // grad_input
 
 template <>
 struct alignas(16) StepFactors<Major::kK> {  // grad_weight
-  float factor[kStepK];                      // of every token
+  float2 factor[kStepK / 2];                 // of every token; in pairs, as registers hold them
   // The tile's row that has the token's target in the upper half, the entry in the lower.
-  uint32_t target[kStepK];
-  uint32_t has_target;  // bit i: token 2 i or 2 i + 1 of the step has one here
+  uint2 target[kStepK / 2];
+  uint32_t has_target;  // bit i: a token of pair i has its target here
 };
 constexpr uint32_t kNoTargetHere = 0xffffu << 16;
 
@@ -169,15 +169,16 @@ class FactorWriter<T, Major::kK> {
       const uint32_t has_target = __ballot_sync(~0u, any);
       begin_factors(ring);
       StepFactors<Major::kK>& out = factors[ring.stage];
-      store(out.factor + lane_index() * kPerLane, factor);
-      store(out.target + lane_index() * kPerLane, packed);
+      out.factor[lane_index()] = {factor[0], factor[1]};
+      out.target[lane_index()] = {packed[0], packed[1]};
       if (lane_index() == 0) out.has_target = has_target;
       end_factors(ring);
     }
   }
 
  private:
-  static constexpr int kPerLane = kStepK / 32;
+  static constexpr int kPerLane = 2;
+  static_assert(kStepK == 32 * kPerLane);
   const ScoreFactors& scores_;
   int class_tile_;
 };
@@ -187,18 +188,9 @@ class FactorWriter<T, Major::kK> {
 // Register i holds row lane / 4 + 8 (i % 2) of the warp's 16, columns pair + 8 (i / 2) and the next
 // of 16 k, pair = 2 (lane % 4).
 
-MEMEFF_DEVICE int pair_of_lane() { return lane_index() % 4 * 2; }
 MEMEFF_DEVICE int row_in_tile(int r) {
   return consumer_group() * kGroupM + warp_of_group() * 16 + lane_index() / 4 + 8 * r;
 }
-
-// 16 k of E as ldmatrix leaves them, and their factors: grad_input's of the two rows, grad_weight's
-// of the four columns.
-template <int kFactors>
-struct RawScores {
-  uint32_t e[4];
-  float factor[kFactors];
-};
 
 // Two adjacent entries of G. The minimum is that of softmax_gradient(), two at a time.
 template <class T>
@@ -221,7 +213,9 @@ class ScoresAsA;
 template <class T>
 class ScoresAsA<T, Major::kMn> {
  public:
-  using Raw = RawScores<2>;
+  struct Raw {  // 16 k of E as ldmatrix leaves them
+    uint32_t e[4];
+  };
 
   MEMEFF_DEVICE ScoresAsA(const ScoreFactors& scores, int row) {
 #pragma unroll
@@ -259,7 +253,7 @@ class ScoresAsA<T, Major::kMn> {
     if (!has_target_) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int which = column_[i % 2] - (k16 * 16 + i / 2 * 8 + pair_of_lane());
+      const int which = column_[i % 2] - (k16 * 16 + i / 2 * 8 + lane_index() % 4 * 2);
       if (which == 0 || which == 1) replace(a[i], which, entry_[i % 2]);
     }
   }
@@ -277,7 +271,10 @@ class ScoresAsA<T, Major::kMn> {
 template <class T>
 class ScoresAsA<T, Major::kK> {
  public:
-  using Raw = RawScores<4>;
+  struct Raw {
+    uint32_t e[4];
+    float2 factor[2];  // of the thread's two pairs of columns
+  };
 
   MEMEFF_DEVICE ScoresAsA(const ScoreFactors&, int) {
     // Matrix lane / 8 of ldmatrix: rows 0-7, 8-15, 0-7, 8-15, k 0-7, 0-7, 8-15, 8-15.
@@ -291,35 +288,27 @@ class ScoresAsA<T, Major::kK> {
   MEMEFF_DEVICE void load(Raw& raw, uint32_t tile, int k16) const {
     ptx::ldmatrix_x4(raw.e, tile + (offset_ ^ k16 << 5));  // two pieces of 16 bytes further
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float pair[2];
-      cuda::load(pair, step_->factor + column(k16, half));
-      raw.factor[2 * half] = pair[0];
-      raw.factor[2 * half + 1] = pair[1];
-    }
+    for (int half = 0; half < 2; ++half) raw.factor[half] = step_->factor[pair(k16, half)];
   }
   MEMEFF_DEVICE void make(uint32_t (&a)[4], const Raw& raw, int k16) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      a[i] = entries<T>(raw.e[i], raw.factor[i / 2 * 2], raw.factor[i / 2 * 2 + 1]);
+      a[i] = entries<T>(raw.e[i], raw.factor[i / 2].x, raw.factor[i / 2].y);
     if ((has_target_ >> 8 * k16 & 0xff) == 0) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t target[2];
-      cuda::load(target, step_->target + column(k16, half));
+      const uint2 target = step_->target[pair(k16, half)];
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int which = 0; which < 2; ++which)
-          if (static_cast<int>(target[which] >> 16) == row_in_tile(r))
-            replace(a[2 * half + r], which, target[which] & 0xffff);
+      for (int r = 0; r < 2; ++r) {
+        const auto row = static_cast<uint32_t>(row_in_tile(r));
+        if (target.x >> 16 == row) replace(a[2 * half + r], 0, target.x & 0xffff);
+        if (target.y >> 16 == row) replace(a[2 * half + r], 1, target.y & 0xffff);
+      }
     }
   }
 
  private:
-  MEMEFF_DEVICE static int column(int k16, int half) {
-    return k16 * 16 + half * 8 + pair_of_lane();
-  }
+  MEMEFF_DEVICE static int pair(int k16, int half) { return k16 * 8 + half * 4 + lane_index() % 4; }
   uint32_t offset_;
   // Of the step:
   const StepFactors<Major::kK>* step_;
@@ -380,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
-  Ring ring = start_ring(shared_memory, 1 + 1);
+  Ring ring = start_ring(shared_memory, /*fillers=*/2);
   auto* const factors = reinterpret_cast<StepFactors<kMajorOfG>*>(shared_memory + kScratchAt);
   const int tiles = order.rows * order.columns;
 

@@ -256,5 +256,5 @@ int main() {
   });
   test_refusals();
   CHECK(emulator::reports().empty());
-  return emulator::finish("test_sm90_stored_products");
+  return emulator::finish("test_sm90_stored_kernels");
 }
