@@ -37,7 +37,9 @@ pytestmark = pytest.mark.skipif(
     emulated.missing() is not None, reason=f"no emulator: {emulated.missing()}"
 )
 
-KERNELS = ["generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90"]
+KERNELS = [
+    "generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90", "sm90,sm90rs"
+]  # fmt: skip
 # Everything that 16-bit kernels distinguish; fp32 and fp64 are the generic kernels' alone.
 VARIANTS = [
     *((kernels, dtype) for kernels in KERNELS for dtype in (torch.bfloat16, torch.float16)),
