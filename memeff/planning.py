@@ -49,7 +49,8 @@ class Plan:
     workspace_bytes: int
     """Allocated beyond the gradients; ``memory_budget`` bounds it together with library_bytes."""
     library_bytes: int
-    """What torch's matrix products may take for packed operands, where these compute the scores."""
+    """What torch's matrix products may take for packed or upcast operands, where these compute the
+    scores."""
     floor_bytes: int
     """The gradients themselves."""
     flops: float

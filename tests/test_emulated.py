@@ -82,6 +82,14 @@ def test_options_recomputed(options: str, reduction: str, dtype: torch.dtype) ->
     check_emulated(Case((40,), 16, 140, dtype, reduction, **OPTIONS[options]))
 
 
+@pytest.mark.parametrize("shape", [(9, 2100, 70), (7, 16, 4200), (4200, 8, 20)], ids=str)
+def test_products_in_pieces(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 is upcast for torch.mm (here and before sm_80), a piece at a time."""
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "generic,generic")
+    tokens, features, vocab = shape
+    check_emulated(Case((tokens,), features, vocab, torch.bfloat16, "none", bias=True))
+
+
 @pytest.mark.parametrize("chunk_size", [1, 100])
 def test_chunks(chunk_size: int, dtype: torch.dtype) -> None:
     tokens = 6 if chunk_size == 1 else 290

@@ -12,6 +12,7 @@
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
+#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
 
@@ -163,12 +164,13 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     };
   } else if (backend == "cuda") {
     std::string error;
-    const cuda::Selection selection =
-        cuda::select_kernels(problem, cuda::Gpu{capability, gpu}, cuda::forced_kernels(),
-                             cuda::measured_choices(), &error);
+    const cuda::Gpu card{capability, gpu};
+    const cuda::Selection selection = cuda::select_kernels(problem, card, cuda::forced_kernels(),
+                                                           cuda::measured_choices(), &error);
     if (!error.empty()) throw py::value_error(error);
     kernels = cuda::name_of(selection);
     reason = cuda::reason_of(selection);
+    request.gpu_upcasts = cuda::upcasts(problem.dtype, card);
     planner = [selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
       return cuda::make_plan(*completed, cuda::plan_traits(planned, *completed, selection), chosen);
     };

@@ -36,7 +36,7 @@ struct Selection {
 
 struct Gpu {
   int capability = 0;  // compute capability, 10 major + minor: 75, 80, 86, 89, 90, 100, 120
-  std::string name;    // as the CUDA runtime has it; "" where nobody knows
+  std::string name{};  // as the CUDA runtime has it; "" where nobody knows
 };
 
 /// The table of measured choices: measured_choices.inc, which scripts/verify_gpu.py writes.
