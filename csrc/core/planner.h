@@ -133,6 +133,10 @@ WorkspaceLayout layout_workspace(const PlanRequest& request, const Plan& plan);
 /// Upper bound of the memory in which a BLAS on the CPU packs the operands of any plan's products.
 int64_t library_bytes(const PlanRequest& request);
 
+/// Completes a plan by its FLOPs, bytes of the gradients, and numbers of chunks and slices.
+/// `fresh_tokens`: those whose gradients are computed from scores that are made for them.
+void count_work(const PlanRequest& request, int64_t fresh_tokens, Plan* plan);
+
 /// Returns an empty string and fills `plan`, or says why no plan fits (and the least budget that would).
 std::string make_plan(const PlanRequest& request, Plan* plan);
 

@@ -268,30 +268,6 @@ int64_t product_bytes(const PlanRequest& r) {
   return most;
 }
 
-void count_work(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
-  const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
-  const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
-  const double fresh =
-      r.tokens == 0 ? 0.0
-                    : static_cast<double>(fresh_tokens(r, *plan)) / static_cast<double>(r.tokens);
-  double scores = r.statistics_known ? 1 : 1 + fresh;
-  if (plan->separate_sweeps) scores += fresh;
-  plan->flops = product * (scores + gradients);
-  plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
-  const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +
-                           (r.grad_weight ? r.vocab * r.features : 0) + (r.grad_bias ? r.vocab : 0);
-  plan->floor_bytes = elements * size_of(r.dtype);
-  plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
-  const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
-  const int64_t per_chunk =
-      plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
-  plan->num_chunks =
-      (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
-  plan->workspace_bytes = layout(r, t, *plan).total;
-  plan->predicted_flops = 2 * predicted_cost(r, t, *plan);
-  plan->library_bytes = product_bytes(r);
-}
-
 std::string megabytes(int64_t bytes) {
   char text[64];
   std::snprintf(text, sizeof text, "%lld bytes (%.1f MiB)", static_cast<long long>(bytes),
@@ -343,7 +319,10 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
            " features and " + std::to_string(request.vocab) +
            " classes on a GPU: the least that works is " + megabytes(least + beside);
   }
-  count_work(request, traits, plan);
+  count_work(request, fresh_tokens(request, *plan), plan);
+  plan->workspace_bytes = layout(request, traits, *plan).total;
+  plan->predicted_flops = 2 * predicted_cost(request, traits, *plan);
+  plan->library_bytes = beside;
   return "";
 }
 
