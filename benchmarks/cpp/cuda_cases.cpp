@@ -30,6 +30,8 @@ constexpr FusedFamily kFused[] = {
      &sm80::grad_input_product, &sm80::grad_weight_product},
     {"sm90", 90, 90, &sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
      &sm90::grad_weight_product},
+    {"sm90x2", 90, 90, &sm90x2::linear_statistics, &sm90x2::linear_gradient,
+     &sm90x2::grad_input_product, &sm90x2::grad_weight_product},
 };
 
 constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time
@@ -290,6 +292,18 @@ class Maker {
         rounded.update = WeightUpdate::kSplitNext;
         product("split sums, added", 8, rounded);
       });
+      if (capability_ != 90) continue;
+      GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
+      const ScoreGradient made_of{maxima_,  stride_,       {},
+                                  targets_, coefficients_, tokens_.target_gradient};
+      ProductOutput rounded;
+      rounded.gradient = result_, rounded.gradient_stride = d_;
+      rounded.scale = &tokens_.scalars->output_scale_float;
+      add(kernel, "sm90rs", "from scores, rounded", product_flops(), operands + 2 * out,
+          [=, shape = block(), stream = stream_,
+           launch = of_input ? sm90::grad_input_from_scores : sm90::grad_weight_from_scores] {
+            return launch(shape, from, made_of, rounded, stream);
+          });
     }
   }
 

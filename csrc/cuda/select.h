@@ -9,9 +9,10 @@
 
 namespace memeff::cuda {
 
-/// A family of kernels. The generic ones leave matrix products to torch (cuBLAS). What each can do
-/// is a row of the table in select.cpp.
-enum class Family { kGeneric, kSm80, kSm90 };
+/// A family of kernels. The generic ones leave matrix products to torch (cuBLAS). sm90x2 are those of
+/// sm90 in clusters of two thread blocks; sm90rs the products of sm90, straight from kept scores
+/// where these can be used so. What each can do is a row of the table in select.cpp.
+enum class Family { kGeneric, kSm80, kSm90, kSm90x2, kSm90rs };
 
 /// What was measured on one GPU at one shape: the fastest families, whole calls compared.
 struct MeasuredChoice {
