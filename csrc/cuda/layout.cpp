@@ -35,9 +35,11 @@ int64_t tiles(int64_t classes) { return ceil_div(classes, kStoredTile); }
 int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
 
 /// Whether all kept scores have become gradients, and their maxima are of no more use, before the
-/// sweeps over slices begin: the driver computes grad_input from kept scores first.
+/// sweeps over slices begin: the driver computes grad_input from kept scores first. Products from
+/// scores as they are need them to the end.
 bool maxima_end_early(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  return t.kernels.stores_16_bits() && plan.kind == PlanKind::kVocabSlices && r.grad_input;
+  return t.kernels.stores_16_bits() && plan.kind == PlanKind::kVocabSlices && r.grad_input &&
+         t.kernels.products != Family::kSm90rs;
 }
 
 /// Scores that are computed slice by slice because they are not kept.

@@ -222,7 +222,8 @@ double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& pla
 
   int64_t block = plan.token_block, slice = plan.slice_vocab;
   if (plan.kind != PlanKind::kStatistics) {
-    bytes += kept * v * (t.kernels.stores_16_bits() ? 4 : 8);  // scores become gradients
+    if (t.kernels.products != Family::kSm90rs)  // scores become gradients
+      bytes += kept * v * (t.kernels.stores_16_bits() ? 4 : 8);
     cost += product_cost(fresh, block, v, slice, d);
   }
   if (r.grad_weight) {

@@ -174,12 +174,17 @@ void maxima_make_room_for_the_sweeps() {
   CHECK(plan.stored_in_gradient > 0 && plan.separate_sweeps);
   const cuda::Layout with_input = layout(c.request, c.traits, plan);
   CHECK(with_input.weight_sum < with_input.kept_maxima);
-  // They stay where the sweep itself turns scores into gradients.
-  c.request.grad_input = false;
-  const cuda::Layout without = layout(c.request, c.traits, plan);
+  // They stay where the sweep itself turns scores into gradients, and where products read scores.
+  Case without_input = c, from_scores = c;
+  without_input.request.grad_input = false;
+  from_scores.traits.kernels.products = Family::kSm90rs;
   const int64_t maxima = int64_t{4} * (128256 / 128) * plan.stored_in_gradient;
-  for (const int64_t other : {without.slice, without.weight_sum, without.partials})
-    CHECK(other >= without.kept_maxima + maxima);
+  for (const Case& other : {without_input, from_scores}) {
+    test::context() = name_of(other);
+    const cuda::Layout at = layout(other.request, other.traits, plan);
+    for (const int64_t offset : {at.slice, at.weight_sum, at.partials, at.input_sum})
+      CHECK(offset == 0 || offset >= at.kept_maxima + maxima);
+  }
 }
 
 // bf16 before sm_80, in a budget as small as the smallest of the goals.
