@@ -155,8 +155,9 @@ Status outer_product(const float* factors, const float* values, int64_t rows, in
 
 // ---- products of 16-bit matrices on tensor cores ----
 //
-// The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer) and sm90 (wgmma, TMA;
-// sm_90a). Sums in fp32; nothing but the results is rounded.
+// The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer), sm90 (wgmma, TMA;
+// sm_90a) and sm90x2 (the same in pairs of thread blocks that load the second operand together).
+// Sums in fp32; nothing but the results is rounded.
 
 /// u = x W^T of some tokens and classes.
 struct LinearOperands {
@@ -254,5 +255,13 @@ bool accepts(const GradientOperands& operands, const ProductOutput& output);
 /// `weighted`, no class probabilities.
 bool accepts(const ScoreGradient& scores);
 }  // namespace sm90
+
+/// Accepts what sm90 accepts. Products that skip tiles are those of sm90: which tiles count differs
+/// between the two blocks of a pair.
+namespace sm90x2 {
+LinearStatistics linear_statistics;
+LinearGradient linear_gradient;
+GradientProduct grad_input_product, grad_weight_product;
+}  // namespace sm90x2
 
 }  // namespace memeff::cuda

@@ -35,7 +35,7 @@ void cp_async(std::uint32_t destination, const void* source, int bytes, int sour
   if (source_bytes > 0 && !check_global(source, source_bytes, AccessType::kRead, pc)) return;
 
   const std::uint32_t agent = block->copy_agent(*current);
-  if (current->open_copies.copies.empty()) current->open_copies.clock = block->tick(agent);
+  if (current->open_copies.copies.empty()) current->open_copies.clock = cluster->tick(agent);
   const Access write{AccessType::kWrite, {agent, current->open_copies.clock}, &current->clock};
   check_shared(target, bytes, write, pc);
 

@@ -76,7 +76,7 @@ float load_element(const WgmmaOp& op, std::uint64_t descriptor, bool mn_major, i
   const std::uint32_t address = element_address(decode(descriptor), mn_major, mn, k);
   std::uint16_t bits = 0x7fff;  // NaN: the address has been reported
   if (address >= kSharedWindow && address - kSharedWindow + 2 <= kArenaBytes)
-    std::memcpy(&bits, shared_arena + address - kSharedWindow, 2);
+    std::memcpy(&bits, block->shared + address - kSharedWindow, 2);
   return widen(op.shape, bits);
 }
 
@@ -189,7 +189,7 @@ void wgmma(const WgmmaShape& shape, float* d, std::uint64_t a_descriptor,
   // Each warp reads its 16 rows of A and all of B, knowing what its first thread knows, which for
   // an aligned instruction stands for all of them.
   if (current->lane == 0) {
-    op.clock[me / 32] = block->tick(my_agent());
+    op.clock[me / 32] = cluster->tick(my_agent());
     const Access access{
         AccessType::kRead, {my_agent(), op.clock[me / 32]}, &current->clock, Proxy::kAsync};
     const int row = me / 32 * 16;

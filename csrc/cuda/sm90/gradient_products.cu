@@ -9,7 +9,10 @@
 // map of shared memory are pipeline.cuh's. C must not overlap G: other blocks may still read what
 // one overwrites.
 //
-// Tiles of G that count as zero, and the epilogue: gradient_tiles.cuh.
+// Tiles of G that count as zero, and the epilogue: gradient_tiles.cuh. Products that leave out tiles
+// run without clusters: the two rows of tiles of a cluster are marked differently, but must go
+// through the same steps, so each block would wait for the other's. At a density p they would go
+// through 2 p - p^2 of all tiles instead of p, which costs more than shared loads save.
 //
 // Work: 2 classes tokens features FLOPs each; at 8192 x 128256 x 4096, 8.6 TFLOP, predicted 13.4 ms
 // on an H100 or H200 (docs/kernels-sm90.md). grad_input has tokens * features / 32768 tiles of C,
@@ -22,39 +25,39 @@ namespace memeff::cuda::sm90 {
 
 namespace {
 
-template <class T, Major kMajorOfG>
+template <class T, Major kMajorOfG, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     gradient_product_kernel(const __grid_constant__ TensorMap g,
                             const __grid_constant__ TensorMap other,
                             const __grid_constant__ TensorMap out, Marks marks, Destination to,
-                            TileOrder order) {
+                            TileOrder<kCluster> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using A = OperandTile<kMajorOfG, kTileM>;
-  using B = OperandTile<Major::kMn, kTileN>;
+  using B = OperandTile<Major::kMn, kTileN, kCluster>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
-  Ring ring = start_ring(shared_memory);
-  const int tiles = order.rows * order.columns;
+  auto ring = start_ring<kCluster>(shared_memory);
 
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
     if (threadIdx.x >= 32) return;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int number = order.first(); number < order.count(); number += order.stride()) {
       int row, column;
-      order.place(tile, &row, &column);
+      order.place(number, &row, &column);
       marks.of_row(row).for_each([&](int k) {
         if (lane_index() != 0) return;
         for (int step = 0; step < kStepsPerTile; ++step)
           load_step<A, B>(ring, &g, &other, row * kTileM, column * kTileN, k + step * kStepK);
       });
     }
+    if (lane_index() == 0) finish_loads(ring);
     return;
   }
 
   ptx::increase_registers<kConsumerRegisters>();
   BoxStore boxes(shared_memory);
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int number = order.first(); number < order.count(); number += order.stride()) {
     int row, column;
-    order.place(tile, &row, &column);
+    order.place(number, &row, &column);
     float c[kTileN / 2];
     multiply<T, A, B>(c, ring, marks.of_row(row).surviving() * kStepsPerTile);
     write_tile<T>(c, to, &out, boxes, row * kTileM + consumer_group() * kGroupM, column * kTileN);
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // rows: of C, k: what is summed over.
-template <class T, Major kMajorOfG>
+template <class T, Major kMajorOfG, int kCluster>
 Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const Marks& marks,
               const ProductOutput& output, void* stream) {
   const bool g_is_transposed = kMajorOfG == Major::kMn;
@@ -76,41 +79,69 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const M
         operands.gradient, map_element<T>(), g_is_transposed ? rows : k, g_is_transposed ? k : rows,
         operands.gradient_stride, &g);
   if (status.ok())
-    status = OperandTile<Major::kMn, kTileN>::map(
+    status = OperandTile<Major::kMn, kTileN, kCluster>::map(
         operands.other, map_element<T>(), operands.features, k, operands.other_stride, &other);
-  const TileOrder order{count_tiles(rows, kTileM), count_tiles(operands.features, kTileN)};
+  const auto order = tile_order<kCluster>(rows, count_tiles(operands.features, kTileN));
+  const auto kernel = gradient_product_kernel<T, kMajorOfG, kCluster>;
   unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(int64_t{order.rows} * order.columns, &blocks);
-  const auto kernel = gradient_product_kernel<T, kMajorOfG>;
-  if (status.ok()) status = allow_shared_memory(kernel, kSharedBytes);
+  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (!status.ok()) return status;
-  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, g, other, out, marks,
-                to, order);
+  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, g,
+                         other, out, marks, to, order);
   return launch_status();
+}
+
+template <int kCluster>
+Status grad_input(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                  const ProductOutput& output, void* stream) {
+  if (tokens == 0) return {};
+  if (!accepts(operands, output))
+    return {"grad_input_product: sm90 needs rows that start at multiples of 16 bytes"};
+  const Marks marks{operands.tiles, 1, operands.tiles_stride, count_tiles(classes, kTileK)};
+  const auto typed = operands.dtype == DType::kBFloat16
+                         ? launch<__nv_bfloat16, Major::kMn, kCluster>
+                         : launch<__half, Major::kMn, kCluster>;
+  return typed(tokens, classes, operands, marks, output, stream);
+}
+
+template <int kCluster>
+Status grad_weight(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                   const ProductOutput& output, void* stream) {
+  if (classes == 0) return {};
+  if (!accepts(operands, output))
+    return {"grad_weight_product: sm90 needs rows that start at multiples of 16 bytes"};
+  const Marks marks{operands.tiles, operands.tiles_stride, 1, count_tiles(tokens, kTileK)};
+  const auto typed = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kK, kCluster>
+                                                        : launch<__half, Major::kK, kCluster>;
+  return typed(classes, tokens, operands, marks, output, stream);
 }
 
 }  // namespace
 
 Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
                           const ProductOutput& output, void* stream) {
-  if (tokens == 0) return {};
-  if (!accepts(operands, output))
-    return {"grad_input_product: sm90 needs rows that start at multiples of 16 bytes"};
-  const Marks marks{operands.tiles, 1, operands.tiles_stride, count_tiles(classes, kTileK)};
-  const auto run = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kMn>
-                                                      : launch<__half, Major::kMn>;
-  return run(tokens, classes, operands, marks, output, stream);
+  return grad_input<1>(classes, tokens, operands, output, stream);
 }
 
 Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
                            const ProductOutput& output, void* stream) {
-  if (classes == 0) return {};
-  if (!accepts(operands, output))
-    return {"grad_weight_product: sm90 needs rows that start at multiples of 16 bytes"};
-  const Marks marks{operands.tiles, operands.tiles_stride, 1, count_tiles(tokens, kTileK)};
-  const auto run = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kK>
-                                                      : launch<__half, Major::kK>;
-  return run(classes, tokens, operands, marks, output, stream);
+  return grad_weight<1>(classes, tokens, operands, output, stream);
 }
 
 }  // namespace memeff::cuda::sm90
+
+namespace memeff::cuda::sm90x2 {
+
+Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                          const ProductOutput& output, void* stream) {
+  const auto run = operands.tiles == nullptr ? sm90::grad_input<2> : sm90::grad_input<1>;
+  return run(classes, tokens, operands, output, stream);
+}
+
+Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
+                           const ProductOutput& output, void* stream) {
+  const auto run = operands.tiles == nullptr ? sm90::grad_weight<2> : sm90::grad_weight<1>;
+  return run(classes, tokens, operands, output, stream);
+}
+
+}  // namespace memeff::cuda::sm90x2

@@ -94,11 +94,8 @@ constexpr uint32_t kNoTargetHere = 0xffffu << 16;
 static_assert(kStages * sizeof(StepFactors<Major::kMn>) <= kScratchBytes &&
               kStages * sizeof(StepFactors<Major::kK>) <= kScratchBytes);
 
-// Between `begin` and `end` a warp writes the factors of a step.
-MEMEFF_DEVICE void begin_factors(const Ring& ring) {
-  ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
-}
-MEMEFF_DEVICE void end_factors(Ring& ring) {
+// The warp has written the factors of a step, in a stage that was empty.
+MEMEFF_DEVICE void end_factors(Ring<1>& ring) {
   __syncwarp();
   if (lane_index() == 0) ptx::mbarrier_arrive(ring.full());
   ring.advance();
@@ -117,13 +114,13 @@ class FactorWriter<T, Major::kMn> {
         count_(count_left<kPerLane>(token_, scores.block.tokens)) {
     scores.load_tokens(coefficients_, token_, count_);
   }
-  MEMEFF_DEVICE void write(StepFactors<Major::kMn>* factors, Ring& ring, int k) const {
+  MEMEFF_DEVICE void write(StepFactors<Major::kMn>* factors, Ring<1>& ring, int k) const {
     float max[kPerLane], factor[kPerLane];
     scores_.load_maxima(max, k / kTileK, token_, count_);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) factor[i] = stored_factors(coefficients_[i], max[i]).softmax;
     for (int step = 0; step < kStepsPerTile; ++step) {
-      begin_factors(ring);
+      wait_until_empty(ring);
       StepFactors<Major::kMn>& out = factors[ring.stage];
       store(out.factor + lane_index() * kPerLane, factor);
       if (lane_index() == 0) out.first_class = k + step * kStepK;
@@ -143,7 +140,7 @@ class FactorWriter<T, Major::kK> {
  public:
   MEMEFF_DEVICE FactorWriter(const ScoreFactors& scores, int row)
       : scores_(scores), class_tile_(row) {}
-  MEMEFF_DEVICE void write(StepFactors<Major::kK>* factors, Ring& ring, int k) const {
+  MEMEFF_DEVICE void write(StepFactors<Major::kK>* factors, Ring<1>& ring, int k) const {
     for (int step = 0; step < kStepsPerTile; ++step) {
       const int token = k + step * kStepK + lane_index() * kPerLane;
       const int count = count_left<kPerLane>(token, scores_.block.tokens);
@@ -167,7 +164,7 @@ class FactorWriter<T, Major::kK> {
                  : kNoTargetHere;
       }
       const uint32_t has_target = __ballot_sync(~0u, any);
-      begin_factors(ring);
+      wait_until_empty(ring);
       StepFactors<Major::kK>& out = factors[ring.stage];
       out.factor[lane_index()] = {factor[0], factor[1]};
       out.target[lane_index()] = {packed[0], packed[1]};
@@ -316,7 +313,7 @@ class ScoresAsA<T, Major::kK> {
 };
 
 // The warp has read scores and factors of the stage by plain loads, which TMA must not overtake.
-MEMEFF_DEVICE void leave_read_stage(const Ring& ring, int stage) {
+MEMEFF_DEVICE void leave_read_stage(const Ring<1>& ring, int stage) {
   ptx::fence_proxy_async();
   __syncwarp();
   leave_stage(ring, stage);
@@ -325,7 +322,7 @@ MEMEFF_DEVICE void leave_read_stage(const Ring& ring, int stage) {
 // multiply() of pipeline.cuh with A in registers: a product per 16 of k, of which one is always in
 // flight. Its registers are free again once the wait after the next product has ended.
 template <class T, class Source, class Factors>
-MEMEFF_DEVICE void multiply_scores(float (&c)[kTileN / 2], Ring& ring, int steps, Source& source,
+MEMEFF_DEVICE void multiply_scores(float (&c)[kTileN / 2], Ring<1>& ring, int steps, Source& source,
                                    const Factors* factors) {
   using B = OperandTile<Major::kMn, kTileN>;
   constexpr int kProducts = kStepK / 16;
@@ -364,22 +361,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                           const __grid_constant__ TensorMap other,
                           const __grid_constant__ TensorMap out,
                           const __grid_constant__ ScoreFactors scores, Marks marks, Destination to,
-                          TileOrder order) {
+                          TileOrder<1> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
-  Ring ring = start_ring(shared_memory, /*fillers=*/2);
+  auto ring = start_ring<1>(shared_memory, /*fillers=*/2);
   auto* const factors = reinterpret_cast<StepFactors<kMajorOfG>*>(shared_memory + kScratchAt);
-  const int tiles = order.rows * order.columns;
 
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
     const int warp = warp_of_group();
     if (warp > kFactorWarp) return;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int number = order.first(); number < order.count(); number += order.stride()) {
       int row, column;
-      order.place(tile, &row, &column);
+      order.place(number, &row, &column);
       if (warp == kFactorWarp) {
         const FactorWriter<T, kMajorOfG> writer(scores, row);
         marks.of_row(row).for_each([&](int k) { writer.write(factors, ring, k); });
@@ -396,9 +392,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   ptx::increase_registers<kConsumerRegisters>();
   BoxStore boxes(shared_memory);
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int number = order.first(); number < order.count(); number += order.stride()) {
     int row, column;
-    order.place(tile, &row, &column);
+    order.place(number, &row, &column);
     ScoresAsA<T, kMajorOfG> source(scores, row);
     float c[kTileN / 2];
     multiply_scores<T>(c, ring, marks.of_row(row).surviving() * kStepsPerTile, source, factors);
@@ -422,11 +418,10 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const S
   if (status.ok())
     status = OperandTile<Major::kMn, kTileN>::map(
         operands.other, map_element<T>(), operands.features, k, operands.other_stride, &other);
-  const TileOrder order{count_tiles(rows, kTileM), count_tiles(operands.features, kTileN)};
-  unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(int64_t{order.rows} * order.columns, &blocks);
+  const auto order = tile_order<1>(rows, count_tiles(operands.features, kTileN));
   const auto kernel = stored_product_kernel<T, kMajorOfG>;
-  if (status.ok()) status = allow_shared_memory(kernel, kSharedBytes);
+  unsigned blocks = 0;
+  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (!status.ok()) return status;
   MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, e, other, out, scores,
                 marks, to, order);
