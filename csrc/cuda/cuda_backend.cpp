@@ -24,7 +24,7 @@ struct FusedKernels {
 };
 
 FusedKernels kernels_of(Family family) {
-  if (family == Family::kSm90 || family == Family::kSm90Rs)
+  if (family == Family::kSm90 || family == Family::kSm90rs)
     return {&sm90::linear_statistics,      &sm90::linear_gradient,
             &sm90::grad_input_product,     &sm90::grad_weight_product,
             &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores};
@@ -50,7 +50,7 @@ class CudaBackend : public Backend {
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
     convert_class_arrays();
     // The gradient of the bias is summed from gradients in memory. The terms are those of any block.
-    multiplies_scores_ = traits_.kernels.products == Family::kSm90Rs &&
+    multiplies_scores_ = traits_.kernels.products == Family::kSm90rs &&
                          problem_.grad_bias == nullptr && sm90::accepts(score_gradient({}, {}));
   }
 

@@ -20,7 +20,7 @@ constexpr FamilyRow kFamilies[] = {
     {Family::kGeneric, "generic", true, true, true},
     {Family::kSm80, "sm80", true, true, true},
     {Family::kSm90, "sm90", true, true, true},
-    {Family::kSm90Rs, "sm90rs", false, true, false},
+    {Family::kSm90rs, "sm90rs", false, true, false},
 };
 
 /// TMA reads rows that start at multiples of 16 bytes.

@@ -12,7 +12,7 @@ namespace memeff::cuda {
 /// A family of kernels. The generic ones leave matrix products to torch (cuBLAS). sm90rs are the
 /// products of sm90, straight from kept scores where these can be used so. What each can do is a row
 /// of the table in select.cpp.
-enum class Family { kGeneric, kSm80, kSm90, kSm90Rs };
+enum class Family { kGeneric, kSm80, kSm90, kSm90rs };
 
 /// What was measured on one GPU at one shape: the fastest families, whole calls compared.
 struct MeasuredChoice {
