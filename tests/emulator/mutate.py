@@ -27,7 +27,7 @@ SYNCHRONISATION = re.compile(
     r"(__syncthreads\(\)|__syncwarp\([^)]*\)"
     r"|ptx::(?:cp_async_wait|wgmma_wait|bulk_wait|bulk_wait_read)<[^>]*>\(\)"
     r"|ptx::(?:cp_async_commit|wgmma_fence|wgmma_commit|bulk_commit|fence_\w+)\(\)"
-    r"|ptx::(?:bar_sync|bar_arrive|mbarrier_wait\w*|mbarrier_arrive\w*)\([^;]*\)"
+    r"|ptx::(?:bar_sync|bar_arrive|mbarrier_wait|mbarrier_arrive\w*)\([^;]*\)"
     r"|ptx::(?:cluster_arrive|cluster_wait)\(\)"
     r"|(?:leave_stage|finish_loads|wait_until_empty)\([^;]*\)"  # sm90/pipeline.cuh
     r"|boxes\.finish\(\));"  # sm90/tile_store.cuh
