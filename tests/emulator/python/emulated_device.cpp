@@ -91,7 +91,7 @@ class EmulatedDevice : public CudaLikeDevice {
       const TokenStatistics& s = *p.token_statistics;
       buffers.output(s.logprob, p.tokens * sum_size, "logprob", sum_size);
       buffers.output(s.entropy, p.tokens * 8, "entropy", 8);
-      buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
+      if (s.known_entropy != s.entropy) buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
       buffers.output(s.max_logit, p.tokens * sum_size, "max_logit", sum_size);
       buffers.output(s.argmax, p.tokens * 8, "argmax", 8);
       buffers.input(s.grad_logprob, p.tokens * 8, "grad_logprob", 8);
