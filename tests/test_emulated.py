@@ -142,6 +142,25 @@ def test_order_of_events_does_not_matter(
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 100}, {"bias": True}], ids=str)
+def test_products_from_scores(
+    options: dict[str, Any], half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as from gradients in memory, which a gradient of the bias still needs."""
+    case = Case((140,), 24, 300, half, ignored=0.1, grad_accumulation="float32", **options)
+    inputs = make_inputs(case)
+    results, loads = [], []
+    for kernels in ("sm90,sm90", "sm90,sm90rs"):
+        monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+        before = emulated.load().counters()["ldmatrix"]  # which no other sm90 kernel uses
+        results.append(run_memeff(case, inputs, backend="emulated"))
+        loads.append(emulated.load().counters()["ldmatrix"] - before)
+    for name in ("loss", "dx", "dw"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
+    assert loads[0] == 0 and (loads[1] > 0) == ("bias" not in options)
+
+
 def test_statistics(dtype: torch.dtype) -> None:
     case = Case((45,), 16, 300, dtype, bias=True, softcap=5.0, ignored=0.2)
     inputs = make_inputs(case)

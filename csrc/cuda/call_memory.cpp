@@ -142,10 +142,10 @@ ScoreBlock CallMemory::block_in_workspace() const {
   return block;
 }
 
-ScoreBlock CallMemory::slice_block() const {
+ScoreBlock CallMemory::slice_block(int64_t tokens) const {
   ScoreBlock block;
   block.data = place<char>(layout_.slice);
-  block.stride = round_up(std::min(plan_.token_block, problem_.tokens), kRowPadding);
+  block.stride = round_up(tokens, kRowPadding);
   if (traits_.skips) {
     block.tiles = place<uint8_t>(layout_.slice_tiles);
     block.tiles_stride = ceil_div(block.stride, kTokenTile);

@@ -79,7 +79,7 @@ class CudaBackend : public Backend {
     const int64_t step = block == nullptr ? plan_.slice_vocab : problem_.vocab;
     for (int64_t begin = 0; begin < problem_.vocab; begin += step) {
       const Range classes{begin, std::min(begin + step, problem_.vocab)};
-      const ScoreBlock products = block == nullptr ? slice_block() : *block;
+      const ScoreBlock products = block == nullptr ? slice_block(tokens.size()) : *block;
       multiply_scores(classes, tokens, products);
       check(block_statistics({begin, classes.size(), tokens.size()}, products.data, products.stride,
                              sum_dtype_, terms_, memory_.targets(tokens), last_range_,
@@ -240,7 +240,7 @@ class CudaBackend : public Backend {
 
   ScoreBlock block_in_gradient() override { return memory_.block_in_gradient(); }
   ScoreBlock block_in_workspace() override { return memory_.block_in_workspace(); }
-  ScoreBlock slice_block() override { return memory_.slice_block(); }
+  ScoreBlock slice_block(int64_t tokens) override { return memory_.slice_block(tokens); }
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override {
     return memory_.part(block, classes, tokens);
   }
