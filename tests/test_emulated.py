@@ -188,6 +188,7 @@ STATISTICS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (("logprob",), {}),
     (("logprob", "lse"), {"softcap": 3.0, "logit_scale": 0.7}),
     (("entropy",), {"logit_scale": -1.3}),
+    (DIFFERENTIABLE, {"softcap": 4.0}),
     (DIFFERENTIABLE, {"softcap": 4.0, "top_k": 3}),
 ]
 

@@ -24,22 +24,23 @@ struct TokenCoefficients {
   }
 
  private:
-  // p z tends to 0 as z tends to -inf
+  // p log p tends to 0 as z tends to -inf
   MEMEFF_DEVICE A entropy_term(A z) const {
-    return entropy == A(0) || z == A(-INFINITY) ? A(0) : entropy * z;
+    return entropy == A(0) || z == A(-INFINITY) ? A(0) : entropy * (z - shift);
   }
 };
 
 // What becomes of the scores E = exp(z - max) of a token and a tile of classes (StoredScores).
 struct StoredFactors {
   float softmax, entropy, weighted;  // the first two times exp(max - shift)
-  float max;
+  float max, log_scale;              // log_scale: max - shift, so that log p = log E + log_scale
   bool left_out;
 };
 MEMEFF_DEVICE StoredFactors stored_factors(const TokenCoefficients<float>& c, float max) {
   const bool left_out = c.all_zero();
-  const float scale = exponential(max - c.shift);
-  return {left_out ? 0.f : scale * c.softmax, scale * c.entropy, c.weighted, max, left_out};
+  const float log_scale = max - c.shift, scale = exponential(log_scale);
+  return {
+      left_out ? 0.f : scale * c.softmax, scale * c.entropy, c.weighted, max, log_scale, left_out};
 }
 
 // p_v softmax. No E exceeds 1; one that is not a number comes from a row whose lse and factor are
