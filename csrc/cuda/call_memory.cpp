@@ -37,11 +37,10 @@ void CallMemory::place_token_arrays() {
   take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
   take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
   take(&tokens_.argmax, wants_argmax(problem_));
-  // A caller's statistics have coefficients in the backward pass only.
-  take(&tokens_.shift, wanted == nullptr || request_.statistics_known);
   take(&tokens_.entropy_coefficient, wanted != nullptr && wanted->grad_entropy != nullptr);
-  take(&tokens_.softmax), take(&tokens_.target_coefficient);
-  take(&tokens_.target_rest), take(&tokens_.weighted, smooths), take(&tokens_.target_gradient);
+  take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
+  take(&tokens_.target_rest), take(&tokens_.weighted, smooths);
+  take(&tokens_.target_gradient, !request_.statistics_known);
   tokens_.weighted_apart = traits_.smoothing_apart;
 }
 

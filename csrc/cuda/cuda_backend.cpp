@@ -98,13 +98,27 @@ class CudaBackend : public Backend {
                        last_block_.tiles_stride, stream_));
   }
 
+  void differentiate_statistics(Range tokens) override {
+    const TokenStatistics* statistics = problem_.token_statistics;
+    if (statistics == nullptr || statistics->differentiate == nullptr) return;
+    check(write_token_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+    // The caller works on the same stream: nobody waits.
+    statistics->differentiate(statistics->context, tokens.begin, tokens.end);
+    check(cuda::restore_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+  }
+
   void restore_statistics() override {
-    check(cuda::restore_statistics(problem_, tokens_, stream_));
+    check(cuda::restore_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
   }
 
   void write_loss() override {
-    check(tokens_.for_statistics ? write_token_statistics(problem_, tokens_, stream_)
-                                 : cuda::write_loss(problem_, tokens_, stream_));
+    const TokenStatistics* statistics = problem_.token_statistics;
+    if (statistics == nullptr) {
+      check(cuda::write_loss(problem_, tokens_, stream_));
+    } else if (statistics->differentiate == nullptr) {
+      // With gradients in the forward pass they have been written chunk by chunk.
+      check(write_token_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
+    }
   }
 
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,

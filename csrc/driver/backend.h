@@ -51,7 +51,8 @@ class Backend {
   /// dlogits of scores computed again, into `block`: scores() and to_gradient() in one.
   virtual void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
                               bool add_bias) = 0;
-  /// dlogits in place; adds them to the gradient of the bias when `add_bias` is set.
+  /// dlogits in place; adds them to the gradient of the bias when `add_bias` is set. A backend whose
+  /// products take scores as they are may leave them so.
   virtual void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) = 0;
   /// Adds dlogits^T W to the tokens' sums (sets them when `first`).
   virtual void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) = 0;
