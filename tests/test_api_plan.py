@@ -94,6 +94,25 @@ def test_options_count() -> None:
     assert workspace(probabilities=True) > plain
 
 
+def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which, and why. (No row of the table of measured choices is for such a small head.)"""
+    monkeypatch.delenv("MEMEFF_CUDA_KERNELS", raising=False)
+
+    def plan(**options: object) -> memeff.Plan:
+        return memeff.plan(
+            100, 64, 300, "bfloat16", backend="cuda", compute_capability=(9, 0), **options
+        )
+
+    assert (plan().kernels, plan().kernels_reason) == ("sm90,generic", "default")
+    assert plan(skip_mass=1e-3).kernels == "sm90,sm90"
+    assert "cuda: sm90,generic (default)" in str(plan())
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80,sm80")
+    assert (plan().kernels, plan().kernels_reason) == ("sm80,sm80", "MEMEFF_CUDA_KERNELS")
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80")
+    with pytest.raises(ValueError, match="MEMEFF_CUDA_KERNELS='sm80'"):
+        plan()
+
+
 def test_readable() -> None:
     text = str(memeff.plan(4096, 1024, 32768, "bfloat16"))
     for part in (

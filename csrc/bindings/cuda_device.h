@@ -3,7 +3,6 @@
 
 #include <ATen/ops/empty.h>
 
-#include <cstdlib>
 #include <functional>
 #include <string>
 
@@ -49,9 +48,8 @@ class CudaLikeDevice : public Device {
 
  private:
   static cuda::Selection select(const Problem& problem, std::string* error) {
-    const char* forced = std::getenv("MEMEFF_CUDA_KERNELS");
-    return cuda::select_kernels(problem, cuda::current_gpu(), forced == nullptr ? "" : forced,
-                                error);
+    return cuda::select_kernels(problem, cuda::current_gpu(), cuda::forced_kernels(),
+                                cuda::measured_choices(), error);
   }
 };
 

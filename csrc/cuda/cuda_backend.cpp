@@ -20,12 +20,17 @@ struct FusedKernels {
   LinearStatistics* linear_statistics;
   LinearGradient* linear_gradient;
   GradientProduct *grad_input_product, *grad_weight_product;
+  ProductFromScores *grad_input_from_scores = nullptr, *grad_weight_from_scores = nullptr;
 };
 
 FusedKernels kernels_of(Family family) {
-  if (family == Family::kSm90)
-    return {&sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
-            &sm90::grad_weight_product};
+  if (family == Family::kSm90 || family == Family::kSm90rs)
+    return {&sm90::linear_statistics,      &sm90::linear_gradient,
+            &sm90::grad_input_product,     &sm90::grad_weight_product,
+            &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores};
+  if (family == Family::kSm90x2)
+    return {&sm90x2::linear_statistics, &sm90x2::linear_gradient, &sm90x2::grad_input_product,
+            &sm90x2::grad_weight_product};
   return {&sm80::linear_statistics, &sm80::linear_gradient, &sm80::grad_input_product,
           &sm80::grad_weight_product};
 }
@@ -47,6 +52,9 @@ class CudaBackend : public Backend {
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
     convert_class_arrays();
+    // The gradient of the bias is summed from gradients in memory. The terms are those of any block.
+    multiplies_scores_ = traits_.kernels.products == Family::kSm90rs &&
+                         problem_.grad_bias == nullptr && sm90::accepts(score_gradient({}, {}));
   }
 
   int64_t select_tokens() override {
@@ -116,6 +124,7 @@ class CudaBackend : public Backend {
   }
 
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
+    if (multiplies_scores_) return;
     const Block shape{classes.begin, classes.size(), tokens.size()};
     if (fused_) {
       check(stored_gradient(shape, CallMemory::stored_scores(block), problem_.dtype, terms_,
@@ -148,8 +157,12 @@ class CudaBackend : public Backend {
       output.accumulate = !first || apart_;
       if (first && apart_) start_with_smoothing(tokens);
     }
-    check(products_.grad_input_product(classes.size(), tokens.size(),
-                                       memory_.gradient_operands(block, weight), output, stream_));
+    const GradientOperands operands = memory_.gradient_operands(block, weight);
+    const Block shape{classes.begin, classes.size(), tokens.size()};
+    check(holds_scores(block) ? products_.grad_input_from_scores(
+                                    shape, operands, score_gradient(tokens, block), output, stream_)
+                              : products_.grad_input_product(shape.classes, shape.tokens, operands,
+                                                             output, stream_));
   }
 
   void finish_grad_input(Range tokens) override {
@@ -194,7 +207,11 @@ class CudaBackend : public Backend {
       output.accumulate = !first || apart_;
       if (apart_) add_smoothing(classes, tokens, !first, output.sums);
     }
-    check(products_.grad_weight_product(classes.size(), tokens.size(), operands, output, stream_));
+    const Block shape{classes.begin, classes.size(), tokens.size()};
+    check(holds_scores(block) ? products_.grad_weight_from_scores(
+                                    shape, operands, score_gradient(tokens, block), output, stream_)
+                              : products_.grad_weight_product(shape.classes, shape.tokens, operands,
+                                                              output, stream_));
     if (last && !at_once) check(update_rows(update, stream_));
   }
 
@@ -249,6 +266,21 @@ class CudaBackend : public Backend {
                             memory_.bias_sum(), stream_));
   }
 
+  /// Whether the products find kept scores, rather than gradients, in the block. Only kept scores
+  /// have maxima.
+  bool holds_scores(const ScoreBlock& block) const {
+    return multiplies_scores_ && block.maxima != nullptr;
+  }
+  ScoreGradient score_gradient(Range tokens, const ScoreBlock& block) const {
+    const StoredScores scores = CallMemory::stored_scores(block);
+    return {scores.maxima,
+            scores.maxima_stride,
+            terms_,
+            memory_.targets(tokens),
+            memory_.coefficients(tokens),
+            tokens_.target_gradient + tokens.begin};
+  }
+
   /// Sums [rows, features] to the gradient, still without either.
   RowUpdate row_update(int64_t rows) const {
     RowUpdate update;
@@ -259,7 +291,7 @@ class CudaBackend : public Backend {
     return update;
   }
 
-  /// Gradients that lie where their product will be written.
+  /// Gradients, or scores, that lie where their product will be written.
   void move_out_of_gradient(Range classes, Range tokens, GradientOperands* operands) const {
     const int64_t stride = round_up(tokens.size(), CallMemory::kRowPadding);
     check(copy_rows(operands->gradient, operands->gradient_stride, problem_.dtype,
@@ -307,6 +339,7 @@ class CudaBackend : public Backend {
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
   LogitTerms terms_;
+  bool multiplies_scores_ = false;  // kept scores go into the products as they are
   bool wrote_grad_input_ = false;
   bool has_smoothing_row_ = false;
   // Of the last scores():

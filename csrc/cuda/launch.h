@@ -155,8 +155,9 @@ Status outer_product(const float* factors, const float* values, int64_t rows, in
 
 // ---- products of 16-bit matrices on tensor cores ----
 //
-// The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer) and sm90 (wgmma, TMA;
-// sm_90a). Sums in fp32; nothing but the results is rounded.
+// The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer), sm90 (wgmma, TMA;
+// sm_90a) and sm90x2 (the same in pairs of thread blocks that load the second operand together).
+// Sums in fp32; nothing but the results is rounded.
 
 /// u = x W^T of some tokens and classes.
 struct LinearOperands {
@@ -218,6 +219,22 @@ using LinearGradient = Status(const Block& block, const LinearOperands& operands
 using GradientProduct = Status(int64_t classes, int64_t tokens, const GradientOperands& operands,
                                const ProductOutput& output, void* stream);
 
+/// What stored_gradient makes of stored scores, beside the scores themselves.
+struct ScoreGradient {
+  const float* maxima = nullptr;  // of StoredScores
+  int64_t maxima_stride = 0;
+  LogitTerms terms;
+  Targets targets;
+  Coefficients coefficients;
+  const float* target_gradient = nullptr;
+};
+
+/// The same products straight from stored scores: `operands.gradient` is StoredScores::data, and G
+/// what stored_gradient would write there, bit for bit, but is never written.
+using ProductFromScores = Status(const Block& block, const GradientOperands& operands,
+                                 const ScoreGradient& scores, const ProductOutput& output,
+                                 void* stream);
+
 namespace sm80 {
 LinearStatistics linear_statistics;
 LinearGradient linear_gradient;
@@ -228,11 +245,23 @@ namespace sm90 {
 LinearStatistics linear_statistics;
 LinearGradient linear_gradient;
 GradientProduct grad_input_product, grad_weight_product;
+ProductFromScores grad_input_from_scores, grad_weight_from_scores;
 
 /// Whether this family can work on the operands: TMA wants 16-bit rows that start at multiples of 16
 /// bytes. `block` is what is stored, scores or a gradient [classes, tokens], or null.
 bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride);
 bool accepts(const GradientOperands& operands, const ProductOutput& output);
+/// Products from scores know the softmax's term and index targets: no soft cap, no `entropy` or
+/// `weighted`, no class probabilities.
+bool accepts(const ScoreGradient& scores);
 }  // namespace sm90
+
+/// Accepts what sm90 accepts. Products that skip tiles are those of sm90: which tiles count differs
+/// between the two blocks of a pair.
+namespace sm90x2 {
+LinearStatistics linear_statistics;
+LinearGradient linear_gradient;
+GradientProduct grad_input_product, grad_weight_product;
+}  // namespace sm90x2
 
 }  // namespace memeff::cuda

@@ -9,9 +9,9 @@ namespace {
 void complete(Barrier& barrier) {
   for (Thread* thread : barrier.waiting) {
     // Everyone leaves knowing all that anyone knew on arrival, and keeps its own step counter.
-    const std::uint32_t own = thread->clock.seen[thread->linear];
+    const std::uint32_t own = thread->clock.seen[thread->agent];
     thread->clock = barrier.joined;
-    thread->clock.seen[thread->linear] = own;
+    thread->clock.seen[thread->agent] = own;
     wake(*thread);
   }
   barrier = Barrier{};
@@ -48,7 +48,7 @@ void arrive(int id, int expected, bool whole_block, bool waits, Pc pc) {
     barrier.expected = expected;
     barrier.whole_block = whole_block;
     barrier.first_pc = pc;
-    barrier.joined.reset(block->agents());
+    barrier.joined.reset(cluster->agents());
   } else {
     check_agreement(barrier, id, expected, whole_block, pc);
   }

@@ -109,6 +109,64 @@ bool launch_store(const Case& c, uint32_t* in, uint32_t* out) {
   return cuda::launch_status().ok();
 }
 
+// ---- clusters of two blocks ----
+
+// Each block reads what the other wrote before the barrier.
+__global__ void meet_in_cluster(const uint32_t* in, uint32_t* out) {
+  const uint32_t t = threadIdx.x, rank = ptx::cluster_rank();
+  out[rank * 64 + t] = in[t] + 16 * rank + ptx::cluster_size();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  out[128 + rank * 64 + t] = out[(rank ^ 1) * 64 + t];
+}
+
+bool launch_meeting(const Case& c, uint32_t* in, uint32_t* out) {
+  const uint32_t* input = in;
+  MEMEFF_LAUNCH_CLUSTERS(2, meet_in_cluster, dim3(2), dim3(c.threads), 0, nullptr, input, out);
+  return cuda::launch_status().ok();
+}
+
+// Two tiles of 1024 bytes, each loaded by one block for both, twice: the second round waits until
+// all threads of both blocks have said in both that they have read the first.
+__global__ void share_tiles(const __grid_constant__ TensorMap map, uint32_t* out) {
+  constexpr int kWordsOfTile = 256;
+  MEMEFF_DYNAMIC_SHARED(tiles);
+  MEMEFF_SHARED_ARRAY(uint64_t, mbarriers, 2);
+  const uint32_t full = ptx::shared_address(mbarriers), empty = full + 8;
+  const int t = threadIdx.x, rank = static_cast<int>(ptx::cluster_rank());
+  if (t == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::mbarrier_init(empty, 2 * blockDim.x);
+    ptx::fence_mbarrier_init();
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  for (int round = 0; round < 2; ++round) {
+    if (t == 0) {
+      if (round == 1) ptx::mbarrier_wait_cluster(empty, 0);
+      ptx::mbarrier_arrive_expect_tx(full, 2 * 4 * kWordsOfTile);
+      ptx::tma_load_2d_multicast(ptx::shared_address(tiles) + rank * 4 * kWordsOfTile, &map,
+                                 kTileColumn + 16 * round, 8 * rank + kTileRow - 9 * round, full,
+                                 3);
+    }
+    ptx::mbarrier_wait(full, round);
+    for (int i = t; i < 2 * kWordsOfTile; i += blockDim.x)
+      out[(2 * round + rank) * 2 * kWordsOfTile + i] = reinterpret_cast<const uint32_t*>(tiles)[i];
+    ptx::fence_proxy_async();
+    for (uint32_t block = 0; block < 2; ++block)
+      ptx::mbarrier_arrive_cluster(ptx::map_shared(empty, block));
+  }
+  ptx::mbarrier_wait_cluster(empty, 1);
+}
+
+bool launch_sharing(const Case& c, uint32_t* in, uint32_t* out) {
+  TensorMap map;
+  if (!make_map(in, TensorMapElement::kBFloat16, true, &map)) return false;
+  MEMEFF_LAUNCH_CLUSTERS(2, share_tiles, dim3(2), dim3(c.threads), c.shared_bytes, nullptr, map,
+                         out);
+  return cuda::launch_status().ok();
+}
+
 // ---- wgmma ----
 
 template <class Element, int kN, bool kATransposed, bool kBTransposed, bool kARegisters>
@@ -141,6 +199,9 @@ std::vector<Case> MEMEFF_CASES(sm90)() {
       {"TMA load fp32", words, bits, 64, 1024, nullptr, launch_load<kFp32, false>, run_case},
       {"TMA store", words, bits, 64, 1024, nullptr, launch_store<false>, run_case},
       {"TMA reduce add", words, bits, 64, 1024, nullptr, launch_store<true>, run_case},
+      {"barrier.cluster", words, bits, 64, 0, nullptr, launch_meeting, run_case},
+      {"TMA multicast, mapa, remote arrivals", words, bits, 64, 2048, nullptr, launch_sharing,
+       run_case},
       product_case<Bf16, 64, false, false, false>("wgmma bf16 n64", bf16, bits),
       product_case<Bf16, 128, false, false, false>("wgmma bf16 n128", bf16, bits),
       product_case<Bf16, 256, false, false, false>("wgmma bf16 n256", bf16, bits),

@@ -30,8 +30,10 @@
 #define MEMEFF_CHECK_ALIGNED(pointer, bytes) ::memeff::emulator::check_alignment(pointer, bytes)
 
 // The stream is evaluated and ignored: launches are complete on return.
-#define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                   \
-  ((void)(stream), ::memeff::emulator::launch(#kernel, (grid), (block), (shared_bytes), \
+#define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  MEMEFF_LAUNCH_CLUSTERS(1, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define MEMEFF_LAUNCH_CLUSTERS(cluster, kernel, grid, block, shared_bytes, stream, ...)            \
+  ((void)(stream), ::memeff::emulator::launch(#kernel, (cluster), (grid), (block), (shared_bytes), \
                                               [=] { (kernel)(__VA_ARGS__); }))
 
 // A plain __shared__ variable would be invisible to the checks.

@@ -6,10 +6,19 @@
 
 namespace memeff::emulator {
 
+// ---- clusters ----
+__attribute__((const)) std::uint32_t cluster_rank();
+__attribute__((const)) std::uint32_t cluster_size();
+void cluster_arrive();
+void cluster_wait();
+// The address in the cluster's shared memory of what lies at `address` in the block `rank`.
+std::uint32_t map_shared(std::uint32_t address, std::uint32_t rank);
+
 // ---- mbarrier ----
 void mbarrier_init(std::uint32_t address, int count);
 void mbarrier_inval(std::uint32_t address);
 void mbarrier_arrive(std::uint32_t address);
+void mbarrier_arrive_cluster(std::uint32_t cluster_address);  // of map_shared
 void mbarrier_expect_tx(std::uint32_t address, std::uint32_t bytes, bool arrive);
 void mbarrier_wait(std::uint32_t address, int parity);
 bool mbarrier_test(std::uint32_t address, int parity);
@@ -28,6 +37,9 @@ struct TensorMap {
 };
 void tma_load_2d(std::uint32_t destination, const TensorMap* map, int column, int row,
                  std::uint32_t mbarrier);
+// To the blocks whose bits are set, at the same addresses in each.
+void tma_load_2d_multicast(std::uint32_t destination, const TensorMap* map, int column, int row,
+                           std::uint32_t mbarrier, std::uint32_t blocks);
 void tma_store_2d(const TensorMap* map, std::uint32_t source, int column, int row, bool add);
 void bulk_commit();
 // At most `pending` groups are still reading shared memory, or (not `read_only`) still writing.

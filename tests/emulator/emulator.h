@@ -45,6 +45,7 @@ enum class Defect {
   kDeadlock,           // threads wait for something that can no longer happen
   kDivergence,         // one warp or block meets at different instructions
   kMissingProxyFence,  // generic accesses not fenced against the asynchronous proxy
+  kExitedBlock,        // shared memory of a cluster's block that has exited, or could have
   kBadArgument,        // an operand or a launch configuration that the hardware rejects
 };
 const char* name_of(Defect defect);
@@ -91,14 +92,16 @@ Counters& counters();
 
 // Runs `body(arguments)` once per thread of the grid and returns when all have ended or a defect
 // made it impossible to go on. Prefer MEMEFF_LAUNCH, which is the same line for nvcc.
-void launch_erased(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_shared_bytes,
-                   void (*body)(const void*), const void* arguments, std::size_t argument_bytes);
+// `cluster` blocks, neighbours along x, form a cluster.
+void launch_erased(const char* kernel_name, int cluster, dim3 grid, dim3 block,
+                   std::size_t dynamic_shared_bytes, void (*body)(const void*),
+                   const void* arguments, std::size_t argument_bytes);
 
 template <class Closure>
-void launch(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_shared_bytes,
-            const Closure& closure) {
+void launch(const char* kernel_name, int cluster, dim3 grid, dim3 block,
+            std::size_t dynamic_shared_bytes, const Closure& closure) {
   launch_erased(
-      kernel_name, grid, block, dynamic_shared_bytes,
+      kernel_name, cluster, grid, block, dynamic_shared_bytes,
       [](const void* erased) { (*static_cast<const Closure*>(erased))(); }, &closure,
       sizeof(Closure));
 }

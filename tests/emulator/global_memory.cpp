@@ -1,6 +1,6 @@
-// Registered global buffers: exact bounds, read-only inputs, and races inside a block and between
-// blocks. Blocks of a launch have no order, so any conflict between two of them is a race; launches
-// follow one another.
+// Registered global buffers: exact bounds, read-only inputs, and races inside a cluster and between
+// clusters (without clusters: blocks). Clusters of a launch have no order, so any conflict between
+// two of them is a race; launches follow one another.
 #include "emulator/internal.h"
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace {
 // read, at a cost that buffers of many megabytes can bear.
 struct Cell {
   int launch = -1;
-  int write_block = -1, read_block = -1;
-  bool atomic_write = false, several_reading_blocks = false;
+  int write_cluster = -1, read_cluster = -1;
+  bool atomic_write = false, several_reading_clusters = false;
   Step write;
   Step reads[2];
   int read_count = 0;
@@ -44,39 +44,45 @@ bool contains(const Buffer& buffer, const unsigned char* pointer, std::size_t by
 
 bool ordered(const Step& earlier) { return earlier.clock <= current->clock.seen[earlier.agent]; }
 
+bool by_this_block(const Step& step) { return &cluster->block_of(step.agent) == block; }
+
 const char* conflict(const Cell& cell, AccessType type) {
   const bool both_atomic = cell.atomic_write && type == AccessType::kAtomic;
-  if (cell.write_block >= 0 && !both_atomic) {
-    if (cell.write_block != block->linear) return "written by another block";
-    if (!ordered(cell.write)) return "written by another thread of this block";
+  if (cell.write_cluster >= 0 && !both_atomic) {
+    if (cell.write_cluster != cluster->number) return "written by another block";
+    if (!ordered(cell.write))
+      return by_this_block(cell.write) ? "written by another thread of this block"
+                                       : "written by another block of the cluster";
   }
   if (type == AccessType::kRead) return nullptr;
-  if (cell.several_reading_blocks || (cell.read_block >= 0 && cell.read_block != block->linear))
+  if (cell.several_reading_clusters ||
+      (cell.read_cluster >= 0 && cell.read_cluster != cluster->number))
     return "read by another block";
   for (int i = 0; i < cell.read_count; ++i)
-    if (!ordered(cell.reads[i])) return "read by another thread of this block";
+    if (!ordered(cell.reads[i]))
+      return by_this_block(cell.reads[i]) ? "read by another thread of this block"
+                                          : "read by another block of the cluster";
   return nullptr;
 }
 
 void record(Cell& cell, AccessType type) {
-  const auto me = static_cast<std::uint32_t>(current->linear);
-  const Step step{me, current->clock.seen[me]};
+  const Step step = step_of(*current);
   if (type != AccessType::kRead) {
-    cell.write_block = block->linear;
+    cell.write_cluster = cluster->number;
     cell.write = step;
     cell.atomic_write = type == AccessType::kAtomic;
-    cell.read_block = -1;
+    cell.read_cluster = -1;
     cell.read_count = 0;
-    cell.several_reading_blocks = false;
+    cell.several_reading_clusters = false;
     return;
   }
-  if (cell.read_block != block->linear) {
-    cell.several_reading_blocks |= cell.read_block >= 0;
-    cell.read_block = block->linear;
+  if (cell.read_cluster != cluster->number) {
+    cell.several_reading_clusters |= cell.read_cluster >= 0;
+    cell.read_cluster = cluster->number;
     cell.read_count = 0;
   }
   for (int i = 0; i < cell.read_count; ++i)
-    if (cell.reads[i].agent == me || ordered(cell.reads[i])) {
+    if (cell.reads[i].agent == step.agent || ordered(cell.reads[i])) {
       cell.reads[i] = step;
       return;
     }
@@ -145,9 +151,9 @@ bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc
   const auto offset = static_cast<std::size_t>(p - buffer->data);
   for (std::size_t i = offset / buffer->granule; i <= (offset + bytes - 1) / buffer->granule; ++i) {
     Cell& cell = buffer->cells[i];
-    if (cell.launch != block->launch) {
+    if (cell.launch != cluster->launch) {
       cell = Cell{};
-      cell.launch = block->launch;
+      cell.launch = cluster->launch;
     }
     if (const char* other = conflict(cell, type)) {
       report(Defect::kGlobalRace, pc, "%s of byte %zu of buffer '%s', which was %s", verb(type),

@@ -21,7 +21,7 @@ struct Mbarrier {
   int pending = 0;  // still missing in the current phase
   std::int64_t pending_bytes = 0;
   int phase = 0;              // parity of the current phase
-  int slot = 0;               // of its agent
+  std::uint32_t agent = 0;    // stands for the TMA loads that complete here
   Clock arriving, completed;  // what arrivals of this phase, and of finished phases, knew
   Step initialised_by;
   bool fenced = false;  // the initialisation is visible to the asynchronous proxy
@@ -34,6 +34,7 @@ struct WgmmaOp {
   std::uint64_t a_descriptor = 0, b_descriptor = 0;
   bool accumulate = false, a_in_registers = false;
   std::uint32_t a_registers[128][4];
+  const std::uint32_t* a_source[128];  // which must keep these values until the product has ended
   float* accumulator[128];
   int issued = 0;
   bool executed = false;
@@ -73,17 +74,13 @@ struct HopperState {
   std::map<int, BulkStores> stores;  // by thread
 };
 
-HopperState& hopper();  // of the current block, made when first used
+HopperState& hopper(Block& of = *block);  // made when first used
 
 // An initialised mbarrier whose initialisation the current thread may rely on, or null after a
 // report.
-Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc);
+Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc, Block& of = *block);
 // Completes the phase when nothing is missing any more.
 void update_phase(Mbarrier& barrier, Pc pc);
-inline std::uint32_t mbarrier_agent(const Mbarrier& barrier) {
-  return block->async_agent(kWgmmaAgents + barrier.slot);
-}
-
 void wgmma_thread_exits();
 void bulk_stores_thread_exits();
 

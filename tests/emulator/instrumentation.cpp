@@ -13,8 +13,9 @@ namespace {
 
 const Thread* stack_owner(const void* pointer) {
   const auto* p = static_cast<const char*>(pointer);
-  for (const Thread& thread : block->threads)
-    if (p >= thread.stack && p < thread.stack + kStackBytes) return &thread;
+  for (const Block& b : cluster->blocks)
+    for (const Thread& thread : b.threads)
+      if (p >= thread.stack && p < thread.stack + kStackBytes) return &thread;
   return nullptr;
 }
 
@@ -41,11 +42,11 @@ bool is_constant(const void* pointer) {
 }
 
 void check_plain_shared(const void* pointer, std::size_t bytes, AccessType type, Pc pc) {
-  const auto offset = static_cast<const unsigned char*>(pointer) - shared_arena;
+  const auto offset = static_cast<const unsigned char*>(pointer) - block->shared;
   if (offset + bytes > block->shared_bytes) {
     report(Defect::kOutOfBounds, pc, "%s of %zu bytes at shared byte %td, but the block has %zu",
            type == AccessType::kRead ? "read" : "write", bytes, offset, block->shared_bytes);
-    abandon_block();
+    abandon_launch();
   }
   if (overlaps_mbarrier(pointer, bytes)) {
     report(Defect::kBadArgument, pc, "plain access to an mbarrier at shared byte %td", offset);
@@ -61,21 +62,21 @@ void check_plain(const void* pointer, std::size_t bytes, AccessType type, bool a
   if (p >= current->stack && p < current->stack + kStackBytes) return;
   if (aligned && is_misaligned(pointer, bytes)) {
     report(Defect::kMisaligned, pc, "%zu bytes at %p", bytes, pointer);
-    abandon_block();
+    abandon_launch();
   }
   if (in_shared_arena(pointer)) return check_plain_shared(pointer, bytes, type, pc);
 
   const std::size_t before = reports().size();
   if (check_global(pointer, bytes, type, pc, false)) return;
-  if (reports().size() != before) abandon_block();
-  const bool argument = p >= block->arguments && p < block->arguments + block->argument_bytes;
+  if (reports().size() != before) abandon_launch();
+  const bool argument = p >= cluster->arguments && p < cluster->arguments + cluster->argument_bytes;
   if (type == AccessType::kRead && (argument || is_constant(pointer))) return;
   if (const Thread* owner = stack_owner(pointer)) {
     report(Defect::kForeignStack, pc, "local variable of thread %d", owner->linear);
     return;
   }
   check_global(pointer, bytes, type, pc);  // unknown address: report it
-  abandon_block();
+  abandon_launch();
 }
 
 }  // namespace
@@ -86,14 +87,14 @@ void touch_atomically(void* pointer, std::size_t bytes) {
   if (in_shared_arena(pointer)) {
     check_plain_shared(pointer, bytes, AccessType::kAtomic, pc);
   } else if (!check_global(pointer, bytes, AccessType::kAtomic, pc)) {
-    abandon_block();
+    abandon_launch();
   }
 }
 
 void check_alignment(const void* pointer, std::size_t bytes) {
   if (!is_misaligned(pointer, bytes)) return;
   report(Defect::kMisaligned, MEMEFF_CALLER_PC, "%zu bytes at %p", bytes, pointer);
-  abandon_block();
+  abandon_launch();
 }
 
 void copy_unchecked(void* destination, const void* source, std::size_t bytes) {
@@ -104,10 +105,10 @@ void copy_unchecked(void* destination, const void* source, std::size_t bytes) {
 
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return block->index; }
-dim3 block_dim() { return block->dim; }
-dim3 grid_dim() { return block->grid; }
+dim3 block_dim() { return cluster->dim; }
+dim3 grid_dim() { return cluster->grid; }
 
-unsigned char* dynamic_shared() { return shared_arena; }
+unsigned char* dynamic_shared() { return block->shared; }
 
 void* static_shared(std::size_t bytes, std::size_t alignment, const char* function,
                     const char* name) {
@@ -118,21 +119,21 @@ void* static_shared(std::size_t bytes, std::size_t alignment, const char* functi
     report(Defect::kBadArgument, MEMEFF_CALLER_PC,
            "shared array %s: %zu bytes exceed the limit %zu", name, offset + bytes,
            config().shared_memory_limit);
-    abandon_block();
+    abandon_launch();
   }
   block->shared_bytes = offset + bytes;
-  block->static_arrays.push_back({function, name, shared_arena + offset});
-  return shared_arena + offset;
+  block->static_arrays.push_back({function, name, block->shared + offset});
+  return block->shared + offset;
 }
 
 std::uint32_t shared_address(const void* pointer) {
-  const auto offset = static_cast<const unsigned char*>(pointer) - shared_arena;
+  const auto offset = static_cast<const unsigned char*>(pointer) - block->shared;
   if (offset < 0 || offset > static_cast<std::ptrdiff_t>(block->shared_bytes)) {
     report(Defect::kBadArgument, MEMEFF_CALLER_PC, "%p is not an address of shared memory",
            pointer);
     return 0;
   }
-  return static_cast<std::uint32_t>(offset) + kSharedWindow;
+  return window_address(pointer);
 }
 
 }  // namespace memeff::emulator
@@ -198,7 +199,7 @@ void __ubsan_handle_type_mismatch_v1(void*, void* pointer) {
   using namespace memeff::emulator;
   if (current == nullptr) return;
   report(Defect::kMisaligned, MEMEFF_CALLER_PC, "object at %p", pointer);
-  abandon_block();
+  abandon_launch();
 }
 
 // Bookkeeping of the thread sanitizer that has no meaning here.

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 
 namespace memeff::emulator {
@@ -44,7 +45,8 @@ struct Clock {
   }
 };
 
-// Step `clock` of agent `agent`. Agents are the block's threads and everything asynchronous.
+// Step `clock` of agent `agent`. Agents are the threads of the cluster's blocks and everything
+// asynchronous that these started.
 struct Step {
   std::uint32_t agent = 0, clock = 0;
 };
@@ -59,7 +61,7 @@ struct Access {
   Proxy proxy = Proxy::kGeneric;
 };
 
-// ---- threads and blocks ----
+// ---- threads, blocks and clusters ----
 
 struct AsyncCopy {  // one cp.async
   unsigned char* destination;
@@ -75,15 +77,21 @@ constexpr std::size_t kStackBytes = 256 * 1024;  // of a thread
 
 enum class ThreadState { kReady, kBlocked, kDone };
 
+struct Block;
+
 struct Thread {
+  Block* block;
   uint3 index;
   int linear, lane, warp;
+  std::uint32_t agent;
   ThreadState state = ThreadState::kReady;
   const char* waits_for = "";
   Pc waits_at = nullptr;
   FiberContext fiber;
   char* stack = nullptr;
   Clock clock;
+  bool arrived_at_cluster = false;         // and has not waited since
+  int cluster_phase = 0;                   // of the last arrival
   AsyncCopyGroup open_copies;              // issued, not yet committed
   std::deque<AsyncCopyGroup> copy_groups;  // committed, not yet waited for
 };
@@ -97,7 +105,7 @@ struct Barrier {
 };
 
 // Lanes of one warp that have arrived at a collective operation and wait for the others.
-enum class WarpOp { kSync, kShuffle, kVote, kMatch, kLdmatrix, kStmatrix, kMma };
+enum class WarpOp { kSync, kShuffle, kVote, kMatch, kLdmatrix, kStmatrix, kMma, kClusterBarrier };
 struct WarpMeeting {
   WarpOp op;
   unsigned mask = 0, arrived = 0;
@@ -114,17 +122,22 @@ struct HopperDeleter {
   void operator()(HopperState*) const;
 };
 
+// What another block did to this one's shared memory: its last access, and where it was made.
+struct RemoteAccess {
+  std::uint32_t clock = 0;
+  Pc pc = nullptr;
+};
+
 struct Block {
   uint3 index;
-  dim3 dim, grid;
-  int linear = 0, launch = 0;
+  int rank = 0;  // in its cluster
   int thread_count = 0, live = 0;
-  bool abandoned = false;  // a defect after which running on would corrupt the test program
+  std::uint32_t first_agent = 0;
+  unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
-  const char* arguments = nullptr;  // readable: the launched closure, i.e. the kernel's arguments
-  std::size_t argument_bytes = 0;
   std::vector<Thread> threads;
-  std::vector<std::uint32_t> agent_clock;
+  Clock exits;                                            // what exited threads knew
+  std::map<std::uint32_t, RemoteAccess> remote_accesses;  // by agent
   Barrier barriers[16];
   std::vector<std::vector<WarpMeeting>> meetings;  // per warp
   struct StaticArray {
@@ -132,27 +145,59 @@ struct Block {
     unsigned char* data;
   };
   std::vector<StaticArray> static_arrays;
-  std::vector<std::function<void()>> deliveries;  // pending bulk copies, in any order
   std::unique_ptr<HopperState, HopperDeleter> hopper;
 
   int agents() const { return 2 * thread_count + kAsyncAgents; }
-  std::uint32_t copy_agent(const Thread& t) const { return thread_count + t.linear; }
-  std::uint32_t async_agent(int i) const { return 2 * thread_count + i; }
+  std::uint32_t copy_agent(const Thread& t) const { return first_agent + thread_count + t.linear; }
+  std::uint32_t async_agent(int i) const { return first_agent + 2 * thread_count + i; }
+};
+
+constexpr int kMaxClusterSize = 2;
+
+// barrier.cluster: phases of arrivals by all threads of the cluster that have not exited.
+struct ClusterBarrier {
+  int arrived = 0, phase = 0;
+  Clock arriving, completed;
+  std::vector<Thread*> waiting;
+};
+
+// Blocks that run at the same time. Without clusters, each block is one by itself.
+struct Cluster {
+  dim3 dim, grid;  // of a block, of the launch
+  int number = 0, launch = 0;
+  bool abandoned = false;  // a defect after which running on would corrupt the test program
+  const char* arguments = nullptr;  // readable: the launched closure, i.e. the kernel's arguments
+  std::size_t argument_bytes = 0;
+  std::vector<Block> blocks;
+  std::vector<std::uint32_t> agent_clock;
+  std::vector<std::function<void()>> deliveries;  // pending bulk copies, in any order
+  ClusterBarrier barrier;
+
+  int agents() const { return static_cast<int>(agent_clock.size()); }
   std::uint32_t tick(std::uint32_t agent) { return ++agent_clock[agent]; }
+  const Block& block_of(std::uint32_t agent) const { return blocks[agent / blocks[0].agents()]; }
+  int live() const {
+    int threads = 0;
+    for (const Block& b : blocks) threads += b.live;
+    return threads;
+  }
 };
 
 extern Thread* current;  // null outside kernels
-extern Block* block;
+extern Block* block;     // of the current thread
+extern Cluster* cluster;
 
 void block_current(const char* waits_for, Pc pc);  // returns when another fiber has woken this one
 inline void wake(Thread& thread) { thread.state = ThreadState::kReady; }
-[[noreturn]] void abandon_block();
+[[noreturn]] void abandon_launch();
 
 // After a release (barrier arrival, fence) later steps of the thread are new ones.
-inline void release_step(Thread& thread) { ++thread.clock.seen[thread.linear]; }
+inline void release_step(Thread& thread) { ++thread.clock.seen[thread.agent]; }
+inline Step step_of(const Thread& thread) {
+  return {thread.agent, thread.clock.seen[thread.agent]};
+}
 inline Access generic_access(AccessType type, const Thread& thread) {
-  const auto agent = static_cast<std::uint32_t>(thread.linear);
-  return {type, {agent, thread.clock.seen[agent]}, &thread.clock};
+  return {type, step_of(thread), &thread.clock};
 }
 
 // ---- shared memory (shared_memory.cpp) ----
@@ -161,16 +206,22 @@ constexpr std::size_t kArenaBytes = 240 * 1024;
 // The address of the first byte in the shared window. Not 0, so that null is not a valid address;
 // 1024, so that alignment in the arena is alignment of the address.
 constexpr std::uint32_t kSharedWindow = 1024;
-extern unsigned char shared_arena[kArenaBytes];
+extern unsigned char shared_arena[kMaxClusterSize][kArenaBytes];  // by rank
 
-inline bool in_shared_arena(const void* pointer) {
+inline bool in_shared_arena(const void* pointer) {  // of the current block
   const auto* p = static_cast<const unsigned char*>(pointer);
-  return p >= shared_arena && p < shared_arena + kArenaBytes;
+  return p >= block->shared && p < block->shared + kArenaBytes;
 }
-void reset_shared_memory(std::size_t previously_used);
+inline std::uint32_t window_address(const void* pointer) {
+  const auto offset = static_cast<const unsigned char*>(pointer) - block->shared;
+  return static_cast<std::uint32_t>(offset) + kSharedWindow;
+}
+void reset_shared_memory(int rank, std::size_t previously_used);
+// The pointer may lie in the arena of another block.
 bool check_shared(const void* pointer, std::size_t bytes, const Access& access, Pc pc);
 // Pointer to `bytes` at a shared-window address, or null after a report.
-unsigned char* shared_pointer(std::uint32_t address, std::size_t bytes, const char* user, Pc pc);
+unsigned char* shared_pointer(std::uint32_t address, std::size_t bytes, const char* user, Pc pc,
+                              const Block& of = *block);
 std::string describe_agent(std::uint32_t agent);
 
 // ---- global memory (global_memory.cpp) ----
@@ -186,6 +237,15 @@ void warp_meet(WarpOp op, unsigned mask, void* operand, bool aligned, Pc pc,
                void (*complete)(WarpMeeting&));
 void warp_thread_exits();
 void barrier_thread_exits();
+
+// ---- clusters (cluster.cpp) ----
+
+// The two parts of an address in the cluster's shared memory.
+Block& block_at(std::uint32_t cluster_address);
+std::uint32_t address_in_block(std::uint32_t cluster_address);
+// The current block touches the shared memory of `target`, which must be there until then.
+void note_remote_access(Block& target, const Step& step, Pc pc);
+void cluster_thread_exits();
 
 // ---- asynchronous work (sm80.cpp, hopper) ----
 

@@ -7,12 +7,12 @@ namespace memeff::emulator {
 
 void HopperDeleter::operator()(HopperState* state) const { delete state; }
 
-HopperState& hopper() {
-  if (block->hopper == nullptr) {
-    block->hopper.reset(new HopperState);
-    block->hopper->warpgroups.resize((block->thread_count + 127) / 128);
+HopperState& hopper(Block& of) {
+  if (of.hopper == nullptr) {
+    of.hopper.reset(new HopperState);
+    of.hopper->warpgroups.resize((of.thread_count + 127) / 128);
   }
-  return *block->hopper;
+  return *of.hopper;
 }
 
 void hopper_thread_exits() {
@@ -31,24 +31,23 @@ std::string describe_hopper_agent(int index) {
 bool overlaps_mbarrier(const void* pointer, std::size_t bytes) {
   if (block->hopper == nullptr) return false;
   const auto& barriers = hopper().mbarriers;
-  const auto begin =
-      static_cast<std::uint32_t>(static_cast<const unsigned char*>(pointer) - shared_arena) +
-      kSharedWindow;
+  const std::uint32_t begin = window_address(pointer);
   const auto first = barriers.lower_bound(begin & ~7u);
   return first != barriers.end() && first->first < begin + bytes;
 }
 
-Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc) {
-  const auto entry = hopper().mbarriers.find(address);
-  if (entry == hopper().mbarriers.end()) {
+Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc, Block& of) {
+  auto& mbarriers = hopper(of).mbarriers;
+  const auto entry = mbarriers.find(address);
+  if (entry == mbarriers.end()) {
     report(Defect::kBadArgument, pc, "%s: shared byte %u is not an initialised mbarrier", user,
            address - kSharedWindow);
     return nullptr;
   }
   const Step& init = entry->second.initialised_by;
   if (init.clock > current->clock.seen[init.agent])
-    report(Defect::kSharedRace, pc, "%s is not ordered after mbarrier.init by thread %u", user,
-           init.agent);
+    report(Defect::kSharedRace, pc, "%s is not ordered after mbarrier.init by %s", user,
+           describe_agent(init.agent).c_str());
   return &entry->second;
 }
 
@@ -63,15 +62,14 @@ void mbarrier_init(std::uint32_t address, int count) {
     report(Defect::kBadArgument, pc, "mbarrier.init of a live mbarrier");
   if (static_cast<int>(barriers.size()) >= kMbarrierAgents) {
     report(Defect::kBadArgument, pc, "the emulator has room for %d mbarriers", kMbarrierAgents);
-    abandon_block();
+    abandon_launch();
   }
   Mbarrier barrier;
   barrier.count = barrier.pending = count;
-  barrier.slot = static_cast<int>(barriers.size());
-  barrier.arriving.reset(block->agents());
-  barrier.completed.reset(block->agents());
-  const auto me = static_cast<std::uint32_t>(current->linear);
-  barrier.initialised_by = {me, current->clock.seen[me]};
+  barrier.agent = block->async_agent(kWgmmaAgents + static_cast<int>(barriers.size()));
+  barrier.arriving.reset(cluster->agents());
+  barrier.completed.reset(cluster->agents());
+  barrier.initialised_by = step_of(*current);
   barriers[address] = std::move(barrier);
   release_step(*current);
 }
@@ -121,6 +119,16 @@ void mbarrier_arrive(std::uint32_t address) {
   if (Mbarrier* barrier = find_mbarrier(address, "mbarrier.arrive", pc)) arrive(*barrier, pc);
 }
 
+void mbarrier_arrive_cluster(std::uint32_t cluster_address) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  Block& target = block_at(cluster_address);
+  Mbarrier* barrier =
+      find_mbarrier(address_in_block(cluster_address), "mbarrier.arrive", pc, target);
+  if (barrier == nullptr) return;
+  note_remote_access(target, step_of(*current), pc);
+  arrive(*barrier, pc);
+}
+
 void mbarrier_expect_tx(std::uint32_t address, std::uint32_t bytes, bool also_arrive) {
   const Pc pc = MEMEFF_CALLER_PC;
   Mbarrier* barrier = find_mbarrier(address, "mbarrier.expect_tx", pc);
@@ -154,8 +162,7 @@ void mbarrier_wait(std::uint32_t address, int parity) {
 
 void fence_mbarrier_init() {
   for (auto& [address, barrier] : hopper().mbarriers)
-    if (barrier.initialised_by.agent == static_cast<std::uint32_t>(current->linear))
-      barrier.fenced = true;
+    if (barrier.initialised_by.agent == current->agent) barrier.fenced = true;
 }
 
 // All that this thread knows to have happened is now visible to the asynchronous proxy, too.

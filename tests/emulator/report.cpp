@@ -77,6 +77,7 @@ const char* name_of(Defect defect) {
     case Defect::kDeadlock: return "deadlock";
     case Defect::kDivergence: return "divergence";
     case Defect::kMissingProxyFence: return "missing proxy fence";
+    case Defect::kExitedBlock: return "shared memory of an exited block";
     case Defect::kBadArgument: return "bad argument";
   }
   return "?";

@@ -1,4 +1,5 @@
-// Launches: one block at a time, one fiber per thread. A fiber runs until it waits for others.
+// Launches: one cluster at a time (without clusters: one block), one fiber per thread. A fiber runs
+// until it waits for others.
 #include "emulator/internal.h"
 
 #include <sys/mman.h>
@@ -6,12 +7,14 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <random>
 
 namespace memeff::emulator {
 
 Thread* current = nullptr;
 Block* block = nullptr;
+Cluster* cluster = nullptr;
 
 Config& config() {
   static Config instance;
@@ -29,7 +32,7 @@ constexpr int kMaxThreads = 1024;
 FiberContext scheduler_fiber;
 std::mt19937_64 random_bits;
 int launches = 0;
-std::size_t shared_used_before = kArenaBytes;
+std::size_t shared_used_before[kMaxClusterSize] = {};
 void (*kernel_body)(const void*) = nullptr;
 
 // Stacks are mapped once and reused by every block; untouched pages cost nothing.
@@ -47,7 +50,7 @@ char* stack_of_thread(int i) {
 void yield_to_scheduler() { fiber_switch(current->fiber, scheduler_fiber); }
 
 void fiber_main() {
-  kernel_body(block->arguments);
+  kernel_body(cluster->arguments);
   copies_thread_exits();
   hopper_thread_exits();
   current->state = ThreadState::kDone;
@@ -55,6 +58,7 @@ void fiber_main() {
   // Those who wait for "everybody still alive" may have been waiting for this thread only.
   barrier_thread_exits();
   warp_thread_exits();
+  cluster_thread_exits();
   yield_to_scheduler();
   std::abort();  // a finished fiber is never resumed
 }
@@ -67,24 +71,27 @@ void create_threads(Block& b) {
   b.threads.resize(b.thread_count);
   for (int i = 0; i < b.thread_count; ++i) {
     Thread& thread = b.threads[i];
-    thread.index = unflatten(i, b.dim);
+    thread.block = &b;
+    thread.index = unflatten(i, cluster->dim);
     thread.linear = i;
     thread.lane = i % 32;
     thread.warp = i / 32;
-    thread.stack = stack_of_thread(i);
-    thread.clock.reset(b.agents());
-    thread.clock.seen[i] = 1;
+    thread.agent = b.first_agent + static_cast<std::uint32_t>(i);
+    thread.stack = stack_of_thread(b.rank * b.thread_count + i);
+    thread.clock.reset(cluster->agents());
+    thread.clock.seen[thread.agent] = 1;
     fiber_prepare(thread.fiber, thread.stack, kStackBytes, fiber_main);
   }
-  b.agent_clock.assign(b.agents(), 0);
+  b.exits.reset(cluster->agents());
   b.meetings.resize((b.thread_count + 31) / 32);
 }
 
 // The order in which ready threads run until each of them blocks.
-std::vector<int> next_round(const Block& b) {
-  std::vector<int> ready;
-  for (const Thread& thread : b.threads)
-    if (thread.state == ThreadState::kReady) ready.push_back(thread.linear);
+std::vector<Thread*> next_round(Cluster& c) {
+  std::vector<Thread*> ready;
+  for (Block& b : c.blocks)
+    for (Thread& thread : b.threads)
+      if (thread.state == ThreadState::kReady) ready.push_back(&thread);
   if (ready.empty()) return ready;
   switch (config().schedule) {
     case Schedule::kInOrder: break;
@@ -94,8 +101,10 @@ std::vector<int> next_round(const Block& b) {
         std::shuffle(ready.begin(), ready.end(), random_bits);
       } else {
         // One warp runs alone, as far as it can get: the others fall behind by several barriers.
-        const int warp = b.threads[ready[random_bits() % ready.size()]].warp;
-        auto elsewhere = [&](int i) { return b.threads[i].warp != warp; };
+        const Thread& one = *ready[random_bits() % ready.size()];
+        auto elsewhere = [&](const Thread* other) {
+          return other->warp != one.warp || other->block != one.block;
+        };
         ready.erase(std::remove_if(ready.begin(), ready.end(), elsewhere), ready.end());
       }
       break;
@@ -104,12 +113,12 @@ std::vector<int> next_round(const Block& b) {
 }
 
 // Hands over one pending bulk copy; which one is up to the hardware, hence to the random schedule.
-bool deliver_one(Block& b) {
-  if (b.deliveries.empty()) return false;
+bool deliver_one(Cluster& c) {
+  if (c.deliveries.empty()) return false;
   const bool random = config().schedule == Schedule::kRandom;
-  const std::size_t i = random ? random_bits() % b.deliveries.size() : 0;
-  const auto deliver = std::move(b.deliveries[i]);
-  b.deliveries.erase(b.deliveries.begin() + static_cast<std::ptrdiff_t>(i));
+  const std::size_t i = random ? random_bits() % c.deliveries.size() : 0;
+  const auto deliver = std::move(c.deliveries[i]);
+  c.deliveries.erase(c.deliveries.begin() + static_cast<std::ptrdiff_t>(i));
   deliver();
   return true;
 }
@@ -133,44 +142,57 @@ void report_deadlock(const Block& b) {
 }
 
 // False when the launch must stop.
-bool run_block(Block& b) {
-  block = &b;
-  reset_shared_memory(shared_used_before);
-  create_threads(b);
-  while (!b.abandoned) {
-    const std::vector<int> round = next_round(b);
+bool run_cluster(Cluster& c) {
+  cluster = &c;
+  for (Block& b : c.blocks) {
+    reset_shared_memory(b.rank, shared_used_before[b.rank]);
+    create_threads(b);
+  }
+  while (!c.abandoned) {
+    const std::vector<Thread*> round = next_round(c);
     // With nobody ready, asynchronous work is at its last legal moment.
-    if (round.empty() && !deliver_one(b)) break;
-    for (const int i : round) {
-      if (b.threads[i].state != ThreadState::kReady) continue;
-      if (config().schedule == Schedule::kRandom && random_bits() % 64 == 0) deliver_one(b);
-      current = &b.threads[i];
+    if (round.empty() && !deliver_one(c)) break;
+    for (Thread* const thread : round) {
+      if (thread->state != ThreadState::kReady) continue;
+      if (config().schedule == Schedule::kRandom && random_bits() % 64 == 0) deliver_one(c);
+      current = thread;
+      block = thread->block;
       ++counters().fiber_switches;
       fiber_switch(scheduler_fiber, current->fiber);
       current = nullptr;
-      if (b.abandoned) break;
+      block = nullptr;
+      if (c.abandoned) break;
     }
   }
-  const bool deadlock = !b.abandoned && b.live > 0;
-  if (deadlock) report_deadlock(b);
-  while (!b.abandoned && deliver_one(b)) {
+  bool deadlock = false;
+  for (const Block& b : c.blocks) {
+    if (!c.abandoned && b.live > 0) {
+      deadlock = true;
+      report_deadlock(b);
+    }
+    shared_used_before[b.rank] = b.shared_bytes;
   }
-  shared_used_before = b.shared_bytes;
-  block = nullptr;
-  return !b.abandoned && !deadlock;
+  while (!c.abandoned && deliver_one(c)) {
+  }
+  cluster = nullptr;
+  return !c.abandoned && !deadlock;
 }
 
-bool launch_is_legal(const char* kernel, dim3 grid, dim3 dim, std::size_t dynamic_bytes) {
+bool launch_is_legal(const char* kernel, int cluster_size, dim3 grid, dim3 dim,
+                     std::size_t dynamic_bytes) {
   const std::uint64_t threads = std::uint64_t{dim.x} * dim.y * dim.z;
   const char* problem = nullptr;
   if (threads == 0 || threads > kMaxThreads || dim.z > 64) problem = "block dimensions";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) problem = "an empty grid";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) problem = "grid dimensions";
   if (dynamic_bytes > config().shared_memory_limit) problem = "dynamic shared memory";
+  if (cluster_size < 1 || cluster_size > kMaxClusterSize) problem = "cluster size";
+  if (problem == nullptr && grid.x % static_cast<unsigned>(cluster_size) != 0)
+    problem = "a grid that is not made of whole clusters";
   if (problem == nullptr) return true;
   report(Defect::kBadArgument, nullptr,
-         "launch of %s: %s (grid %u,%u,%u block %u,%u,%u, %zu bytes)", kernel, problem, grid.x,
-         grid.y, grid.z, dim.x, dim.y, dim.z, dynamic_bytes);
+         "launch of %s: %s (grid %u,%u,%u block %u,%u,%u cluster %d, %zu bytes)", kernel, problem,
+         grid.x, grid.y, grid.z, dim.x, dim.y, dim.z, cluster_size, dynamic_bytes);
   return false;
 }
 
@@ -183,39 +205,48 @@ void block_current(const char* waits_for, Pc pc) {
   yield_to_scheduler();
 }
 
-void abandon_block() {
-  block->abandoned = true;
+void abandon_launch() {
+  cluster->abandoned = true;
   yield_to_scheduler();
   std::abort();
 }
 
-void launch_erased(const char* kernel_name, dim3 grid, dim3 block_dim,
+void launch_erased(const char* kernel_name, int cluster_size, dim3 grid, dim3 block_dim,
                    std::size_t dynamic_shared_bytes, void (*body)(const void*),
                    const void* arguments, std::size_t argument_bytes) {
   static std::mutex one_launch_at_a_time;  // torch's autograd threads launch kernels too
   const std::lock_guard<std::mutex> guard(one_launch_at_a_time);
-  if (!launch_is_legal(kernel_name, grid, block_dim, dynamic_shared_bytes)) return;
+  if (!launch_is_legal(kernel_name, cluster_size, grid, block_dim, dynamic_shared_bytes)) return;
 
   ++launches;
   kernel_body = body;
   random_bits.seed(config().seed * 7919 + static_cast<std::uint64_t>(launches));
-  std::vector<unsigned> order(grid.x * grid.y * grid.z);
-  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  std::vector<int> order(grid.x * grid.y * grid.z / static_cast<unsigned>(cluster_size));
+  std::iota(order.begin(), order.end(), 0);
   if (config().schedule == Schedule::kReversed) std::reverse(order.begin(), order.end());
   if (config().schedule == Schedule::kRandom) std::shuffle(order.begin(), order.end(), random_bits);
 
-  for (const unsigned i : order) {
-    Block b;
-    b.index = unflatten(i, grid);
-    b.dim = block_dim;
-    b.grid = grid;
-    b.linear = static_cast<int>(i);
-    b.launch = launches;
-    b.thread_count = b.live = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
-    b.shared_bytes = dynamic_shared_bytes;
-    b.arguments = static_cast<const char*>(arguments);
-    b.argument_bytes = argument_bytes;
-    if (!run_block(b)) break;
+  for (const int number : order) {
+    Cluster c;
+    c.dim = block_dim;
+    c.grid = grid;
+    c.number = number;
+    c.launch = launches;
+    c.arguments = static_cast<const char*>(arguments);
+    c.argument_bytes = argument_bytes;
+    c.blocks = std::vector<Block>(cluster_size);
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      Block& b = c.blocks[rank];
+      b.index = unflatten(static_cast<unsigned>(number * cluster_size + rank), grid);
+      b.rank = rank;
+      b.thread_count = b.live = static_cast<int>(block_dim.x * block_dim.y * block_dim.z);
+      b.first_agent = static_cast<std::uint32_t>(rank * b.agents());
+      b.shared = shared_arena[rank];
+      b.shared_bytes = dynamic_shared_bytes;
+    }
+    c.agent_clock.assign(cluster_size * c.blocks[0].agents(), 0);
+    c.barrier.arriving.reset(c.agents());
+    if (!run_cluster(c)) break;
   }
 }
 

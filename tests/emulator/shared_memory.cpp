@@ -8,7 +8,7 @@
 
 namespace memeff::emulator {
 
-alignas(4096) unsigned char shared_arena[kArenaBytes];
+alignas(4096) unsigned char shared_arena[kMaxClusterSize][kArenaBytes];
 
 namespace {
 
@@ -21,7 +21,7 @@ struct Cell {
 };
 
 constexpr std::size_t kGranule = 2;  // bytes per cell: the smallest element kernels share
-std::vector<Cell> shadow(kArenaBytes / kGranule);
+std::vector<Cell> shadow[kMaxClusterSize];
 
 bool ordered(const Step& earlier, const Access& now) {
   return earlier.clock <= now.knowledge->seen[earlier.agent];
@@ -30,7 +30,8 @@ bool fenced(const Step& earlier, const Access& now) {
   return earlier.clock <= now.knowledge->seen_async[earlier.agent];
 }
 bool is_thread(std::uint32_t agent) {
-  return agent < static_cast<std::uint32_t>(block->thread_count);
+  const Block& owner = cluster->block_of(agent);
+  return agent - owner.first_agent < static_cast<std::uint32_t>(owner.thread_count);
 }
 
 const char* verb(AccessType type) {
@@ -115,12 +116,13 @@ void record(Cell& cell, const Access& now) {
 
 }  // namespace
 
-void reset_shared_memory(std::size_t previously_used) {
+void reset_shared_memory(int rank, std::size_t previously_used) {
   // 0xff is NaN in every floating-point format: data used before it is written is loud.
-  std::memset(shared_arena, 0xff, kArenaBytes);
+  std::memset(shared_arena[rank], 0xff, kArenaBytes);
+  shadow[rank].resize(kArenaBytes / kGranule);
   const std::size_t cells = (previously_used + kGranule - 1) / kGranule;
   for (std::size_t i = 0; i < cells; ++i) {
-    Cell& cell = shadow[i];
+    Cell& cell = shadow[rank][i];
     cell.initialised = cell.muted = cell.atomic_write = false;
     cell.reads.clear();
   }
@@ -129,30 +131,38 @@ void reset_shared_memory(std::size_t previously_used) {
 bool check_shared(const void* pointer, std::size_t bytes, const Access& access, Pc pc) {
   if (!config().check_races || bytes == 0) return true;
   ++counters().checked_accesses;
-  const auto offset =
-      static_cast<std::size_t>(static_cast<const unsigned char*>(pointer) - shared_arena);
+  const auto position =
+      static_cast<std::size_t>(static_cast<const unsigned char*>(pointer) - shared_arena[0]);
+  std::vector<Cell>& cells = shadow[position / kArenaBytes];
+  const std::size_t offset = position % kArenaBytes;
   for (std::size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
-    if (!check_cell(shadow[i], std::max(offset, i * kGranule), access, pc)) return false;
-    record(shadow[i], access);
+    if (!check_cell(cells[i], std::max(offset, i * kGranule), access, pc)) return false;
+    record(cells[i], access);
   }
   return true;
 }
 
-unsigned char* shared_pointer(std::uint32_t address, std::size_t bytes, const char* user, Pc pc) {
+unsigned char* shared_pointer(std::uint32_t address, std::size_t bytes, const char* user, Pc pc,
+                              const Block& of) {
   const std::int64_t offset = static_cast<std::int64_t>(address) - kSharedWindow;
-  if (offset < 0 || offset + bytes > block->shared_bytes) {
+  if (offset < 0 || offset + bytes > of.shared_bytes) {
     report(Defect::kOutOfBounds, pc, "%s: %zu bytes at shared byte %lld, but the block has %zu",
-           user, bytes, static_cast<long long>(offset), block->shared_bytes);
+           user, bytes, static_cast<long long>(offset), of.shared_bytes);
     return nullptr;
   }
-  return shared_arena + offset;
+  return of.shared + offset;
 }
 
 std::string describe_agent(std::uint32_t agent) {
-  const auto threads = static_cast<std::uint32_t>(block->thread_count);
-  if (agent < threads) return "thread " + std::to_string(agent);
-  if (agent < 2 * threads) return "cp.async of thread " + std::to_string(agent - threads);
-  return describe_hopper_agent(static_cast<int>(agent - 2 * threads));
+  const Block& owner = cluster->block_of(agent);
+  const std::string where = cluster->blocks.size() > 1
+                                ? " of block " + std::to_string(owner.rank) + " of the cluster"
+                                : "";
+  const auto threads = static_cast<std::uint32_t>(owner.thread_count);
+  const std::uint32_t i = agent - owner.first_agent;
+  if (i < threads) return "thread " + std::to_string(i) + where;
+  if (i < 2 * threads) return "cp.async of thread " + std::to_string(i - threads) + where;
+  return describe_hopper_agent(static_cast<int>(i - 2 * threads)) + where;
 }
 
 }  // namespace memeff::emulator

@@ -35,7 +35,7 @@ void cp_async(std::uint32_t destination, const void* source, int bytes, int sour
   if (source_bytes > 0 && !check_global(source, source_bytes, AccessType::kRead, pc)) return;
 
   const std::uint32_t agent = block->copy_agent(*current);
-  if (current->open_copies.copies.empty()) current->open_copies.clock = block->tick(agent);
+  if (current->open_copies.copies.empty()) current->open_copies.clock = cluster->tick(agent);
   const Access write{AccessType::kWrite, {agent, current->open_copies.clock}, &current->clock};
   check_shared(target, bytes, write, pc);
 
@@ -186,6 +186,16 @@ float fp16_to_float(std::uint16_t bits) {
   else
     magnitude = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
   return sign != 0 ? -magnitude : magnitude;
+}
+
+std::uint32_t min_of_halves(std::uint32_t a, std::uint32_t b) {
+  const auto smaller = [](std::uint32_t x, std::uint32_t y) -> std::uint32_t {
+    const float of_x = fp16_to_float(static_cast<std::uint16_t>(x));
+    const float of_y = fp16_to_float(static_cast<std::uint16_t>(y));
+    if (std::isnan(of_x) && std::isnan(of_y)) return 0x7fff;
+    return std::isnan(of_y) || of_x < of_y ? x : y;
+  };
+  return smaller(a & 0xffff, b & 0xffff) | smaller(a >> 16, b >> 16) << 16;
 }
 
 namespace {

@@ -1,5 +1,6 @@
-// The sm_90a products, emulated, against double precision: both dtypes, ragged shapes, every output.
-// Two blocks share the work, so that each computes several tiles and its ring of stages wraps.
+// The sm_90a products, emulated, against double precision: both dtypes, ragged shapes, every
+// output, without and with clusters. Two blocks, or clusters, share the work, so that each computes
+// several tiles and its ring of stages wraps.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -61,6 +62,18 @@ struct Matrix {
 };
 
 constexpr auto kInput = BufferAccess::kReadOnly;
+
+struct Family {
+  const char* name;
+  LinearStatistics* linear_statistics;
+  LinearGradient* linear_gradient;
+  cuda::GradientProduct *grad_input_product, *grad_weight_product;
+};
+constexpr Family kFamilies[] = {{"sm90", sm90::linear_statistics, sm90::linear_gradient,
+                                 sm90::grad_input_product, sm90::grad_weight_product},
+                                {"sm90x2", sm90x2::linear_statistics, sm90x2::linear_gradient,
+                                 sm90x2::grad_input_product, sm90x2::grad_weight_product}};
+Family family;  // under test
 
 // ---- x W^T: statistics, scores, gradient ----
 
@@ -167,8 +180,8 @@ void test_statistics(const Case& c) {
   StoredScores scores;
   if (c.store) scores = {kept.data, kept.stride, max.data, max.stride};
   const Status status =
-      sm90::linear_statistics(linear.block(), linear.operands(), linear.terms(), linear.targets(),
-                              c.classes_per_range, partials, hit.data, scores, nullptr);
+      family.linear_statistics(linear.block(), linear.operands(), linear.terms(), linear.targets(),
+                               c.classes_per_range, partials, hit.data, scores, nullptr);
   CHECK(status.ok());
   CHECK(max.padding_is_intact() && sum.padding_is_intact() && kept.padding_is_intact());
 
@@ -259,8 +272,9 @@ void test_argmax_of_equals() {
     partials.sum = sum.data;
     partials.argmax = argmax.data;
     partials.max_stride = partials.stride = c.tokens;
-    CHECK(sm90::linear_statistics(linear.block(), operands, {}, {}, kClasses, partials, nullptr, {},
-                                  nullptr)
+    CHECK(family
+              .linear_statistics(linear.block(), operands, {}, {}, kClasses, partials, nullptr, {},
+                                 nullptr)
               .ok());
     for (int64_t n = 0; n < c.tokens; ++n) CHECK(argmax.at(0, n) == first);
   }
@@ -297,10 +311,10 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
   constexpr int64_t kVocab = 5000;
   Matrix<T> gradient(c.classes, c.tokens, (8 - c.tokens % 8) % 8 + c.padding);
   Matrix<uint8_t> tiles(class_tiles, token_tiles, 2);
-  const Status status =
-      sm90::linear_gradient(linear.block(), linear.operands(), linear.terms(), linear.targets(),
-                            coefficients, gradient.data, gradient.stride,
-                            marks ? tiles.data : nullptr, tiles.stride, skip_mass, kVocab, nullptr);
+  const Status status = family.linear_gradient(linear.block(), linear.operands(), linear.terms(),
+                                               linear.targets(), coefficients, gradient.data,
+                                               gradient.stride, marks ? tiles.data : nullptr,
+                                               tiles.stride, skip_mass, kVocab, nullptr);
   CHECK(status.ok());
   CHECK(gradient.padding_is_intact() && tiles.padding_is_intact());
 
@@ -362,11 +376,11 @@ struct ProductCase {
   bool marks = false;
 };
 
-struct GradientProduct {
+struct Product {
   bool of_weight;
   Status operator()(int64_t classes, int64_t tokens, const GradientOperands& operands,
                     const ProductOutput& output) const {
-    return (of_weight ? sm90::grad_weight_product : sm90::grad_input_product)(
+    return (of_weight ? family.grad_weight_product : family.grad_input_product)(
         classes, tokens, operands, output, nullptr);
   }
 };
@@ -406,7 +420,7 @@ void test_product(const ProductCase& c, bool of_weight) {
     operands.tiles = tiles.data;
     operands.tiles_stride = tiles.stride;
   }
-  const GradientProduct product{of_weight};
+  const Product product{of_weight};
   const auto expect = [&](auto&& value, double factor, double rounding) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t d = 0; d < c.features; ++d) {
@@ -473,6 +487,7 @@ void test_product(const ProductCase& c, bool of_weight) {
 void test_products(bool thorough) {
   for (const bool of_weight : {false, true}) {
     test_product<__nv_bfloat16>({300, 264, 72, 8, true}, of_weight);
+    test_product<__nv_bfloat16>({300, 290, 264, 8}, of_weight);
     if (!thorough) continue;
     test_product<__half>({200, 77, 328}, of_weight);
     test_product<__nv_bfloat16>({5, 1, 8}, of_weight);
@@ -502,7 +517,7 @@ void test_many_marks() {
     output.sums = sums.data;
     output.sums_stride = sums.stride;
     const auto before = emulator::counters().tma;
-    CHECK(GradientProduct{of_weight}(c.classes, c.tokens, operands, output).ok());
+    CHECK(Product{of_weight}(c.classes, c.tokens, operands, output).ok());
     // 8 tiles of k 64 wide: A in 1 or 2 boxes, B in 4; and 2 x 8 boxes of results.
     CHECK(emulator::counters().tma - before == 8 * ((of_weight ? 1 : 2) + 4) + 16);
     for (int64_t i = 0; i < 8; ++i)
@@ -518,8 +533,9 @@ void test_refusals() {
   partials.sum = sum.data;
   partials.max_stride = partials.stride = 8;
   const auto accepted = [&](const LinearOperands& operands, int64_t range, const Targets& targets) {
-    return sm90::linear_statistics(linear.block(), operands, {}, targets, range, partials, nullptr,
-                                   {}, nullptr)
+    return family
+        .linear_statistics(linear.block(), operands, {}, targets, range, partials, nullptr, {},
+                           nullptr)
         .ok();
   };
   const LinearOperands good = linear.operands();
@@ -545,7 +561,7 @@ void run(const char* what, const std::function<void(bool thorough)>& body) {
     body(emulator::config().schedule == emulator::Schedule::kInOrder);
     if (emulator::reports().empty()) return;
     ++emulator::failed_checks;
-    std::printf("FAILED %s: reports under %s\n", what, variant);
+    std::printf("FAILED %s of %s: reports under %s\n", what, family.name, variant);
     emulator::print_reports();
   });
 }
@@ -554,12 +570,15 @@ void run(const char* what, const std::function<void(bool thorough)>& body) {
 
 int main() {
   emulator::config().printed_reports = 0;
-  run("linear_statistics", test_linear_statistics);
-  run("linear_gradient", test_linear_gradient);
-  run("gradient products", test_products);
-  test_argmax_of_equals();
-  test_many_marks();
-  test_refusals();
-  CHECK(emulator::reports().empty());
+  for (const Family& one : kFamilies) {
+    family = one;
+    run("linear_statistics", test_linear_statistics);
+    run("linear_gradient", test_linear_gradient);
+    run("gradient products", test_products);
+    test_argmax_of_equals();
+    test_many_marks();
+    test_refusals();
+    CHECK(emulator::reports().empty());
+  }
   return emulator::finish("test_sm90_kernels");
 }

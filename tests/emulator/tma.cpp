@@ -68,9 +68,10 @@ bool check_tensor(const TensorMap& map, int column, int row, AccessType type, Pc
   return true;
 }
 
-// Calls body(element in the tensor or null outside it, element in shared memory).
+// Calls body(element in the tensor or null outside it, element in the block's shared memory).
 template <class Body>
-void for_each_element(const TensorMap& map, std::uint32_t shared, int column, int row, Body body) {
+void for_each_element(const TensorMap& map, const Block& of, std::uint32_t shared, int column,
+                      int row, Body body) {
   for (std::uint32_t r = 0; r < map.box_rows; ++r) {
     const Span span = tensor_span(map, column, row, r);
     for (std::uint32_t c = 0; c < map.box_columns; ++c) {
@@ -78,7 +79,7 @@ void for_each_element(const TensorMap& map, std::uint32_t shared, int column, in
       const auto address =
           static_cast<std::uint32_t>(shared + r * tile_row_bytes(map) + c * map.element_bytes);
       body(x >= span.begin && x < span.end ? element(map, span.row, x) : nullptr,
-           shared_arena + swizzled(map, address) - kSharedWindow);
+           of.shared + swizzled(map, address) - kSharedWindow);
     }
   }
 }
@@ -87,44 +88,75 @@ void for_each_element(const TensorMap& map, std::uint32_t shared, int column, in
 
 // ---- loads: completion is counted in bytes on an mbarrier ----
 
-void tma_load_2d(std::uint32_t destination, const TensorMap* tensor_map, int column, int row,
-                 std::uint32_t mbarrier) {
-  const Pc pc = MEMEFF_CALLER_PC;
-  ++counters().tma;
-  const TensorMap map = *tensor_map;
-  Mbarrier* barrier = find_mbarrier(mbarrier, "TMA load", pc);
-  if (barrier == nullptr || !tile_is_legal(map, destination, "TMA load", pc)) return;
+namespace {
+
+// The copy of the tile that the block `of` gets, and its mbarrier.
+void load_into(Block& of, std::uint32_t destination, const TensorMap& map, int column, int row,
+               std::uint32_t mbarrier, Pc pc) {
+  Mbarrier* barrier = find_mbarrier(mbarrier, "TMA load", pc, of);
+  if (barrier == nullptr) return;
   if (!barrier->fenced)
     report(Defect::kMissingProxyFence, pc,
            "TMA load: the mbarrier's initialisation is not visible to the asynchronous proxy");
-  unsigned char* target = shared_pointer(destination, tile_bytes(map), "TMA load", pc);
-  if (target == nullptr || !check_tensor(map, column, row, AccessType::kRead, pc)) return;
+  unsigned char* target = shared_pointer(destination, tile_bytes(map), "TMA load", pc, of);
+  if (target == nullptr) return;
 
-  const std::uint32_t agent = mbarrier_agent(*barrier);
-  const std::uint32_t clock = block->tick(agent);
-  check_shared(target, tile_bytes(map),
-               {AccessType::kWrite, {agent, clock}, &current->clock, Proxy::kAsync}, pc);
+  const std::uint32_t agent = barrier->agent;
+  const Step step{agent, cluster->tick(agent)};
+  check_shared(target, tile_bytes(map), {AccessType::kWrite, step, &current->clock, Proxy::kAsync},
+               pc);
+  note_remote_access(of, step, pc);
 
-  const auto deliver = [=] {
-    for_each_element(map, destination, column, row,
+  const auto deliver = [=, &of] {
+    for_each_element(map, of, destination, column, row,
                      [&](const unsigned char* from, unsigned char* to) {
                        if (from != nullptr)
                          std::memcpy(to, from, map.element_bytes);
                        else
                          std::memset(to, 0, map.element_bytes);
                      });
-    Mbarrier& done = hopper().mbarriers[mbarrier];
+    Mbarrier& done = hopper(of).mbarriers[mbarrier];
     // The whole box counts, also what lies outside the tensor.
     done.pending_bytes -= static_cast<std::int64_t>(tile_bytes(map));
-    done.arriving.seen[agent] = std::max(done.arriving.seen[agent], clock);
+    done.arriving.seen[agent] = std::max(done.arriving.seen[agent], step.clock);
     update_phase(done, pc);
   };
   if (config().late_delivery) {
     std::memset(target, 0xff, tile_bytes(map));
-    block->deliveries.push_back(deliver);
+    cluster->deliveries.push_back(deliver);
   } else {
     deliver();
   }
+}
+
+}  // namespace
+
+void tma_load_2d(std::uint32_t destination, const TensorMap* tensor_map, int column, int row,
+                 std::uint32_t mbarrier) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  ++counters().tma;
+  const TensorMap map = *tensor_map;
+  if (!tile_is_legal(map, destination, "TMA load", pc) ||
+      !check_tensor(map, column, row, AccessType::kRead, pc))
+    return;
+  load_into(*block, destination, map, column, row, mbarrier, pc);
+}
+
+void tma_load_2d_multicast(std::uint32_t destination, const TensorMap* tensor_map, int column,
+                           int row, std::uint32_t mbarrier, std::uint32_t blocks) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  ++counters().tma;
+  const TensorMap map = *tensor_map;
+  if (!tile_is_legal(map, destination, "TMA multicast", pc) ||
+      !check_tensor(map, column, row, AccessType::kRead, pc))
+    return;
+  if (blocks == 0 || blocks >> cluster->blocks.size() != 0) {
+    report(Defect::kBadArgument, pc, "TMA multicast to blocks %#x of a cluster of %zu", blocks,
+           cluster->blocks.size());
+    return;
+  }
+  for (Block& of : cluster->blocks)
+    if ((blocks >> of.rank & 1) != 0) load_into(of, destination, map, column, row, mbarrier, pc);
 }
 
 // ---- stores and reductions: completion is waited for by the issuing thread, in groups ----
@@ -138,7 +170,7 @@ BulkStores& stores_of_current() {
   if (static_cast<int>(all.size()) >= kBulkStoreAgents) {
     report(Defect::kBadArgument, nullptr, "the emulator lets %d threads issue TMA stores",
            kBulkStoreAgents);
-    abandon_block();
+    abandon_launch();
   }
   BulkStores& mine = all[current->linear];
   mine.agent =
@@ -147,8 +179,7 @@ BulkStores& stores_of_current() {
 }
 
 void deliver(const BulkStore& store) {
-  const auto shared = static_cast<std::uint32_t>(store.source - shared_arena) + kSharedWindow;
-  for_each_element(store.map, shared, store.column, store.row,
+  for_each_element(store.map, *block, window_address(store.source), store.column, store.row,
                    [&](unsigned char* to, const unsigned char* from) {
                      if (to == nullptr) return;
                      if (!store.add) {
@@ -180,7 +211,7 @@ void tma_store_2d(const TensorMap* tensor_map, std::uint32_t source, int column,
   if (from == nullptr || !check_tensor(map, column, row, type, pc)) return;
 
   BulkStores& mine = stores_of_current();
-  if (mine.open.stores.empty()) mine.open.clock = block->tick(mine.agent);
+  if (mine.open.stores.empty()) mine.open.clock = cluster->tick(mine.agent);
   check_shared(from, tile_bytes(map),
                {AccessType::kRead, {mine.agent, mine.open.clock}, &current->clock, Proxy::kAsync},
                pc);

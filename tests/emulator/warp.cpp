@@ -17,6 +17,7 @@ const char* name_of(WarpOp op) {
     case WarpOp::kLdmatrix: return "ldmatrix";
     case WarpOp::kStmatrix: return "stmatrix";
     case WarpOp::kMma: return "mma.sync";
+    case WarpOp::kClusterBarrier: return "barrier.cluster";
   }
   return "?";
 }
@@ -100,7 +101,7 @@ void warp_thread_exits() {
 void syncwarp(unsigned mask) {
   warp_meet(WarpOp::kSync, mask, nullptr, false, MEMEFF_CALLER_PC, [](WarpMeeting& meeting) {
     Clock joined;
-    joined.reset(block->agents());
+    joined.reset(cluster->agents());
     for (int lane = 0; lane < 32; ++lane)
       if (meeting.arrived >> lane & 1) joined.join(meeting.thread[lane]->clock);
     for (int lane = 0; lane < 32; ++lane) {

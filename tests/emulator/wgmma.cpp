@@ -76,7 +76,7 @@ float load_element(const WgmmaOp& op, std::uint64_t descriptor, bool mn_major, i
   const std::uint32_t address = element_address(decode(descriptor), mn_major, mn, k);
   std::uint16_t bits = 0x7fff;  // NaN: the address has been reported
   if (address >= kSharedWindow && address - kSharedWindow + 2 <= kArenaBytes)
-    std::memcpy(&bits, shared_arena + address - kSharedWindow, 2);
+    std::memcpy(&bits, block->shared + address - kSharedWindow, 2);
   return widen(op.shape, bits);
 }
 
@@ -177,6 +177,7 @@ void wgmma(const WgmmaShape& shape, float* d, std::uint64_t a_descriptor,
   WgmmaOp& op = group.ops[number - group.first_op];
   if (!same_operands(op, wanted))
     report(Defect::kDivergence, pc, "the threads of a warpgroup issue different wgmma");
+  op.a_source[me] = a_registers;
   if (a_registers != nullptr) std::memcpy(op.a_registers[me], a_registers, 16);
 
   // Registers of the accumulator are not to be touched until the product has been waited for.
@@ -188,7 +189,7 @@ void wgmma(const WgmmaShape& shape, float* d, std::uint64_t a_descriptor,
   // Each warp reads its 16 rows of A and all of B, knowing what its first thread knows, which for
   // an aligned instruction stands for all of them.
   if (current->lane == 0) {
-    op.clock[me / 32] = block->tick(my_agent());
+    op.clock[me / 32] = cluster->tick(my_agent());
     const Access access{
         AccessType::kRead, {my_agent(), op.clock[me / 32]}, &current->clock, Proxy::kAsync};
     const int row = me / 32 * 16;
@@ -224,8 +225,11 @@ void wgmma_wait(int pending) {
       block_current("wgmma.wait_group, for warps that have not issued the product", pc);
     }
     execute_up_to(group, i);
+    const WgmmaOp& op = group.ops[i - group.first_op];
+    if (op.a_in_registers && std::memcmp(op.a_registers[me], op.a_source[me], 16) != 0)
+      report(Defect::kBadArgument, pc, "registers of A changed before the wait for their product");
     std::uint32_t& seen = current->clock.seen[my_agent()];
-    seen = std::max(seen, group.ops[i - group.first_op].clock[me / 32]);
+    seen = std::max(seen, op.clock[me / 32]);
   }
   group.waited[me] = std::max(group.waited[me], end);
   return_accumulators(group, me);

@@ -5,6 +5,7 @@
 //   MEMEFF_SHARED_ARRAY(T, name, n)   T name[n] in static shared memory
 //   MEMEFF_DYNAMIC_SHARED(name)       unsigned char* name: the launch's dynamic shared memory
 //   MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
+//   MEMEFF_LAUNCH_CLUSTERS(size, kernel, ...)   the same in clusters of `size` blocks along x
 //   MEMEFF_CHECK_ALIGNED(p, bytes)    nothing on a GPU, where a misaligned access traps by itself
 #pragma once
 
@@ -22,6 +23,9 @@
 #define MEMEFF_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define MEMEFF_LAUNCH_CLUSTERS(size, kernel, grid, block, shared_bytes, stream, ...)           \
+  ::memeff::cuda::launch_clusters((size), (kernel), (grid), (block), (shared_bytes), (stream), \
+                                  __VA_ARGS__)
 
 #define MEMEFF_CHECK_ALIGNED(pointer, bytes) ((void)0)
 
@@ -57,5 +61,39 @@ static inline Status allow_shared_memory(Kernel kernel, int bytes) {
 #endif
   return {};
 }
+
+#if defined(__CUDACC__)
+
+// A launch in clusters, for as long as it is in scope.
+class ClusterLaunch {
+ public:
+  ClusterLaunch(int size, dim3 grid, dim3 block, int shared_bytes, void* stream) {
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    config_.gridDim = grid;
+    config_.blockDim = block;
+    config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config_.stream = static_cast<cudaStream_t>(stream);
+    config_.attrs = &attribute_;
+    config_.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+  const cudaLaunchConfig_t* config() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute attribute_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// MEMEFF_LAUNCH_CLUSTERS. What goes wrong, launch_status reports.
+template <class... Parameters, class... Arguments>
+static inline void launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                                   int shared_bytes, void* stream, const Arguments&... arguments) {
+  const ClusterLaunch launch(size, grid, block, shared_bytes, stream);
+  (void)cudaLaunchKernelEx(launch.config(), kernel, arguments...);
+}
+
+#endif
 
 }  // namespace memeff::cuda

@@ -33,6 +33,57 @@ MEMEFF_DEVICE void stmatrix_x4_trans(uint32_t row_address, const uint32_t (&r)[4
 #endif
 }
 
+// ---- clusters: blocks that run at the same time and reach each other's shared memory ----
+
+MEMEFF_DEVICE uint32_t cluster_rank() {  // of this block in its cluster
+#if defined(__CUDACC__)
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return emulator::cluster_rank();
+#endif
+}
+
+MEMEFF_DEVICE uint32_t cluster_size() {
+#if defined(__CUDACC__)
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  return emulator::cluster_size();
+#endif
+}
+
+// Whole warps; every thread of the cluster that has not exited. What a thread did before it arrived
+// is visible to the others after they have waited.
+MEMEFF_DEVICE void cluster_arrive() {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  emulator::cluster_arrive();
+#endif
+}
+MEMEFF_DEVICE void cluster_wait() {
+#if defined(__CUDACC__)
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  emulator::cluster_wait();
+#endif
+}
+
+// What lies at `address` in block `rank` of the cluster, as an address for the instructions below
+// that end in _cluster. The block must not exit before it is used.
+MEMEFF_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
+#if defined(__CUDACC__)
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+#else
+  return emulator::map_shared(address, rank);
+#endif
+}
+
 // ---- mbarrier: a barrier in shared memory that counts arrivals and bytes ----
 //
 // A phase ends when `count` arrivals and all expected bytes have come; phases alternate between
@@ -55,7 +106,8 @@ MEMEFF_DEVICE void mbarrier_inval(uint32_t mbarrier) {
 #endif
 }
 
-// Makes this thread's mbarrier_init visible to TMA; other threads see it after a block barrier.
+// Makes this thread's mbarrier_init visible to TMA; other threads see it after a barrier, those of
+// other blocks after one of the cluster.
 MEMEFF_DEVICE void fence_mbarrier_init() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -69,6 +121,15 @@ MEMEFF_DEVICE void mbarrier_arrive(uint32_t mbarrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbarrier) : "memory");
 #else
   emulator::mbarrier_arrive(mbarrier);
+#endif
+}
+
+MEMEFF_DEVICE void mbarrier_arrive_cluster(uint32_t mapped_mbarrier) {
+#if defined(__CUDACC__)
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped_mbarrier)
+               : "memory");
+#else
+  emulator::mbarrier_arrive_cluster(mapped_mbarrier);
 #endif
 }
 
@@ -123,6 +184,21 @@ MEMEFF_DEVICE void mbarrier_wait(uint32_t mbarrier, int parity) {
 #endif
 }
 
+// The same where threads of other blocks arrive.
+MEMEFF_DEVICE void mbarrier_wait_cluster(uint32_t mbarrier, int parity) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "wait_%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@!p bra.uni wait_%=;\n}" ::"r"(mbarrier),
+      "r"(parity)
+      : "memory");
+#else
+  emulator::mbarrier_wait(mbarrier, parity);
+#endif
+}
+
 // Orders this thread's plain accesses of shared memory, and those it has synchronised with, before
 // later accesses by TMA and wgmma.
 MEMEFF_DEVICE void fence_proxy_async() {
@@ -157,6 +233,22 @@ MEMEFF_DEVICE void tma_load_2d(uint32_t destination, const TensorMap* map, int c
       : "memory");
 #else
   emulator::tma_load_2d(destination, map, column, row, mbarrier);
+#endif
+}
+
+// The same to each block of the cluster whose bit of `blocks` is set, from one read of the tensor:
+// to `destination` and on `mbarrier` in that block's own shared memory.
+MEMEFF_DEVICE void tma_load_2d_multicast(uint32_t destination, const TensorMap* map, int column,
+                                         int row, uint32_t mbarrier, uint32_t blocks) {
+#if defined(__CUDACC__)
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(mbarrier), "r"(column), "r"(row),
+      "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+#else
+  emulator::tma_load_2d_multicast(destination, map, column, row, mbarrier, blocks);
 #endif
 }
 

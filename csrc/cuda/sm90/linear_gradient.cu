@@ -95,36 +95,40 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
 
 // Once per tile, all consumers: who has voted for the marks of its two halves.
 MEMEFF_DEVICE void write_marks(Votes& votes, int set, const Marks& marks, int token_tile,
-                               int first_class, int classes) {
+                               int first_class, const Scores& scores) {
   ptx::bar_sync(kVotesBarrier, kConsumerGroups * kGroupThreads);
   const int half = static_cast<int>(threadIdx.x) - kGroupThreads;
-  if (half >= kHalves || first_class + half * kHalfN >= classes) return;
+  if (half >= kHalves || first_class + half * kHalfN >= scores.classes ||
+      token_tile * kTileM >= scores.tokens)
+    return;
   uint32_t keep = 0;
   for (const uint32_t vote : votes[set][half]) keep |= vote;
   const int64_t class_tile = first_class / kHalfN + half;
   marks.tiles[class_tile * marks.stride + token_tile] = static_cast<uint8_t>(keep);
 }
 
-template <class T>
+template <class T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_gradient_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                            const __grid_constant__ TensorMap gradient, Scores scores, int features,
-                           Coefficients coefficients, Marks marks, TileOrder order) {
+                           Coefficients coefficients, Marks marks, TileOrder<kCluster> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   MEMEFF_DYNAMIC_SHARED(shared_memory);
-  Ring ring = start_ring(shared_memory);
-  const int tiles = order.rows * order.columns, steps = (features + kStepK - 1) / kStepK;
+  using Classes = ClassesOperand<kCluster>;
+  auto ring = start_ring<kCluster>(shared_memory);
+  const int steps = (features + kStepK - 1) / kStepK;
 
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
     if (threadIdx.x != 0) return;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int number = order.first(); number < order.count(); number += order.stride()) {
       int row, column;
-      order.place(tile, &row, &column);
+      order.place(number, &row, &column);
       for (int step = 0; step < steps; ++step)
-        load_step<TokensOperand, ClassesOperand>(ring, &x, &w, row * kTileM, column * kTileN,
-                                                 step * kStepK);
+        load_step<TokensOperand, Classes>(ring, &x, &w, row * kTileM, column * kTileN,
+                                          step * kStepK);
     }
+    finish_loads(ring);
     return;
   }
 
@@ -132,9 +136,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   BoxStore boxes(shared_memory);
   auto& votes = *reinterpret_cast<Votes*>(shared_memory + kScratchAt);
   int set = 0;
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, set ^= 1) {
+  for (int number = order.first(); number < order.count(); number += order.stride(), set ^= 1) {
     int row, column;
-    order.place(tile, &row, &column);
+    order.place(number, &row, &column);
     const int first_class = column * kTileN;
     TokenCoefficients<float> of_token[2];
     int target[2];
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       target[r] = scores.target_of(token);
     }
     float c[kTileN / 2];
-    multiply<T, TokensOperand, ClassesOperand>(c, ring, steps);
+    multiply<T, TokensOperand, Classes>(c, ring, steps);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int first = first_class + half * kHalfN;
@@ -165,39 +169,36 @@ __global__ void __launch_bounds__(kThreads, 1)
         boxes.end(&gradient, row * kTileM + consumer_group() * kGroupM, first + part * kPanel);
       }
     }
-    if (marks.tiles != nullptr) write_marks(votes, set, marks, row, first_class, scores.classes);
+    if (marks.tiles != nullptr) write_marks(votes, set, marks, row, first_class, scores);
   }
   boxes.finish();
 #endif
 }
 
-template <class T>
+template <class T, int kCluster>
 Status launch(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
               const Targets& targets, const Coefficients& coefficients, void* gradient,
               int64_t stride, const Marks& marks, void* stream) {
   TensorMap x, w, gradient_map;
-  Status status = make_operand_maps<T>(block, operands, &x, &w);
+  Status status = make_operand_maps<T, kCluster>(block, operands, &x, &w);
   if (status.ok())
     status = make_block_map(block, gradient, stride, map_element<T>(), &gradient_map);
-  const TileOrder order{count_tiles(block.tokens, kTileM), count_tiles(block.classes, kTileN)};
+  const auto order = tile_order<kCluster>(block.tokens, count_tiles(block.classes, kTileN));
+  const auto kernel = linear_gradient_kernel<T, kCluster>;
   unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(int64_t{order.rows} * order.columns, &blocks);
-  const auto kernel = linear_gradient_kernel<T>;
-  if (status.ok()) status = allow_shared_memory(kernel, kSharedBytes);
+  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (!status.ok()) return status;
   const Scores scores = make_scores(block, terms, targets);
   const auto features = static_cast<int>(operands.features);
-  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w, gradient_map,
-                scores, features, coefficients, marks, order);
+  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
+                         gradient_map, scores, features, coefficients, marks, order);
   return launch_status();
 }
 
-}  // namespace
-
-Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-                       const Targets& targets, const Coefficients& coefficients, void* gradient,
-                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
-                       int64_t vocab, void* stream) {
+template <int kCluster>
+Status run(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+           const Targets& targets, const Coefficients& coefficients, void* gradient, int64_t stride,
+           uint8_t* tiles, int64_t tiles_stride, double skip_mass, int64_t vocab, void* stream) {
   if (block.tokens == 0 || block.classes == 0) return {};
   if (targets.probabilities != nullptr)
     return {"linear_gradient: class probabilities need stored products"};
@@ -207,8 +208,31 @@ Status linear_gradient(const Block& block, const LinearOperands& operands, const
     return {"linear_gradient: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
   const Marks marks{tiles, tiles_stride,
                     static_cast<float>(skip_mass / static_cast<double>(vocab))};
-  const auto run = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16> : launch<__half>;
-  return run(block, operands, terms, targets, coefficients, gradient, stride, marks, stream);
+  const auto typed = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, kCluster>
+                                                        : launch<__half, kCluster>;
+  return typed(block, operands, terms, targets, coefficients, gradient, stride, marks, stream);
+}
+
+}  // namespace
+
+Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+                       const Targets& targets, const Coefficients& coefficients, void* gradient,
+                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
+                       int64_t vocab, void* stream) {
+  return run<1>(block, operands, terms, targets, coefficients, gradient, stride, tiles,
+                tiles_stride, skip_mass, vocab, stream);
 }
 
 }  // namespace memeff::cuda::sm90
+
+namespace memeff::cuda::sm90x2 {
+
+Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+                       const Targets& targets, const Coefficients& coefficients, void* gradient,
+                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
+                       int64_t vocab, void* stream) {
+  return sm90::run<2>(block, operands, terms, targets, coefficients, gradient, stride, tiles,
+                      tiles_stride, skip_mass, vocab, stream);
+}
+
+}  // namespace memeff::cuda::sm90x2

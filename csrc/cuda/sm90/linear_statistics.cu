@@ -92,16 +92,17 @@ MEMEFF_DEVICE void write_range(SoftmaxState<float, kFull> state, int64_t range, 
   if (out.kept_maxima != nullptr) out.kept_maxima[range * out.maxima_stride + token] = state.max;
 }
 
-template <class T, bool kFull, bool kStore>
+template <class T, bool kFull, bool kStore, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_statistics_kernel(const __grid_constant__ TensorMap x,
                              const __grid_constant__ TensorMap w,
                              const __grid_constant__ TensorMap kept, Scores scores, int features,
-                             StatisticsOutput out, TileOrder order) {
+                             StatisticsOutput out, TileOrder<kCluster> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   MEMEFF_DYNAMIC_SHARED(shared_memory);
-  Ring ring = start_ring(shared_memory);
-  const int units = order.rows * order.columns, steps = (features + kStepK - 1) / kStepK;
+  using Classes = ClassesOperand<kCluster>;
+  auto ring = start_ring<kCluster>(shared_memory);
+  const int steps = (features + kStepK - 1) / kStepK;
   const auto tiles_of_unit = [&](int first_class) {
     return min(out.tiles_per_unit, (scores.classes - first_class + kTileN - 1) / kTileN);
   };
@@ -109,23 +110,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
     if (threadIdx.x != 0) return;
-    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    for (int number = order.first(); number < order.count(); number += order.stride()) {
       int row, column;
-      order.place(unit, &row, &column);
+      order.place(number, &row, &column);
       const int unit_class = column * out.tiles_per_unit * kTileN;
       for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile)
         for (int step = 0; step < steps; ++step)
-          load_step<TokensOperand, ClassesOperand>(ring, &x, &w, row * kTileM,
-                                                   unit_class + tile * kTileN, step * kStepK);
+          load_step<TokensOperand, Classes>(ring, &x, &w, row * kTileM, unit_class + tile * kTileN,
+                                            step * kStepK);
     }
+    finish_loads(ring);
     return;
   }
 
   ptx::increase_registers<kConsumerRegisters>();
   BoxStore boxes(shared_memory);
-  for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+  for (int number = order.first(); number < order.count(); number += order.stride()) {
     int row, column;
-    order.place(unit, &row, &column);
+    order.place(number, &row, &column);
     const int unit_class = column * out.tiles_per_unit * kTileN;
     int token[2], target[2];
     SoftmaxState<float, kFull> states[2];
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile) {
       float c[kTileN / 2];
-      multiply<T, TokensOperand, ClassesOperand>(c, ring, steps);
+      multiply<T, TokensOperand, Classes>(c, ring, steps);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const int half_number = tile * kHalves + half, first = unit_class + half_number * kHalfN;
@@ -179,46 +181,42 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <class T, bool kFull, bool kStore>
+template <class T, bool kFull, bool kStore, int kCluster>
 Status launch(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
               const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
               void* stream) {
   TensorMap x, w, kept_map{};
-  Status status = make_operand_maps<T>(block, operands, &x, &w);
+  Status status = make_operand_maps<T, kCluster>(block, operands, &x, &w);
   if (status.ok() && kStore)
     status = make_block_map(block, kept.data, kept.stride, TensorMapElement::kFloat16, &kept_map);
-  const TileOrder order{count_tiles(block.tokens, kTileM),
-                        count_tiles(block.classes, int64_t{out.tiles_per_unit} * kTileN)};
+  const auto order = tile_order<kCluster>(
+      block.tokens, count_tiles(block.classes, int64_t{out.tiles_per_unit} * kTileN));
+  const auto kernel = linear_statistics_kernel<T, kFull, kStore, kCluster>;
   unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(int64_t{order.rows} * order.columns, &blocks);
-  const auto kernel = linear_statistics_kernel<T, kFull, kStore>;
-  if (status.ok()) status = allow_shared_memory(kernel, kSharedBytes);
+  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (!status.ok()) return status;
   const Scores scores = make_scores(block, terms, targets);
   const auto features = static_cast<int>(operands.features);
-  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w, kept_map, scores,
-                features, out, order);
+  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
+                         kept_map, scores, features, out, order);
   return launch_status();
 }
 
-template <class T>
+template <class T, int kCluster>
 Status select(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
               const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
               void* stream) {
-  const bool full = wants_full(out.partials);
   const bool store = kept.data != nullptr;
-  const auto run = full    ? store ? launch<T, true, true> : launch<T, true, false>
-                      : store ? launch<T, false, true>
-                           : launch<T, false, false>;
-  return run(block, operands, terms, targets, out, kept, stream);
+  const auto full = store ? launch<T, true, true, kCluster> : launch<T, true, false, kCluster>;
+  const auto plain = store ? launch<T, false, true, kCluster> : launch<T, false, false, kCluster>;
+  return (wants_full(out.partials) ? full : plain)(block, operands, terms, targets, out, kept,
+                                                   stream);
 }
 
-}  // namespace
-
-Status linear_statistics(const Block& block, const LinearOperands& operands,
-                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
-                         const PartialStatistics& partials, float* target_logit,
-                         const StoredScores& scores, void* stream) {
+template <int kCluster>
+Status run(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
+           const Targets& targets, int64_t classes_per_range, const PartialStatistics& partials,
+           float* target_logit, const StoredScores& scores, void* stream) {
   if (block.tokens == 0 || block.classes == 0) return {};
   if (partials.max == nullptr || partials.sum == nullptr)
     return {"linear_statistics: max and sum must be given"};
@@ -242,9 +240,31 @@ Status linear_statistics(const Block& block, const LinearOperands& operands,
   out.halves_per_range = static_cast<int>(halves);
   // An odd number of halves: two ranges make a unit, or one half does not need the other.
   out.tiles_per_unit = static_cast<int>(halves % kHalves == 0 ? halves / kHalves : halves);
-  return operands.dtype == DType::kBFloat16
-             ? select<__nv_bfloat16>(block, operands, terms, targets, out, scores, stream)
-             : select<__half>(block, operands, terms, targets, out, scores, stream);
+  const auto typed = operands.dtype == DType::kBFloat16 ? select<__nv_bfloat16, kCluster>
+                                                        : select<__half, kCluster>;
+  return typed(block, operands, terms, targets, out, scores, stream);
+}
+
+}  // namespace
+
+Status linear_statistics(const Block& block, const LinearOperands& operands,
+                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
+                         const PartialStatistics& partials, float* target_logit,
+                         const StoredScores& scores, void* stream) {
+  return run<1>(block, operands, terms, targets, classes_per_range, partials, target_logit, scores,
+                stream);
 }
 
 }  // namespace memeff::cuda::sm90
+
+namespace memeff::cuda::sm90x2 {
+
+Status linear_statistics(const Block& block, const LinearOperands& operands,
+                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
+                         const PartialStatistics& partials, float* target_logit,
+                         const StoredScores& scores, void* stream) {
+  return sm90::run<2>(block, operands, terms, targets, classes_per_range, partials, target_logit,
+                      scores, stream);
+}
+
+}  // namespace memeff::cuda::sm90x2

@@ -16,7 +16,8 @@ constexpr int kHalfCount = kHalfN / 2;  // accumulators per thread
 static_assert(kHalves == 2 && kTokenTile == kTileM);
 
 using TokensOperand = OperandTile<Major::kK, kTileM>;
-using ClassesOperand = OperandTile<Major::kK, kTileN>;
+template <int kCluster>
+using ClassesOperand = OperandTile<Major::kK, kTileN, kCluster>;
 
 // The thread's k-th class of a half comes class_offset(k) after its first one: a constant, so that
 // comparisons and addresses need no register per accumulator. `accumulator` is where the half's
@@ -101,14 +102,14 @@ MEMEFF_DEVICE bool warp_has_target(const int (&target)[2], int first_of_half) {
 }
 
 // Maps of x and W.
-template <class T>
+template <class T, int kCluster>
 Status make_operand_maps(const Block& block, const LinearOperands& operands, TensorMap* x,
                          TensorMap* w) {
   const Status made = TokensOperand::map(operands.input, map_element<T>(), operands.features,
                                          block.tokens, operands.input_stride, x);
   if (!made.ok()) return made;
-  return ClassesOperand::map(operands.weight, map_element<T>(), operands.features, block.classes,
-                             operands.weight_stride, w);
+  return ClassesOperand<kCluster>::map(operands.weight, map_element<T>(), operands.features,
+                                       block.classes, operands.weight_stride, w);
 }
 
 // The map of a tensor [classes, tokens] that boxes of 64 x 64 are stored to.

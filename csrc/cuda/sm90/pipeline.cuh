@@ -5,6 +5,8 @@
 //                 thread, one wgmma m64n256k16 per 16 of k. Twice as high or wide does not fit the
 //                 registers; half as high or wide doubles the L2 traffic of one operand, which at
 //                 (128 + 256) * 128 bytes per 128 * 256 * 64 products is 48 bytes a cycle already.
+//   cluster       kCluster blocks, 1 or 2, compute tiles one below the other, so they share B: each
+//                 loads its own A and half of B, which TMA writes to both. 32 bytes a cycle.
 //   warpgroup 0   producer: its first warp fills a ring of stages by TMA, the rest leaves at once;
 //                 gives its registers to the others
 //   warpgroups 1, 2  consumers: wgmma on rows 0-63 and 64-127, then the epilogue
@@ -13,7 +15,7 @@
 //        0  4 stages of 48 KiB: A [128, 64] then B [64, 256] of one step of k, 128-byte swizzle
 //   196608  2 boxes of 8 KiB per consumer warpgroup: results on their way out (tile_store.cuh)
 //   229376  mbarriers "full" and "empty" of each stage
-//   229440  scratch of an epilogue
+//   229440  scratch of a kernel: votes, factors of the stages
 //
 // A stage goes round: the producer waits for "empty" (8 consumer warps have arrived), announces the
 // bytes on "full" and starts the copies. Consumers wait for "full" and start their products; once
@@ -21,8 +23,16 @@
 // one group of products is always in flight, and the producer is up to 4 steps ahead, also into the
 // next tile of C: its loads run during the epilogue.
 //
-// Ragged edges cost nothing here: TMA reads zeros outside a tensor and never writes there.
+// In a cluster, a producer fills the stages of both blocks, so "empty" counts the consumer warps of
+// both, and each warp arrives in both blocks. "full" is a block's own: it announces all its bytes,
+// whichever block loads them. (Those of the other block may come first; the phase cannot end before
+// its one arrival.) Both blocks must go through the same steps, one for one.
+//
+// Ragged edges cost nothing here: TMA reads zeros outside a tensor and never writes there. Where
+// the last tile of a cluster has no rows left, its block multiplies zeros and stores nothing.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/common/device.cuh"
 #include "cuda/ptx/sm90.cuh"
@@ -44,7 +54,7 @@ constexpr int kBoxBytes = 64 * 128;
 constexpr int kBoxesAt = kStages * kStageBytes;
 constexpr int kMbarriersAt = kBoxesAt + kConsumerGroups * 2 * kBoxBytes;
 constexpr int kScratchAt = kMbarriersAt + 2 * kStages * 8;
-constexpr int kScratchBytes = 128;
+constexpr int kScratchBytes = 2176;
 constexpr int kSharedBytes = kScratchAt + kScratchBytes;
 static_assert(kSharedBytes <= 227 * 1024);
 
@@ -52,24 +62,43 @@ static_assert(kSharedBytes <= 227 * 1024);
 
 enum class Major { kK, kMn };  // which index of an operand is contiguous in memory
 
+template <int kCluster>
+MEMEFF_DEVICE int rank_in_cluster() {
+  if constexpr (kCluster == 1)
+    return 0;
+  else
+    return static_cast<int>(ptx::cluster_rank());
+}
+
 // One operand's share of a stage: kExtent of m or n, kStepK of k.
 //   K-major    a tensor [mn, k]: one box of kExtent rows, 64 k wide
 //   MN-major   a tensor [k, mn]: boxes of 64 rows of k, 64 mn wide, one after the other
-template <Major kMajor, int kExtent>
+// Where kBlocks blocks of a cluster need the same tile, each loads its part of m or n for all.
+template <Major kMajor, int kExtent, int kBlocks = 1>
 struct OperandTile {
-  static constexpr int kBoxRows = kMajor == Major::kK ? kExtent : kStepK;
+  static constexpr bool kTransposed = kMajor == Major::kMn;  // as wgmma sees it
+  static constexpr int kPart = kExtent / kBlocks;
+  static constexpr int kBoxRows = kMajor == Major::kK ? kPart : kStepK;
   static constexpr int kPanelBytes = kStepK * kPanel * 2;  // of one MN-major box
 
   MEMEFF_DEVICE static void load(uint32_t to, const TensorMap* map, int first_mn, int first_k,
                                  uint32_t mbarrier) {
+    const int part = rank_in_cluster<kBlocks>() * kPart;
     if constexpr (kMajor == Major::kK) {
-      ptx::tma_load_2d(to, map, first_k, first_mn, mbarrier);
+      load_box(to + part * 128, map, first_k, first_mn + part, mbarrier);
     } else {
 #pragma unroll
-      for (int panel = 0; panel < kExtent / kPanel; ++panel)
-        ptx::tma_load_2d(to + panel * kPanelBytes, map, first_mn + panel * kPanel, first_k,
-                         mbarrier);
+      for (int mn = 0; mn < kPart; mn += kPanel)
+        load_box(to + (part + mn) / kPanel * kPanelBytes, map, first_mn + part + mn, first_k,
+                 mbarrier);
     }
+  }
+  MEMEFF_DEVICE static void load_box(uint32_t to, const TensorMap* map, int column, int row,
+                                     uint32_t mbarrier) {
+    if constexpr (kBlocks == 1)
+      ptx::tma_load_2d(to, map, column, row, mbarrier);
+    else
+      ptx::tma_load_2d_multicast(to, map, column, row, mbarrier, (1 << kBlocks) - 1);
   }
 
   // Of the 16 k number `k16` of the step, from row `first_mn` (a multiple of 64) on.
@@ -106,6 +135,7 @@ MEMEFF_DEVICE bool is_producer() { return threadIdx.x < kGroupThreads; }
 
 // Where one side, producer or consumers, has got to. Both walk over the same stages in the same
 // order, so a consumer need not know what it multiplies, only how many steps make a tile.
+template <int kCluster>
 struct Ring {
   uint32_t shared;  // address of the block's shared memory
   int stage = 0, parity = 0;
@@ -122,44 +152,74 @@ struct Ring {
   }
 };
 
-// All threads of the block, before anything else.
-MEMEFF_DEVICE Ring start_ring(const unsigned char* shared_memory) {
-  const Ring ring{ptx::shared_address(shared_memory)};
+// All threads of the block, before anything else. `fillers`: arrivals that make a stage full, beside
+// the bytes of TMA.
+template <int kCluster>
+MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int fillers = 1) {
+  const Ring<kCluster> ring{ptx::shared_address(shared_memory)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(ring.shared + kMbarriersAt + stage * 8, 1);
-      ptx::mbarrier_init(ring.empty(stage), kConsumerWarps);
+      ptx::mbarrier_init(ring.shared + kMbarriersAt + stage * 8, fillers);
+      ptx::mbarrier_init(ring.empty(stage), kCluster * kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  if constexpr (kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
   return ring;
 }
 
-// One thread: the next stage gets k [first_k, first_k + 64) of rows first_m of A and first_n of B.
-template <class A, class B>
-MEMEFF_DEVICE void load_step(Ring& ring, const TensorMap* a, const TensorMap* b, int first_m,
-                             int first_n, int first_k) {
+// The producer's thread: the ring's stage is free, in all blocks of the cluster.
+template <int kCluster>
+MEMEFF_DEVICE void wait_until_empty(const Ring<kCluster>& ring) {
   // On a fresh mbarrier parity 1 counts as over: the first round finds every stage empty.
-  ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
+  if constexpr (kCluster == 1)
+    ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
+  else
+    ptx::mbarrier_wait_cluster(ring.empty(ring.stage), ring.parity ^ 1);
+}
+
+// The producer's thread: the next stage gets k [first_k, first_k + 64) of rows first_m of A and
+// first_n of B.
+template <class A, class B, int kCluster>
+MEMEFF_DEVICE void load_step(Ring<kCluster>& ring, const TensorMap* a, const TensorMap* b,
+                             int first_m, int first_n, int first_k) {
+  wait_until_empty(ring);
   ptx::mbarrier_arrive_expect_tx(ring.full(), kStageBytes);
   A::load(ring.tile(), a, first_m, first_k, ring.full());
   B::load(ring.tile() + kOperandABytes, b, first_n, first_k, ring.full());
   ring.advance();
 }
 
+// The producer's thread, before it exits. In a cluster it stays until all stages are empty: then
+// the other block has all that was loaded for it, and will not arrive in this block's memory again.
+template <int kCluster>
+MEMEFF_DEVICE void finish_loads(Ring<kCluster>& ring) {
+  for (int stage = 0; kCluster > 1 && stage < kStages; ++stage) {
+    wait_until_empty(ring);
+    ring.advance();
+  }
+}
+
 // Each warp waits for its own share of the products, so each says itself that it has left a stage.
-MEMEFF_DEVICE void leave_stage(const Ring& ring, int stage) {
-  if (lane_index() == 0) ptx::mbarrier_arrive(ring.empty(stage));
+template <int kCluster>
+MEMEFF_DEVICE void leave_stage(const Ring<kCluster>& ring, int stage) {
+  if (lane_index() >= kCluster) return;
+  if constexpr (kCluster == 1)
+    ptx::mbarrier_arrive(ring.empty(stage));
+  else
+    ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane_index()));
 }
 
 // A consumer warpgroup: c = the product of the next `steps` stages. In the group's 64 x 256,
 // accumulator i of a thread is
 //   row 16 warp + lane / 4 + 8 (i / 2 % 2),  column 8 (i / 4) + 2 (lane % 4) + i % 2
-template <class T, class A, class B>
-MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring& ring, int steps) {
-  constexpr bool kATransposed = std::is_same_v<A, OperandTile<Major::kMn, kTileM>>;
-  constexpr bool kBTransposed = std::is_same_v<B, OperandTile<Major::kMn, kTileN>>;
+template <class T, class A, class B, int kCluster>
+MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring<kCluster>& ring, int steps) {
   // Zeroed here rather than by the first product: undefined registers that enter a loop make ptxas
   // keep a second copy of them, and spill it.
 #pragma unroll
@@ -171,7 +231,7 @@ MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring& ring, int steps) {
     ptx::wgmma_fence();
 #pragma unroll
     for (int k16 = 0; k16 < kStepK / 16; ++k16)
-      ptx::wgmma<kTileN, T, kATransposed, kBTransposed>(
+      ptx::wgmma<kTileN, T, A::kTransposed, B::kTransposed>(
           c, A::descriptor(ring.tile(), first_m, k16),
           B::descriptor(ring.tile() + kOperandABytes, 0, k16), 1);
     ptx::wgmma_commit();
@@ -189,19 +249,27 @@ MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring& ring, int steps) {
 
 // ---- which tile of C a block computes next ----
 
-// Tiles are numbered so that those computed at the same time form a compact patch: down
-// kTilesPerGroup rows, then the next column. 132 blocks then read 16 tiles of A and about 8 of B at
-// once (as many bytes of each), and A's stay in L2 until all columns are done.
+// What a cluster computes at a time, kCluster tiles one below the other, has a number; from first()
+// on, every stride()-th below count() is this cluster's. They are numbered so that those computed
+// at the same time form a compact patch: down kTilesPerGroup rows of tiles, then the next column.
+// 132 blocks then read 16 tiles of A and about 8 of B at once (as many bytes of each), and A's stay
+// in L2 until all columns are done.
+template <int kCluster>
 struct TileOrder {
-  int rows, columns;
-  static constexpr int kTilesPerGroup = 16;
+  int rows, columns;  // of what a cluster computes at a time
+  static constexpr int kTilesPerGroup = 16, kRowsPerGroup = kTilesPerGroup / kCluster;
 
+  MEMEFF_DEVICE static int first() { return static_cast<int>(blockIdx.x) / kCluster; }
+  MEMEFF_DEVICE static int stride() { return static_cast<int>(gridDim.x) / kCluster; }
+  MEMEFF_DEVICE int count() const { return rows * columns; }
+
+  // Of this block's tile of C. In the last row there may be none left for it.
   MEMEFF_DEVICE void place(int number, int* row, int* column) const {
-    const int group = number / (kTilesPerGroup * columns);
-    const int first_row = group * kTilesPerGroup;
-    const int height = rows - first_row < kTilesPerGroup ? rows - first_row : kTilesPerGroup;
+    const int group = number / (kRowsPerGroup * columns);
+    const int first_row = group * kRowsPerGroup;
+    const int height = rows - first_row < kRowsPerGroup ? rows - first_row : kRowsPerGroup;
     const int within = number - first_row * columns;
-    *row = first_row + within % height;
+    *row = (first_row + within % height) * kCluster + rank_in_cluster<kCluster>();
     *column = within / height;
   }
 };
@@ -210,18 +278,30 @@ inline int count_tiles(int64_t extent, int64_t tile) {
   return static_cast<int>((extent + tile - 1) / tile);
 }
 
-// Blocks of a persistent grid: one per SM, as the shared memory of two does not fit.
-inline Status persistent_blocks(int64_t tiles, unsigned* blocks) {
+// Of a C with `rows` rows, in columns of tiles.
+template <int kCluster>
+TileOrder<kCluster> tile_order(int64_t rows, int columns) {
+  return {count_tiles(rows, kTileM * kCluster), columns};
+}
+
+// Prepares the launch of a persistent grid: as many blocks as run at the same time, one per SM (the
+// shared memory of two does not fit), or fewer where there is less to do.
+template <int kCluster, class Kernel>
+Status persistent_blocks(Kernel kernel, const TileOrder<kCluster>& order, unsigned* blocks) {
+  const Status status = allow_shared_memory(kernel, kSharedBytes);
+  if (!status.ok()) return status;
 #if defined(__CUDACC__)
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  // A cluster's blocks run on SMs of one group; where groups have odd numbers of these, some SMs
+  // stay idle, and blocks for them would wait for others to end.
+  int clusters = 0;
+  const ClusterLaunch launch(kCluster, dim3(kCluster), dim3(kThreads), kSharedBytes, nullptr);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, launch.config());
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
 #else
-  const int multiprocessors = 2;  // few, so that every block computes several tiles
+  const int clusters = 2;  // few, so that every block computes several tiles
 #endif
-  *blocks = static_cast<unsigned>(tiles < multiprocessors ? tiles : multiprocessors);
+  const int64_t tiles = int64_t{order.rows} * order.columns;
+  *blocks = static_cast<unsigned>(kCluster * std::min<int64_t>(clusters, tiles));
   return {};
 }
 
