@@ -165,7 +165,7 @@ class Program:
 def build_programs(compiler: str, jobs: int, mutants: Sequence[Mutant]) -> list[Program]:
     """The test programs of the kernels, with mutants numbered as they come; shortest first."""
     shutil.rmtree(COPY, ignore_errors=True)
-    for part in ("csrc", "tests/emulator"):
+    for part in ("csrc", "tests/emulator", "benchmarks/cpp"):
         shutil.copytree(ROOT / part, COPY / part)
     for file in {mutant.file for mutant in mutants}:
         own = {number: mutant for number, mutant in enumerate(mutants) if mutant.file == file}
