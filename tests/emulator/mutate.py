@@ -3,8 +3,9 @@
 
     python tests/emulator/mutate.py tests/emulator/mutants.txt --compiler clang++-19
 
-The table gets a line per mutant: what gave it away, or that it survived. Lines of files that have
-not changed since the commit they name are kept, so a run that was cut off goes on where it stopped.
+The table gets a line per mutant: what gave it away, or that it survived. What was caught is not
+tried again as long as its file is as it was at the commit of the line, so a run that was cut off
+goes on where it stopped.
 
 A mutant survives when the synchronisation is superfluous, or when the tests do not reach the case
 that needs it. Known survivors are in SURVIVORS, each with the reason; any other is a failure (exit
@@ -164,7 +165,7 @@ class Program:
 def build_programs(compiler: str, jobs: int, mutants: Sequence[Mutant]) -> list[Program]:
     """The test programs of the kernels, with mutants numbered as they come; shortest first."""
     shutil.rmtree(COPY, ignore_errors=True)
-    for part in ("csrc", "tests/emulator"):
+    for part in ("csrc", "tests/emulator", "benchmarks/cpp"):
         shutil.copytree(ROOT / part, COPY / part)
     for file in {mutant.file for mutant in mutants}:
         own = {number: mutant for number, mutant in enumerate(mutants) if mutant.file == file}
@@ -256,7 +257,8 @@ def main() -> int:
         for mutant in mutants:
             row = old.get(mutant.place)
             path = f"{KERNELS}/{file}"
-            if row and git("diff", "--quiet", row[-1], "HEAD", "--", path).returncode == 0:
+            unchanged = row and git("diff", "--quiet", row[-1], "HEAD", "--", path).returncode == 0
+            if row and unchanged and row[0] == "caught":
                 rows[mutant.place] = row
             else:
                 todo.append(mutant)
