@@ -51,7 +51,8 @@ test: $(STAMP)-test
 
 # The CUDA kernels on the CPU, checked; needs the headers of a CUDA toolkit.
 emulate:
-	cmake -S tests/emulator -B build/emulator
+	cmake -S tests/emulator -B build/emulator \
+	  $(addprefix -DPython3_EXECUTABLE=,$(wildcard $(BIN)/python))
 	cmake --build build/emulator --parallel 2
 	ctest --test-dir build/emulator --output-on-failure
 

@@ -20,4 +20,5 @@ def plan(
     chunk_size: int,
     grad_accumulation: str,
     capability: int,
+    gpu: str,
 ) -> dict[str, str | int | float]: ...

@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("Missing\n  torch is not installed. Type:  pip install torch")
 
-from memeff import _library
+from memeff import _library, planning
 
 # Beyond what every x86-64 processor has; names as Linux prints them in /proc/cpuinfo.
 _INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
@@ -56,6 +56,7 @@ def build_rows() -> list[Row]:
         "cpu_capability": "CPU kernels used",
         "cuda": "built with CUDA",
         "cuda_archs": "for GPUs",
+        "cuda_measured": "choices measured on",
     }
     rows += [
         (names.get(name, name), "-" if value is None else value) for name, value in info.items()
@@ -122,6 +123,29 @@ def machine_rows() -> list[Row]:
     return rows
 
 
+def kernel_rows() -> list[Row]:
+    """The kernels that a large bfloat16 call gets on each GPU, and why; where there is no GPU, on
+    those of two architectures."""
+    if not _library.is_available():
+        return []
+    shape: tuple[int, int, int] = (8192, 4096, 128256)
+
+    def row(where: str, capability: tuple[int, int] | None) -> Row:
+        try:
+            plan = planning.plan(*shape, "bfloat16", backend="cuda", compute_capability=capability)
+        except ValueError as error:  # MEMEFF_CUDA_KERNELS means nothing
+            return where, str(error)
+        return where, f"{plan.kernels} ({plan.kernels_reason})"
+
+    if not torch.cuda.is_available():
+        return [row("sm_80, for example", (8, 0)), row("sm_90, for example", (9, 0))]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            rows.append(row(f"cuda:{index}", None))
+    return rows
+
+
 def problems() -> list[str]:
     """What keeps memeff from running or from being built, each with the command that mends it."""
     found = []
@@ -185,9 +209,10 @@ def main() -> int:
         "Python": python_rows(),
         "Tools": tool_rows(),
         "Machine": machine_rows(),
+        "CUDA kernels for scores, products": kernel_rows(),
     }
     for title, rows in sections.items():
-        print(title)
+        print(title if rows else f"{title}: -")
         for name, value in rows:
             print(f"  {name:<20} {value}")
     found = problems()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from memeff import _arguments, _checks, ops
-from memeff._gradients import CapturedResult, ReadyGradients, captured_leaves, node_number
+from memeff._gradient_sums import ReadyGradients
+from memeff._gradients import CapturedResult, add_gradient, captured_leaves, node_number
 from memeff.statistics import LogitStatistics
 from memeff.token_statistics import check_shapes, linear_token_statistics
 
@@ -208,10 +209,7 @@ class _Call:
             if whole is not None and gradient is not None:
                 whole[tokens] = gradient
         for leaf in others:
-            gradient = gradients[leaf]
-            if gradient is not None:
-                before = self.captured.get(leaf)
-                self.captured[leaf] = gradient if before is None else before + gradient
+            add_gradient(self.captured, leaf, gradients[leaf])
         result = []
         for leaf in leaves:
             gradient = gradients[leaf]

@@ -34,6 +34,9 @@ class Plan:
     kernels: str
     """What computes: "avx512_bf16" or "blas" (torch's products) on the CPU; on a GPU the families
     of kernels for scores and for products of gradients: "sm90,generic" (generic: cuBLAS)."""
+    kernels_reason: str
+    """Why these: "default"; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the
+    table of measured choices; or "MEMEFF_CUDA_KERNELS", the environment variable."""
     tokens_per_chunk: int
     num_chunks: int
     vocab_per_slice: int
@@ -46,7 +49,8 @@ class Plan:
     workspace_bytes: int
     """Allocated beyond the gradients; ``memory_budget`` bounds it together with library_bytes."""
     library_bytes: int
-    """What torch's matrix products may take for packed operands, where these compute the scores."""
+    """What torch's matrix products may take for packed or upcast operands, where these compute the
+    scores."""
     floor_bytes: int
     """The gradients themselves."""
     flops: float
@@ -70,6 +74,8 @@ class Plan:
             "logits": f"{_mebibytes(4 * self.tokens * self.vocab)} in float32, not stored",
             "products": f"{self.flops:.3g} FLOP, of which needed {self.floor_flops:.3g}",
         }
+        if self.backend == "cuda":
+            lines["kernels"] += f" ({self.kernels_reason})"
         if not self.stored_in_gradient:
             del lines["kept"]
         if not self.library_bytes:
@@ -173,19 +179,19 @@ def plan(
         memory_budget=_arguments.parse_memory_budget(memory_budget),
         chunk_size=_arguments.parse_chunk_size(chunk_size, None),
         grad_accumulation=grad_accumulation,
-        capability=_capability(compute_capability, device),
+        **_gpu(compute_capability, device),
     )
     return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=backend, **chosen)
 
 
-def _capability(given: tuple[int, int] | None, device: torch.device) -> int:
-    """10 * major + minor of the GPU to plan for."""
-    if given is None:
-        there = torch.cuda.is_available()
+def _gpu(given: tuple[int, int] | None, device: torch.device) -> dict[str, int | str]:
+    """The GPU to plan for: its compute capability, 10 * major + minor, and its name."""
+    name = ""
+    if given is None and torch.cuda.is_available():
         index = device if device.type == "cuda" else None
-        given = torch.cuda.get_device_capability(index) if there else (9, 0)
-    major, minor = given
-    return 10 * major + minor
+        given, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+    major, minor = given or (9, 0)
+    return {"capability": 10 * major + minor, "gpu": name}
 
 
 def _mebibytes(size: int) -> str:

@@ -5,11 +5,16 @@
     scripts/ptxas_report.py --archs "80;90a" -   some architectures, to stdout
     scripts/ptxas_report.py --check -            fail if a kernel spills registers
 
-Needs nvcc, no GPU. Occupancy is calculated from the limits of each architecture.
+Needs nvcc, no GPU. Occupancy is calculated from the limits of each architecture. Where nvdisasm is
+found (on PATH, beside nvcc, or pip's nvidia-cuda-nvdisasm), the machine code of every kernel must
+contain the instructions that its family is named for, else the exit status is 1.
 """
 
 import argparse
+import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,14 @@ DYNAMIC_SHARED = {
     "generic": "0",
     "sm80": "memeff::cuda::sm80::kPipelineBytes",
     "sm90": "memeff::cuda::sm90::kSharedBytes",
+}
+
+# Without these a kernel is not what it claims to be: products on tensor cores from fragments that
+# ldmatrix loads; products of warpgroups from what the tensor memory accelerator brings.
+INSTRUCTIONS = {
+    "generic": (),
+    "sm80": ("HMMA", "LDSM"),
+    "sm90": ("HGMMA", "UTMALDG"),
 }
 
 
@@ -91,6 +104,7 @@ class Compiled:
     static_shared: int
     dynamic_shared: int
     spilled_bytes: int
+    missing: tuple[str, ...] = ()  # of INSTRUCTIONS
 
     @property
     def cell(self) -> str:
@@ -162,8 +176,32 @@ def parse_ptxas(log: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def compile_source(toolkit: Toolkit, source: Source, arch: Arch) -> list[Compiled]:
-    """All kernels of one source for one architecture."""
+def find_nvdisasm(toolkit: Toolkit) -> Path | None:
+    """The disassembler on PATH, beside nvcc, or in a package of this Python."""
+    spec = importlib.util.find_spec("nvidia")  # a namespace of many packages
+    packages = spec.submodule_search_locations if spec else None
+    folders = [Path(f) for f in os.environ.get("PATH", "").split(os.pathsep) if f]
+    folders.append(toolkit.root / "bin")
+    folders += [folder for package in packages or () for folder in Path(package).glob("*/bin")]
+    found = shutil.which("nvdisasm", path=os.pathsep.join(map(str, folders)))
+    return Path(found) if found else None
+
+
+def parse_sass(listing: str) -> dict[str, set[str]]:
+    """Opcodes without their modifiers, by kernel, from nvdisasm's listing of a cubin."""
+    found: dict[str, set[str]] = {}
+    for section in re.split(r"^\s*//-+ \.text\.", listing, flags=re.MULTILINE)[1:]:
+        name = section.split(None, 1)[0]
+        # "/*0a10*/  @!P0 HMMA.16816.F32.BF16 R4, ... ;"
+        instruction = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)"
+        found[name] = set(re.findall(instruction, section, re.MULTILINE))
+    return found
+
+
+def compile_source(
+    toolkit: Toolkit, source: Source, arch: Arch, nvdisasm: Path | None
+) -> list[Compiled]:
+    """All kernels of one source for one architecture; without nvdisasm nothing is missing."""
     family = Path(source.path).parent.name
     with tempfile.TemporaryDirectory() as folder:
         unit = Path(folder) / "unit.cu"
@@ -175,7 +213,9 @@ def compile_source(toolkit: Toolkit, source: Source, arch: Arch) -> list[Compile
         flags = ["-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}"]
         _run([toolkit.nvcc, *flags, "-ptx", f"-arch=compute_{arch.name}", unit, "-o", ptx])
         ptxas = toolkit.root / "bin" / "ptxas"
-        log = _run([ptxas, "-v", f"-arch=sm_{arch.name}", ptx, "-o", Path(folder) / "unit.cubin"])
+        cubin = Path(folder) / "unit.cubin"
+        log = _run([ptxas, "-v", f"-arch=sm_{arch.name}", ptx, "-o", cubin])
+        opcodes = parse_sass(_run([nvdisasm, "-c", cubin])) if nvdisasm else {}
         launches = parse_ptx(ptx.read_text())
     compiled = []
     kernels = parse_ptxas(log)
@@ -183,7 +223,11 @@ def compile_source(toolkit: Toolkit, source: Source, arch: Arch) -> list[Compile
         threads, dynamic = launches[name]
         registers, static, spilled = measured
         kernel = f"{family} {short_name(full)}"
-        compiled.append(Compiled(kernel, arch, threads, registers, static, dynamic, spilled))
+        there = opcodes.get(name, set()) if nvdisasm else set(INSTRUCTIONS[family])
+        missing = tuple(opcode for opcode in INSTRUCTIONS[family] if opcode not in there)
+        compiled.append(
+            Compiled(kernel, arch, threads, registers, static, dynamic, spilled, missing)
+        )
     return compiled
 
 
@@ -243,6 +287,7 @@ def main() -> int:
     toolkit = find_toolkit()
     if toolkit is None:
         raise SystemExit("no nvcc: set CUDA_HOME to a CUDA toolkit")
+    nvdisasm = find_nvdisasm(toolkit)
     work = [
         (source, arch)
         for source in find_sources()
@@ -251,7 +296,7 @@ def main() -> int:
         if arch.sass and toolkit.supports(arch)
     ]
     with ThreadPoolExecutor(BuildConfig.from_environment().jobs) as pool:
-        parts = pool.map(lambda item: compile_source(toolkit, *item), work)
+        parts = pool.map(lambda item: compile_source(toolkit, item[0], item[1], nvdisasm), work)
         results = [kernel for part in parts for kernel in part]
 
     report = table(toolkit.version, results)
@@ -263,7 +308,12 @@ def main() -> int:
     spilling = [r for r in results if r.spilled_bytes]
     for kernel in spilling:
         print(f"{kernel.kernel} spills {kernel.spilled_bytes} bytes on sm_{kernel.arch.name}")
-    return 1 if options.check and spilling else 0
+    incomplete = [r for r in results if r.missing]
+    for kernel in incomplete:
+        print(f"{kernel.kernel} has no {' and no '.join(kernel.missing)} on sm_{kernel.arch.name}")
+    if nvdisasm is None:
+        print("SKIPPED: instructions were not checked, there is no nvdisasm (see --help)")
+    return 1 if incomplete or (options.check and spilling) else 0
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 """Everything that needs a GPU, in one command: `make verify-gpu OUT=folder`.
 
 Builds memeff for the GPU that is there, then runs the conformance program, the CUDA tests, the
-benchmark and compute-sanitizer, the most telling ones first, within a time limit that suits one
+benchmarks and compute-sanitizer, the most telling ones first, within a time limit that suits one
 datacenter GPU with 16 processor cores. Needs nvcc, g++, cmake, torch, ninja, pybind11 and pytest;
-no network. FOLDER/results.json is written anew after every step, so that whatever ends this program
-leaves what was done; the benchmark's own files are beside it.
+no network. Two files are written anew after every step, so that whatever ends this program leaves
+what was done:
+
+    FOLDER/results.json            every step with its last output and its figures
+    FOLDER/measured_choices.inc    which kernels were fastest, for csrc/cuda/measured_choices.inc
 
 Exit status: 0 every step passed or was skipped, 1 some failed, 77 there is no GPU.
 """
@@ -28,10 +31,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "verify"
+CHOICES = ROOT / "csrc" / "cuda" / "measured_choices.inc"
 sys.path.insert(0, str(ROOT))
 
+import measured_choices
+
 from buildtools.cuda_toolkit import find_toolkit
-from buildtools.environment import find_torch
+from buildtools.environment import Torch, find_torch
 
 SKIPPED = 77  # exit status of our C++ tests, and of this program, where there is no GPU
 TAIL_LINES = 60
@@ -40,18 +46,23 @@ LEAST_SECONDS = 5.0
 
 # Both shapes of the issue tracker's and the peers' tables; the third is 4 x 4096 tokens.
 SHAPES = ("8192,4096,128256", "4096,4096,128256", "16384,4096,131072")
+# Measured choices serve shapes within a factor of 4: with this one, heads of small models, too.
+SMALL_HEAD = "2048,2048,32768"
 SMALL_SHAPES = ("2048,2048,32768", "4096,2048,32768", "8192,2048,50304")
 
 
 @dataclass
 class Step:
-    """One thing to run. `needs`: programs without which it is skipped."""
+    """One thing to run. `needs`: programs without which it is skipped; `figures`: a file that it
+    writes, JSON, which becomes part of its outcome.
+    """
 
     name: str
     command: Sequence[str]
     limit: float  # seconds
     needs: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    figures: Path | None = None
 
 
 @dataclass
@@ -63,6 +74,7 @@ class Outcome:
     seconds: float
     command: str
     log_tail: list[str]
+    figures: Any = None
 
 
 def query_gpu() -> dict[str, str] | None:
@@ -98,6 +110,9 @@ def run(step: Step, seconds: float) -> Outcome:
     shown = " ".join([*(f"{k}={v}" for k, v in step.environment.items()), *step.command])
     if missing:
         return Outcome(step.name, "skipped", 0.0, shown, [f"no {' and no '.join(missing)}"])
+    if step.figures is not None:
+        step.figures.parent.mkdir(parents=True, exist_ok=True)
+        step.figures.unlink(missing_ok=True)
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
@@ -113,7 +128,11 @@ def run(step: Step, seconds: float) -> Outcome:
             end_group(process)
         log.seek(0)
         tail = log.read().splitlines()[-TAIL_LINES:]
-    return Outcome(step.name, status, round(time.monotonic() - start, 1), shown, tail)
+    seconds = round(time.monotonic() - start, 1)
+    figures = None
+    if step.figures is not None and step.figures.exists():
+        figures = json.loads(step.figures.read_text())
+    return Outcome(step.name, status, seconds, shown, tail, figures)
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
@@ -152,22 +171,45 @@ def sanitizer_command(tool: str) -> str:
     )
 
 
-def bench_step(
-    folder: Path, name: str, shape: str, dtype: str, limit: float, *options: str
-) -> Step:
-    """One run of memeff-bench, its figures in a file of its own."""
-    file = folder / f"bench-{name}-{dtype}-{shape.replace(',', 'x')}.json"
+def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -> Step:
+    """One run of memeff-bench."""
+    file = BUILD / "figures" / f"{name}-{dtype}-{shape.replace(',', 'x')}.json"
     command = [sys.executable, "-m", "memeff.bench.cli", "--device", "cuda", "--shape", shape,
                "--dtype", dtype, "--rounds", "10", "--json", str(file), *options]  # fmt: skip
-    return Step(f"benchmark {name} {shape} {dtype}", command, limit)
+    return Step(f"benchmark {name} {shape} {dtype}", command, limit, figures=file)
 
 
-def plan_steps(folder: Path, arch: str) -> list[Step]:
+def choice_step(arch: str, shape: str, dtype: str, skips: bool = False) -> Step:
+    """The families of kernels against each other, whole calls in one process."""
+    mass = "~1e-3" if skips else ""
+    families = measured_choices.candidates(int(arch), skips)
+    variants = ",".join(f"memeff{mass}={kernels}" for kernels in families)
+    options = ["--variants", variants, *(["--peaked"] if skips else [])]
+    return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, *options)
+
+
+def kernel_step(shapes: Sequence[str], dtype: str, torch: Torch | None) -> Step:
+    """Every kernel alone, beside the cuBLAS that torch brings along."""
+    file = BUILD / "figures" / "kernels.json"
+    command = [f"{BUILD}/cpp/bench_cuda_kernels", "--dtype", dtype, "--json", str(file)]
+    for shape in shapes:
+        command += ["--shape", shape]
+    packages = torch.folder.parent / "nvidia" if torch else ROOT / "none"
+    folders = [str(folder.parent) for folder in sorted(packages.glob("*/lib/libcublas.so.*"))]
+    path = os.pathsep.join([*folders, os.environ.get("LD_LIBRARY_PATH", "")])
+    return Step("kernels alone", command, 90, environment={"LD_LIBRARY_PATH": path}, figures=file)
+
+
+def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
     """All steps, the most valuable first; each needs the build, which comes before them."""
     python = sys.executable
     new = int(arch) >= 80
     dtype = "bfloat16" if new else "float16"
     first, second, third = SHAPES if new else SMALL_SHAPES
+    more_choices = []
+    if new:
+        more_choices = [choice_step(arch, s, dtype) for s in (second, third, SMALL_HEAD)]
+        more_choices.append(choice_step(arch, first, dtype, skips=True))
     pytest = [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
     return [
         Step("diagnostics", [python, "-m", "memeff.diagnostics"], 60),
@@ -175,17 +217,46 @@ def plan_steps(folder: Path, arch: str) -> list[Step]:
         if new
         else Step("conformance", ["sh", "-c", f"echo needs sm_80; exit {SKIPPED}"], 5),
         Step("CUDA tests", pytest, 180),
-        bench_step(folder, "all", first, dtype, 120),
+        *([choice_step(arch, first, dtype)] if new else []),
+        kernel_step([first, second], dtype, torch),
+        bench_step("all", first, dtype, 120),
+        *more_choices,
         Step("C++ kernel tests", ["ctest", "--test-dir", f"{BUILD}/cpp", "-L", "gpu",
                                   "--output-on-failure"], 60, ["ctest"]),
         Step("memcheck", ["sh", "-c", sanitizer_command("memcheck")], 60, ["compute-sanitizer"]),
         Step("racecheck", ["sh", "-c", sanitizer_command("racecheck")], 60, ["compute-sanitizer"]),
-        bench_step(folder, "all", second, dtype, 60),
-        bench_step(folder, "all", third, dtype, 60),
-        bench_step(folder, "peaked", first, dtype, 60, "--peaked", "--variants",
+        bench_step("all", second, dtype, 60),
+        bench_step("all", third, dtype, 60),
+        bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
                    "standard,cce,memeff,memeff~1e-3"),
-        bench_step(folder, "forward", first, dtype, 60, "--forward"),
+        bench_step("forward", first, dtype, 60, "--forward"),
     ]  # fmt: skip
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes a file so that it is there in full at every moment."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text)
+    new.replace(file)
+
+
+def choices_file(outcomes: Sequence[Outcome], environment: Mapping[str, Any], old: str) -> str:
+    """measured_choices.inc as the steps so far have it, "" where nothing was compared."""
+    runs: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        if outcome.figures is not None and "runs" in outcome.figures:
+            runs += outcome.figures["runs"]
+    choices = measured_choices.choices_of(runs)
+    if not choices:
+        return ""
+    gpu = environment["gpu"]
+    tests = next((o.status for o in outcomes if o.step == "CUDA tests"), "not run")
+    remarks = [
+        f"driver {gpu['driver_version']}, torch {environment['torch']}, {environment['date']}",
+        f"commit {environment['commit']}; make verify-gpu, whose CUDA tests: {tests}",
+    ]
+    capability = int(gpu["compute_cap"].replace(".", ""))
+    return measured_choices.render(choices, gpu["name"], capability, remarks, old)
 
 
 class Results:
@@ -199,9 +270,7 @@ class Results:
     def add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         steps = [asdict(outcome) for outcome in self.outcomes]
-        new = self._file.with_suffix(".new")
-        new.write_text(json.dumps({**self._environment, "steps": steps}, indent=1) + "\n")
-        new.replace(self._file)
+        replace(self._file, json.dumps({**self._environment, "steps": steps}, indent=1) + "\n")
         print(f"{outcome.status:>8} {outcome.seconds:6.1f} s  {outcome.step}", flush=True)
         if outcome.status != "passed":
             print("\n".join(f"          {line}" for line in outcome.log_tail[-15:]), flush=True)
@@ -226,17 +295,15 @@ def main() -> int:
     arch = gpu["compute_cap"].replace(".", "")
     torch, toolkit = find_torch(), find_toolkit()
     options.folder.mkdir(parents=True, exist_ok=True)
-    results = Results(
-        options.folder,
-        {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            "gpu": gpu,
-            "torch": torch.version if torch else None,
-            "nvcc": toolkit.version if toolkit else None,
-            "cpus": os.cpu_count(),
-        },
-    )
+    environment = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "gpu": gpu,
+        "torch": torch.version if torch else None,
+        "nvcc": toolkit.version if toolkit else None,
+        "cpus": os.cpu_count(),
+    }
+    results = Results(options.folder, environment)
     print(f"{gpu['name']}, sm_{arch}, driver {gpu['driver_version']}; results in {options.folder}")
 
     def left(limit: float) -> float:
@@ -267,11 +334,14 @@ def main() -> int:
     tail = cpp_log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
     results.add(Outcome("build of the C++ tests", status, seconds, cpp_build_command(arch), tail))
 
-    for step in plan_steps(options.folder, arch):
+    for step in plan_steps(arch, torch):
         if left(step.limit) < LEAST_SECONDS:
             results.add(Outcome(step.name, "skipped", 0.0, "", ["no time was left"]))
-        else:
-            results.add(run(step, left(step.limit)))
+            continue
+        results.add(run(step, left(step.limit)))
+        table = choices_file(results.outcomes, environment, CHOICES.read_text())
+        if table:
+            replace(options.folder / "measured_choices.inc", table)
     return 1 if any(o.status in ("failed", "timeout") for o in results.outcomes) else 0
 
 

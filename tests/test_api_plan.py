@@ -62,6 +62,24 @@ def test_small_budgets_keep_bfloat16_sums_compact() -> None:
     assert exact.accumulation != "compact"
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "capability", "upcasts"),
+    [("bfloat16", (7, 5), True), ("float16", (7, 5), False), ("bfloat16", (8, 0), False)],
+    ids=str,
+)
+def test_budget_bounds_upcast_operands(
+    dtype: str, capability: tuple[int, int], upcasts: bool, reduction: str
+) -> None:
+    """GPUs before sm_80 do not multiply bfloat16: torch upcasts, beside the workspace."""
+    plan = memeff.plan(
+        4096, 1024, 32768, dtype, reduction=reduction, memory_budget="64MiB",
+        backend="cuda", compute_capability=capability,
+    )  # fmt: skip
+    assert (plan.library_bytes > 0) is upcasts
+    assert plan.workspace_bytes + plan.library_bytes <= 64 * 2**20
+
+
 def test_options_count() -> None:
     """Partial sums of what else is wanted per token are part of the workspace."""
 
@@ -74,6 +92,25 @@ def test_options_count() -> None:
     assert workspace(label_smoothing=0.1) > plain
     assert workspace(return_statistics=True) > plain
     assert workspace(probabilities=True) > plain
+
+
+def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which, and why. (No row of the table of measured choices is for such a small head.)"""
+    monkeypatch.delenv("MEMEFF_CUDA_KERNELS", raising=False)
+
+    def plan(**options: object) -> memeff.Plan:
+        return memeff.plan(
+            100, 64, 300, "bfloat16", backend="cuda", compute_capability=(9, 0), **options
+        )
+
+    assert (plan().kernels, plan().kernels_reason) == ("sm90,generic", "default")
+    assert plan(skip_mass=1e-3).kernels == "sm90,sm90"
+    assert "cuda: sm90,generic (default)" in str(plan())
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80,sm80")
+    assert (plan().kernels, plan().kernels_reason) == ("sm80,sm80", "MEMEFF_CUDA_KERNELS")
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80")
+    with pytest.raises(ValueError, match="MEMEFF_CUDA_KERNELS='sm80'"):
+        plan()
 
 
 def test_readable() -> None:

@@ -1,11 +1,12 @@
 """memeff-bench: what it is given and what it says; the figures themselves are not tested."""
 
 import json
+import os
 
 import pytest
 import torch
 
-from memeff.bench import cli
+from memeff.bench import cli, variants
 from memeff.bench.problem import make_problem
 from memeff.bench.shapes import Shape
 from memeff.bench.variants import DEFAULT_VARIANTS, check_names, make_variant
@@ -18,10 +19,10 @@ def test_a_small_run(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "quack: quack runs on GPUs only" in table
     (run,) = json.loads(file.read_text())["runs"]
-    variants = {variant["name"]: variant for variant in run["variants"]}
+    measured = {variant["name"]: variant for variant in run["variants"]}
     for name in ("standard", "memeff"):
-        assert len(variants[name]["seconds"]) == 2
-        assert variants[name]["errors"]["dw"] < 1e-5
+        assert len(measured[name]["seconds"]) == 2
+        assert measured[name]["errors"]["dw"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_a_small_run(tmp_path, capsys):
         (["--device", "nonsense"], "--device is 'nonsense'"),
         (["--variants", "memeff~much"], "'memeff~much' is unknown"),
         (["--variants", "memeff@4MiB~0.1"], "is unknown"),
+        (["--variants", "memeff=sm90"], "is unknown"),
         (["--shape", "1,2"], "'1,2'"),
     ],
 )
@@ -51,6 +53,21 @@ def test_memory_budget_by_name():
     loss = make_variant("memeff@4MiB").loss(problem.x, problem.w, problem.y, None)
     expected = make_variant("standard").loss(problem.x, problem.w, problem.y, None)
     torch.testing.assert_close(loss, expected)
+
+
+def test_kernels_by_name(monkeypatch):
+    """The environment variable is set for the call and the backward pass behind it."""
+    monkeypatch.setattr(variants, "_KERNELS_AT_START", "sm80,sm80")
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80,sm80")
+    problem = make_problem(Shape(8, 4, 16), torch.float32)
+    for name, kernels in [
+        ("memeff=sm90+generic", "sm90,generic"),
+        ("memeff~0.1=sm90+sm90", "sm90,sm90"),
+        ("memeff@4MiB=generic+generic", "generic,generic"),
+        ("memeff", "sm80,sm80"),
+    ]:
+        make_variant(name).loss(problem.x, problem.w, problem.y, None)
+        assert os.environ["MEMEFF_CUDA_KERNELS"] == kernels
 
 
 def test_peaked_raises_the_target_alone():

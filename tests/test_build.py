@@ -83,6 +83,7 @@ class TestDiagnostics:
         printed = capsys.readouterr().out
         assert torch.__version__ in printed
         assert "Nothing is missing" in printed
+        assert "CUDA kernels for scores, products" in printed
 
     def test_works_when_the_extension_does_not_load(self):
         # None in sys.modules makes the import fail as a missing module does.

@@ -244,16 +244,37 @@ __global__ void __launch_bounds__(1024) spills(float* p, int n) {
 """
 
 
+# An accumulator is changed while the product that it belongs to is on its way, so that ptxas has to
+# wait after each: "(C7511) ... wgmma.mma_async instructions are serialized".
+SERIALIZED = """
+using Descriptor = unsigned long long;
+__global__ void __launch_bounds__(128) serialized(float* out, Descriptor a, Descriptor b) {
+  float d[4] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b));
+    d[0] += 1.f;
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) out[i * 128 + threadIdx.x] = d[i];
+}
+"""
+
+
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
 class TestNvcc:
-    def build(self, root: Path, werror: bool) -> Path:
+    def build(self, root: Path, werror: bool, arch: str = "80") -> Path:
         toolkit = find_toolkit()
         assert toolkit is not None
         config = BuildConfig.from_environment({"MEMEFF_WERROR": "1" if werror else "0"})
         source = Source("kernel.cu", "cuda")
         (path,) = compile_objects(
-            [Compilation(source, "nvcc", [f"-gencode={Arch.parse('80').gencode}"])],
+            [Compilation(source, "nvcc", [f"-gencode={Arch.parse(arch).gencode}"])],
             compilers={"nvcc": config.nvcc_command(toolkit.nvcc)},
             root=root,
             build_folder=root / "build",
@@ -279,3 +300,12 @@ class TestNvcc:
             with pytest.raises(SystemExit):
                 self.build(tmp_path, werror=True)
             assert "Registers are spilled" in capfd.readouterr().out
+
+    def test_wgmma_one_after_the_other(self, tmp_path, capfd):
+        """What nvcc's own -Werror lets pass, and the build does not."""
+        (tmp_path / "kernel.cu").write_text(SERIALIZED)
+        assert self.build(tmp_path, werror=False, arch="90a").exists()
+        assert "wgmma.mma_async instructions are serialized" in capfd.readouterr().out
+        with pytest.raises(SystemExit):
+            self.build(tmp_path, werror=True, arch="90a")
+        assert "wgmma.mma_async instructions are serialized" in capfd.readouterr().out

@@ -38,9 +38,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 KERNELS = ["generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90"]
-# Everything that 16-bit kernels distinguish; fp32 and fp64 are the generic kernels' alone.
+# Everything that 16-bit kernels distinguish, in both types where they are families of their own;
+# those that share all but the movement of operands with sm90, in one. fp32 and fp64 are the generic
+# kernels' alone.
 VARIANTS = [
     *((kernels, dtype) for kernels in KERNELS for dtype in (torch.bfloat16, torch.float16)),
+    ("sm90x2,sm90x2", torch.bfloat16),
+    ("sm90x2,sm90rs", torch.float16),
     ("generic,generic", torch.float32),
     ("generic,generic", torch.float64),
 ]
@@ -80,6 +84,14 @@ def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_options_recomputed(options: str, reduction: str, dtype: torch.dtype) -> None:
     check_emulated(Case((40,), 16, 140, dtype, reduction, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("shape", [(9, 2100, 70), (7, 16, 4200), (4200, 8, 20)], ids=str)
+def test_products_in_pieces(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 is upcast for torch.mm (here and before sm_80), a piece at a time."""
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "generic,generic")
+    tokens, features, vocab = shape
+    check_emulated(Case((tokens,), features, vocab, torch.bfloat16, "none", bias=True))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 100])
@@ -211,7 +223,7 @@ def test_targets_out_of_range_are_seen(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=25)
-@given(case=any_case(), kernels=st.sampled_from(KERNELS))
+@given(case=any_case(), kernels=st.sampled_from([*KERNELS, "sm90x2,sm90x2", "sm90,sm90rs"]))
 def test_any_call(case: Case, kernels: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMEFF_CUDA_KERNELS", kernels)

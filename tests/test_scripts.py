@@ -1,6 +1,8 @@
 """The scripts' own logic, without nvcc and without a GPU."""
 
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -8,8 +10,10 @@ import pytest
 from buildtools.cuda_archs import Arch
 from buildtools.sources import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "emulator")]
 
+import measured_choices
+import mutate
 import ptxas_report
 import verify_gpu
 from verify_gpu import Results, Step
@@ -31,6 +35,16 @@ PTX = """
 {
 \tret;
 }
+"""
+SASS = """\
+\t.section\t.text._Z4tilePf,"ax",@progbits
+//--------------------- .text._Z4tilePf             --------------------------
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_3:
+        /*0a10*/              @!P0 UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+        /*0a20*/             @!UP1 HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;
+//--------------------- .text._Z5plainPf            --------------------------
+        /*0000*/                   EXIT ;  // HGMMA in a comment
 """
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -96,12 +110,101 @@ class TestPtxasReport:
     def test_names(self, demangled, short):
         assert ptxas_report.short_name(demangled) == short
 
+    def test_opcodes(self):
+        assert ptxas_report.parse_sass(SASS) == {
+            "_Z4tilePf": {"LDC", "UTMALDG", "HGMMA"},
+            "_Z5plainPf": {"EXIT"},
+        }
+
+    def test_every_family_says_what_it_needs(self):
+        families = {
+            source.path.split("/")[2]
+            for source in ptxas_report.find_sources()
+            if source.toolchain == "cuda"
+        }
+        assert families == ptxas_report.INSTRUCTIONS.keys() == ptxas_report.DYNAMIC_SHARED.keys()
+
+    def toolkit(self):
+        toolkit = ptxas_report.find_toolkit()
+        if toolkit is None:
+            pytest.skip("no nvcc on this machine")
+        nvdisasm = ptxas_report.find_nvdisasm(toolkit)
+        if nvdisasm is None:
+            pytest.skip("no nvdisasm on PATH, beside nvcc or from pip's nvidia-cuda-nvdisasm")
+        return toolkit, nvdisasm
+
+    @pytest.mark.parametrize(
+        ("path", "arch"),
+        [
+            ("csrc/cuda/sm80/gradient_products.cu", "80"),
+            ("csrc/cuda/sm90/gradient_products.cu", "90a"),
+        ],
+    )
+    def test_machine_code_has_the_instructions(self, path, arch):
+        toolkit, nvdisasm = self.toolkit()
+        source = next(s for s in ptxas_report.find_sources() if s.path == path)
+        kernels = ptxas_report.compile_source(toolkit, source, Arch.parse(arch), nvdisasm)
+        assert kernels
+        assert all(kernel.missing == () for kernel in kernels)
+
+    def test_machine_code_without_them_is_noticed(self, monkeypatch):
+        toolkit, nvdisasm = self.toolkit()
+        monkeypatch.setitem(ptxas_report.INSTRUCTIONS, "generic", ("HGMMA",))
+        path = "csrc/cuda/generic/bias_gradient.cu"
+        source = next(s for s in ptxas_report.find_sources() if s.path == path)
+        kernels = ptxas_report.compile_source(toolkit, source, Arch.parse("80"), nvdisasm)
+        assert kernels
+        assert all(kernel.missing == ("HGMMA",) for kernel in kernels)
+
     def test_table_shows_spills(self):
         kernel = ptxas_report.Compiled("sm80 tile", Arch.parse("80"), 256, 128, 1024, 49152, 16)
         report = ptxas_report.table("13.0", [kernel])
         assert "sm80 tile" in report
         assert "1024+49152" in report
         assert "128 2x8 SPILLS 16" in report
+
+
+class TestMutate:
+    @pytest.mark.parametrize(
+        ("line", "mutated"),
+        [
+            ("  __syncthreads();  // all have left", "  ;"),
+            ("  if (size(G) < 4) __syncthreads();", "  if (size(G) < 4) ;"),
+            ("ptx::cp_async_wait<kStages - 2>();", ";"),
+            ("ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);", ";"),
+            ("leave_stage(ring, previous_stage);", ";"),
+        ],
+    )
+    def test_removes_statements(self, line, mutated):
+        (mutant,) = mutate.find_mutants("sm80/tile.cuh", f"first\n{line}\nlast")
+        assert mutant.text == f"first\n{mutated}\nlast"
+        assert mutant.place == "sm80/tile.cuh:2"
+        assert mutant.statement in line
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "// __syncthreads();",
+            "ptx::cp_async_16(to, from);",
+            "MEMEFF_DEVICE void leave_stage() {",
+        ],
+    )
+    def test_leaves_the_rest_alone(self, line):
+        assert mutate.find_mutants("sm80/tile.cuh", line) == []
+
+    def test_overlooks_nothing(self):
+        with pytest.raises(SystemExit, match="not a statement of its own"):
+            mutate.find_mutants("sm80/tile.cuh", "for (;;) ptx::bar_sync(1, 128);")
+
+    def test_tables_can_be_read_back(self, tmp_path):
+        rows = {
+            "a.cu:12": ["SURVIVED", "a.cu:12", "__syncthreads();", "nobody", "abc"],
+            "a.cu:9": ["caught", "a.cu:9", "ptx::bar_sync(1, 2);", "test_a: deadlock", "abc"],
+        }
+        mutate.write_table(tmp_path / "table.txt", rows)
+        assert mutate.read_table(tmp_path / "table.txt") == rows
+        text = (tmp_path / "table.txt").read_text()
+        assert text.index("a.cu:9") < text.index("a.cu:12")
 
 
 def python(code: str) -> list[str]:
@@ -139,9 +242,153 @@ class TestVerifyGpu:
         assert "no GPU" in capsys.readouterr().out
 
     @pytest.mark.parametrize("arch", ["75", "80", "90", "120"])
-    def test_every_step_has_its_name_and_limit(self, tmp_path, arch):
-        steps = verify_gpu.plan_steps(tmp_path, arch)
+    def test_every_step_has_its_name_and_limit(self, arch):
+        steps = verify_gpu.plan_steps(arch, None)
         assert len({step.name for step in steps}) == len(steps)
         assert all(step.limit > 0 for step in steps)
-        # What comes back from some machines is limited in number; logs are inside results.json.
-        assert sum("--json" in step.command for step in steps) < 7
+        compared = [step for step in steps if "choices" in step.name]
+        assert len(compared) == (0 if arch == "75" else 5)
+        figures = [step.figures for step in steps if step.figures is not None]
+        assert len(set(figures)) == len(figures) > 5
+        for step in steps:
+            assert (step.figures is not None) == ("--json" in step.command)
+
+    def test_figures_become_part_of_the_outcome(self, tmp_path):
+        file = tmp_path / "new" / "figures.json"
+        writes = f"open({str(file)!r}, 'w').write('[1, 2]')"
+        outcome = verify_gpu.run(Step("f", python(writes), 60, figures=file), 60)
+        assert outcome.figures == [1, 2]
+        # Those of an earlier run are not taken for this one's.
+        outcome = verify_gpu.run(Step("g", python("raise SystemExit(3)"), 60, figures=file), 60)
+        assert (outcome.status, outcome.figures) == ("failed", None)
+
+    def test_the_table_follows_the_outcomes(self):
+        environment = {
+            "gpu": {"name": "NVIDIA H200", "compute_cap": "9.0", "driver_version": "580.1"},
+            "torch": "2.13.0+cu130",
+            "date": "2026-11-26",
+            "commit": "abc",
+        }
+        tests = verify_gpu.Outcome("CUDA tests", "failed", 1.0, "", [])
+        nothing = verify_gpu.Outcome("benchmark all", "timeout", 1.0, "", [])
+        assert verify_gpu.choices_file([tests, nothing], environment, "") == ""
+        kernels = verify_gpu.Outcome("kernels alone", "passed", 1.0, "", [], {"shapes": []})
+        figures = {"runs": [bench_run({"sm90+generic": 2.0, "sm90+sm90": 1.0})]}
+        measured = verify_gpu.Outcome("choices", "passed", 1.0, "", [], figures)
+        text = verify_gpu.choices_file([tests, kernels, measured], environment, "")
+        assert "commit abc; make verify-gpu, whose CUDA tests: failed" in text
+        assert '{"NVIDIA H200", 90, DType::kBFloat16, 8192, 4096, 128256, false,' in text
+
+
+def bench_run(times, *, errors=None, mass="", **fields):
+    """A run as memeff-bench writes it; `times` by "scores+products", None: could not run."""
+    variants = [{"name": "memeff", "median_s": 0.5, "errors": {"loss": 0, "dx": 0, "dw": 0}}]
+    for kernels, seconds in times.items():
+        variant = {"name": f"memeff{mass}={kernels}"}
+        if seconds is None:
+            variant["note"] = "ValueError: no such kernels"
+        else:
+            exact = {"loss": 1e-8, "dx": 2e-3, "dw": 2e-3}
+            variant |= {"median_s": seconds, "errors": (errors or {}).get(kernels, exact)}
+        variants.append(variant)
+    shape = {"tokens": 8192, "features": 4096, "vocab": 128256, "dtype": "bfloat16"}
+    return {**shape, "backward": True, "variants": variants, **fields}
+
+
+class TestMeasuredChoices:
+    def chosen(self, run):
+        return [(c.kernels, c.skips) for c in measured_choices.choices_of([run])]
+
+    def test_the_fastest(self):
+        run = bench_run({"sm90+generic": 0.036, "sm90+sm90": 0.035, "sm80+sm80": 0.09})
+        (choice,) = measured_choices.choices_of([run])
+        assert choice.kernels == "sm90+sm90"
+        assert (choice.tokens, choice.features, choice.vocab) == (8192, 4096, 128256)
+        assert choice.seconds == {"sm90+generic": 0.036, "sm90+sm90": 0.035, "sm80+sm80": 0.09}
+
+    def test_the_first_unless_another_is_clearly_faster(self):
+        times = {"sm90+generic": 0.0351, "sm90+sm90": 0.0350}
+        assert self.chosen(bench_run(times)) == [("sm90+generic", False)]
+        assert self.chosen(bench_run(dict(reversed(times.items())))) == [("sm90+sm90", False)]
+
+    @pytest.mark.parametrize("part", ["loss", "dx", "dw"])
+    @pytest.mark.parametrize("error", [0.1, float("nan"), float("inf")])
+    def test_wrong_kernels_do_not_win(self, part, error):
+        wrong = {"loss": 1e-8, "dx": 2e-3, "dw": 2e-3, part: error}
+        times = {"sm90+generic": 0.036, "sm90+sm90": 0.001, "sm80+sm80": 0.035}
+        run = bench_run(times, errors={"sm90+sm90": wrong})
+        assert self.chosen(run) == [("sm80+sm80", False)]
+
+    def test_nothing_is_right(self):
+        errors = {
+            "sm90+generic": {"loss": 1e-8, "dx": 1.0, "dw": 2e-3},
+            "sm90+sm90": {"loss": 1e-8, "dx": 2e-3, "dw": 1.0},
+        }
+        assert self.chosen(bench_run({"sm90+generic": 1.0, "sm90+sm90": 2.0}, errors=errors)) == []
+
+    def test_what_could_not_run_is_left_out(self):
+        assert self.chosen(bench_run({"sm90+generic": 1.0, "sm90+sm90": None})) == []
+        times = {"sm90+generic": None, "sm90+sm90": 2.0, "sm80+sm80": 3.0}
+        assert self.chosen(bench_run(times)) == [("sm90+sm90", False)]
+
+    def test_forward_alone_decides_nothing(self):
+        assert self.chosen(bench_run({"sm90+generic": 1.0, "sm90+sm90": 2.0}, backward=False)) == []
+
+    def test_skipping_is_apart(self):
+        run = bench_run({"sm90+sm90": 1.0, "sm80+sm80": 2.0}, mass="~1e-3")
+        assert self.chosen(run) == [("sm90+sm90", True)]
+        exact = bench_run({"sm90+generic": 1.0, "sm90+sm90": 2.0})
+        run["variants"] += exact["variants"]
+        assert self.chosen(run) == [("sm90+generic", False), ("sm90+sm90", True)]
+
+    def table(self, gpu="NVIDIA H200", old="", times=None):
+        times = times or {"sm90+generic": 0.036, "sm90+sm90": 0.035}
+        choices = measured_choices.choices_of([bench_run(times)])
+        return measured_choices.render(choices, gpu, 90, ["driver 580"], old)
+
+    def test_rows(self):
+        text = self.table()
+        assert "// NVIDIA H200\n// driver 580\n" in text
+        assert "// sm90+sm90 35.00, sm90+generic 36.00\n" in text
+        assert (
+            '\n{"NVIDIA H200", 90, DType::kBFloat16, 8192, 4096, 128256, false, Family::kSm90, '
+            "Family::kSm90},\n"
+        ) in text
+
+    def test_other_gpus_stay(self):
+        current = verify_gpu.CHOICES.read_text()
+        both = self.table("NVIDIA H100 80GB HBM3", self.table(old=current))
+        assert both.count("{") == 2
+        again = self.table(old=both, times={"sm80+generic": 1.0, "sm80+sm80": 2.0})
+        assert again.count('{"NVIDIA H200"') == again.count('{"NVIDIA H100 80GB HBM3"') == 1
+        assert "Family::kSm80, Family::kGeneric" in again
+        assert again.count("The table of measured choices") == 1
+        assert "No rows" not in again
+
+    def test_the_committed_file_starts_alike(self):
+        assert verify_gpu.CHOICES.read_text().startswith(measured_choices.HEAD)
+
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+    @pytest.mark.parametrize("capability", [80, 90])
+    def test_compiles(self, tmp_path, capability):
+        """As part of selection, with every family that may win."""
+        runs = []
+        for skips in (False, True):
+            families = measured_choices.candidates(capability, skips)
+            for best in families:
+                times = {name: 1.0 if name == best else 2.0 for name in families}
+                runs.append(bench_run(times, mass="~1e-3" if skips else ""))
+        choices = measured_choices.choices_of(runs)
+        assert len(choices) == len(runs)
+        text = measured_choices.render(choices, "NVIDIA", capability, [])
+        (tmp_path / "cuda").mkdir()
+        (tmp_path / "cuda" / "measured_choices.inc").write_text(text)
+        flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+        folders = [f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
+        subprocess.run(["c++", *flags, *folders, ROOT / "csrc/cuda/select.cpp"], check=True)
+
+    def test_candidates(self):
+        assert measured_choices.candidates(75) == ()
+        assert measured_choices.candidates(120) == measured_choices.candidates(80)
+        assert measured_choices.candidates(90)[0] == "sm90+generic"
+        assert measured_choices.candidates(90, skips=True)[0] == "sm90+sm90"

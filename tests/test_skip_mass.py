@@ -27,7 +27,7 @@ def _no_reports() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["sm80,sm80", "sm90,sm90"])
+@pytest.fixture(params=["sm80,sm80", "sm90,sm90", "sm90,sm90rs"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", request.param)
 

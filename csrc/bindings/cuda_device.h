@@ -3,12 +3,12 @@
 
 #include <ATen/ops/empty.h>
 
-#include <cstdlib>
 #include <functional>
 #include <string>
 
 #include "bindings/device.h"
 #include "cuda/cuda_backend.h"
+#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/runtime.h"
 #include "cuda/select.h"
@@ -23,6 +23,7 @@ class CudaLikeDevice : public Device {
     std::string error;
     const cuda::Selection kernels = select(problem, &error);
     if (!error.empty()) return error;
+    request->gpu_upcasts = cuda::upcasts(problem.dtype, cuda::current_gpu());
     return cuda::make_plan(*request, cuda::plan_traits(problem, *request, kernels), plan);
   }
 
@@ -47,9 +48,8 @@ class CudaLikeDevice : public Device {
 
  private:
   static cuda::Selection select(const Problem& problem, std::string* error) {
-    const char* forced = std::getenv("MEMEFF_CUDA_KERNELS");
-    return cuda::select_kernels(problem, cuda::current_gpu(), forced == nullptr ? "" : forced,
-                                error);
+    return cuda::select_kernels(problem, cuda::current_gpu(), cuda::forced_kernels(),
+                                cuda::measured_choices(), error);
   }
 };
 

@@ -12,6 +12,7 @@
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
+#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
 
@@ -24,6 +25,15 @@ namespace {
 // whole there, though the code needs its end only.
 [[gnu::used]] constexpr char kTorchStamp[] = "memeff was built with torch=" MEMEFF_TORCH_VERSION;
 constexpr size_t kTorchStampPrefix = sizeof("memeff was built with torch=") - 1;
+
+/// The GPUs of the table of measured choices, "NVIDIA H100 80GB HBM3, NVIDIA H200", or None.
+py::object measured_gpus() {
+  py::list names;
+  for (const cuda::MeasuredChoice& row : cuda::measured_choices())
+    if (!names.contains(row.gpu)) names.append(row.gpu);
+  if (names.empty()) return py::none();
+  return py::str(", ").attr("join")(names);
+}
 
 py::dict build_info() {
   py::dict info;
@@ -42,6 +52,7 @@ py::dict build_info() {
   info["cuda"] = py::none();
   info["cuda_archs"] = py::none();
 #endif
+  info["cuda_measured"] = measured_gpus();
   return info;
 }
 
@@ -112,7 +123,8 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
               const std::string& backend, const std::string& reduction_name, bool input_grad,
               bool weight_grad, bool bias_grad, bool probabilities, double label_smoothing,
               double softcap, bool statistics, double skip_mass, int64_t memory_budget,
-              int64_t chunk_size, const std::string& grad_accumulation, int capability) {
+              int64_t chunk_size, const std::string& grad_accumulation, int capability,
+              const std::string& gpu) {
   // No data: only what decides about kernels and partial sums.
   Problem problem;
   problem.tokens = tokens;
@@ -139,20 +151,25 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   request.accumulation = parse_accumulation(grad_accumulation);
 
   Planner planner;
-  std::string kernels;
+  std::string kernels, reason;
   if (backend == "cpu") {
     PlanRequest completed;
     complete_request(problem, &completed);
     kernels = completed.bf16_kernels ? "avx512_bf16" : "blas";
+    reason = "default";
     planner = [](const Problem& planned, PlanRequest* request_of_call, Plan* chosen) {
       complete_request(planned, request_of_call);
       return make_plan(*request_of_call, chosen);
     };
   } else if (backend == "cuda") {
     std::string error;
-    const cuda::Selection selection =
-        cuda::select_kernels(problem, cuda::Gpu{capability}, "", &error);
+    const cuda::Gpu card{capability, gpu};
+    const cuda::Selection selection = cuda::select_kernels(problem, card, cuda::forced_kernels(),
+                                                           cuda::measured_choices(), &error);
+    if (!error.empty()) throw py::value_error(error);
     kernels = cuda::name_of(selection);
+    reason = cuda::reason_of(selection);
+    request.gpu_upcasts = cuda::upcasts(problem.dtype, card);
     planner = [selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
       return cuda::make_plan(*completed, cuda::plan_traits(planned, *completed, selection), chosen);
     };
@@ -164,6 +181,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   py::dict result;
   result["kind"] = name_of(chosen.kind);
   result["kernels"] = kernels;
+  result["kernels_reason"] = reason;
   result["tokens_per_chunk"] = chosen.chunk_tokens > 0 ? chosen.chunk_tokens : chosen.token_block;
   result["num_chunks"] = chosen.num_chunks;
   result["vocab_per_slice"] = chosen.slice_vocab;
@@ -192,5 +210,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("weight_grad"), py::arg("bias_grad"), py::arg("probabilities"),
              py::arg("label_smoothing"), py::arg("softcap"), py::arg("statistics"),
              py::arg("skip_mass"), py::arg("memory_budget"), py::arg("chunk_size"),
-             py::arg("grad_accumulation"), py::arg("capability"));
+             py::arg("grad_accumulation"), py::arg("capability"), py::arg("gpu"));
 }

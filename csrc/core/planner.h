@@ -46,7 +46,8 @@ struct PlanRequest {
   DType dtype = DType::kFloat32;
   bool bf16_kernels = false;  // scores come from the fused bf16 kernels (16 bits each)
   bool compact_sums = false;  // the backend can keep sums of a bf16 grad_weight in this form
-  bool cpu_blas = false;  // a BLAS computes the products; it packs operands in memory of its own
+  bool cpu_blas = false;     // a BLAS computes the products; it packs operands in memory of its own
+  bool gpu_upcasts = false;  // the GPU does not multiply the dtype: operands are upcast by torch
   bool grad_input = false;
   bool grad_weight = false;
   bool grad_bias = false;
@@ -75,7 +76,7 @@ struct Plan {
   int64_t num_chunks = 0;
   int64_t num_slices = 0;
   int64_t workspace_bytes = 0;
-  int64_t library_bytes = 0;  // what a BLAS takes beside; the budget bounds the sum of the two
+  int64_t library_bytes = 0;  // what products take beside; the budget bounds the sum of the two
   int64_t floor_bytes = 0;    // the gradients themselves
   double flops = 0;
   double floor_flops = 0;  // 2 N D V per product that any implementation needs

@@ -37,7 +37,7 @@ const uint16_t* Bf16Backend::pack_input(Range tokens, Packing packing) {
   if (packed.begin == tokens.begin && packed.end == tokens.end) return panels;
   if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
   packed = tokens;
-  const int64_t* rows = rows_ + tokens.begin;
+  const int64_t* rows = tokens_.rows() + tokens.begin;
   const int64_t features = problem_.features;
   if (along_features) {
     const int64_t panel_stride = round_up(features, 2) * kPanel;
@@ -78,7 +78,8 @@ void Bf16Backend::fresh_gradient(Range classes, Range tokens, const ScoreBlock& 
 void Bf16Backend::compute_scores(Range classes, Range tokens, const ScoreBlock* block,
                                  ScoreUse use) {
   const uint16_t* panels = pack_input(tokens, Packing::kAlongFeatures);
-  if (use == ScoreUse::kGradient) coefficients(tokens);  // computed before threads read them
+  if (use == ScoreUse::kGradient)
+    tokens_.coefficients(tokens);  // computed before threads read them
   const int64_t tiles = ceil_div(classes.size(), kTileVocab);
   const int64_t strips = ceil_div(tokens.size(), kTileTokens);
   parallel_for(tiles * strips, 1, [&](int64_t task, int64_t end, int thread) {
@@ -109,7 +110,7 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
   tile.tokens = strip.size();
   tile.transform.scale = static_cast<float>(problem_.logit_scale);
   tile.transform.softcap = static_cast<float>(problem_.softcap);
-  tile.transform.class_weight = class_weight(classes.begin);
+  tile.transform.class_weight = tokens_.class_weight(classes.begin);
   if (problem_.bias != nullptr) {
     for (int64_t v = 0; v < classes.size(); ++v) {
       bias[v] = static_cast<float>(load(problem_.dtype, problem_.bias, classes.begin + v));
@@ -117,7 +118,7 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
     tile.transform.bias = bias;
   }
   if (use == ScoreUse::kStatistics) {
-    tile.partials = tile_partials(classes.begin / kTileVocab, column);
+    tile.partials = tokens_.tile_partials(classes.begin / kTileVocab, column);
   } else {
     tile.partials.maximum = maxima;
   }
@@ -125,8 +126,8 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
   tile.exponentials_stride = block == nullptr ? 0 : block->stride;
   tile.scratch = scratch;
   kernels_.score_tile(tile);
-  for_each_target(classes, strip, [&](int64_t row, int64_t i, int64_t k) {
-    *target_logit(strip.begin + i, k) = scratch[row * kTileStride + i];
+  tokens_.for_each_target(classes, strip, [&](int64_t row, int64_t i, int64_t k) {
+    *tokens_.target_logit(strip.begin + i, k) = scratch[row * kTileStride + i];
   });
   if (block == nullptr) return;
   std::copy_n(tile.partials.maximum, strip.size(), static_cast<float*>(block->maxima));
@@ -134,7 +135,7 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
 }
 
 void Bf16Backend::to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) {
-  coefficients(tokens);
+  tokens_.coefficients(tokens);
   // Tasks are parts of tiles: enough of them for many threads, each within one tile's maxima.
   constexpr int64_t kTaskClasses = kTileVocab / 4;
   parallel_for(ceil_div(classes.size(), kTaskClasses), 1,
@@ -152,7 +153,7 @@ void Bf16Backend::to_gradient(Range classes, Range tokens, const ScoreBlock& blo
 
 void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
                                 const ScoreBlock& block, float* factors, bool add_bias) {
-  const Coefficients& values = current_coefficients();
+  const Coefficients& values = tokens_.current_coefficients();
   GradientTile tile;
   tile.data = static_cast<uint16_t*>(block.data);
   tile.stride = block.stride;
@@ -161,18 +162,20 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
   tile.maxima = static_cast<const float*>(block.maxima);
   tile.shift = values.shift.data() + column;
   tile.scale_p = values.scale_p.data() + column;
-  tile.scale_entropy = has_entropy_gradient() ? values.scale_entropy.data() + column : nullptr;
+  tile.scale_entropy =
+      tokens_.has_entropy_gradient() ? values.scale_entropy.data() + column : nullptr;
   tile.scale_w = problem_.label_smoothing > 0 ? values.scale_w.data() + column : nullptr;
-  tile.class_weight = class_weight(classes.begin);
+  tile.class_weight = tokens_.class_weight(classes.begin);
   tile.factors = factors;
   tile.bias_sum = add_bias && bias_sum() != nullptr ? bias_sum() + classes.begin : nullptr;
   // Targets get their exact value afterwards; until then their exponential counts as 0, so that the sum
   // of the bias gradient needs no difference of large numbers.
-  for_each_target(classes, tokens,
-                  [&](int64_t row, int64_t i, int64_t) { tile.data[row * tile.stride + i] = 0; });
+  tokens_.for_each_target(classes, tokens, [&](int64_t row, int64_t i, int64_t) {
+    tile.data[row * tile.stride + i] = 0;
+  });
   kernels_.gradient_tile(tile);
-  for_each_target(classes, tokens, [&](int64_t row, int64_t i, int64_t k) {
-    const float exact = static_cast<float>(target_gradient(tokens.begin + i, k));
+  tokens_.for_each_target(classes, tokens, [&](int64_t row, int64_t i, int64_t k) {
+    const float exact = static_cast<float>(tokens_.target_gradient(tokens.begin + i, k));
     tile.data[row * tile.stride + i] = bf16_bits(exact);
     if (tile.bias_sum == nullptr) return;
     float so_far = 0;
@@ -282,7 +285,7 @@ void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t colum
   rows.sums_stride = product.c_stride;
   rows.rows = product.rows;
   rows.columns = product.columns;
-  rows.scale = static_cast<float>(output_scale());
+  rows.scale = static_cast<float>(tokens_.output_scale());
   rows.gradient = static_cast<uint16_t*>(problem_.grad_weight) + offset;
   rows.gradient_stride = problem_.features;
   const bool split = update == WeightUpdate::kSplitFirst || update == WeightUpdate::kSplitNext ||

@@ -44,8 +44,8 @@ ScoreBlock BlasBackend<T>::part(const ScoreBlock& block, int64_t classes, int64_
 template <class T>
 typename BlasBackend<T>::Rows BlasBackend<T>::input_rows(Range tokens, int64_t workspace_offset) {
   const Problem& p = this->problem_;
-  const int64_t* rows = this->rows_ + tokens.begin;
-  if (p.dtype == dtype_of<T>() && tokens.size() > 0 && this->contiguous_rows(tokens)) {
+  const int64_t* rows = this->tokens_.rows() + tokens.begin;
+  if (p.dtype == dtype_of<T>() && tokens.size() > 0 && this->tokens_.contiguous_rows(tokens)) {
     return {static_cast<const T*>(p.input) + rows[0] * p.input_stride, p.input_stride};
   }
   T* gathered = this->template at<T>(workspace_offset);
@@ -109,7 +109,7 @@ void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBloc
                     {t, std::min(t + columns, tokens.size())}, statistics);
       }
     });
-    if (statistics && this->wants_top()) this->update_top(z, stride, slice, tokens);
+    if (statistics && this->tokens_.wants_top()) this->tokens_.update_top(z, stride, slice, tokens);
   }
 }
 
@@ -121,7 +121,7 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
   ScoreTransform<T> transform;
   transform.scale = static_cast<T>(p.logit_scale);
   transform.softcap = static_cast<T>(p.softcap);
-  transform.class_weight = this->class_weight(classes.begin);
+  transform.class_weight = this->tokens_.class_weight(classes.begin);
   if (p.bias != nullptr) {
     for (int64_t v = 0; v < classes.size(); ++v) {
       bias[v] = static_cast<T>(load(p.dtype, p.bias, classes.begin + v));
@@ -130,7 +130,7 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
   }
   TilePartials<T> partials;
   const int64_t tile = classes.begin / kTileVocab;
-  if (statistics) partials = this->tile_partials(tile, columns.begin);
+  if (statistics) partials = this->tokens_.tile_partials(tile, columns.begin);
   T* part = z + columns.begin;
   column_kernels<T>().finish_scores(part, stride, classes.size(), columns.size(), transform,
                                     partials);
@@ -139,8 +139,8 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
     if (statistics) probability_partials(part, stride, classes, range, columns.begin);
     return;
   }
-  this->for_each_target(classes, range, [&](int64_t row, int64_t i, int64_t k) {
-    *this->target_logit(range.begin + i, k) = part[row * stride + i];
+  this->tokens_.for_each_target(classes, range, [&](int64_t row, int64_t i, int64_t k) {
+    *this->tokens_.target_logit(range.begin + i, k) = part[row * stride + i];
   });
 }
 
@@ -148,15 +148,15 @@ template <class T>
 double BlasBackend<T>::probability(int64_t token, int64_t v) const {
   const Problem& p = this->problem_;
   return load(p.probabilities_dtype, p.probabilities,
-              this->rows_[token] * p.probabilities_token_stride + v * p.probabilities_class_stride);
+              this->tokens_.rows()[token] * p.probabilities_token_stride +
+                  v * p.probabilities_class_stride);
 }
 
 template <class T>
 void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range classes, Range tokens,
                                           int64_t at) {
-  using Base = CpuBackend<T>;
   const int64_t tile = classes.begin / kTileVocab;
-  const T* w = this->class_weight(classes.begin);
+  const T* w = this->tokens_.class_weight(classes.begin);
   for (int64_t i = 0; i < tokens.size(); ++i) {
     double dot = 0, mass = 0, plain = 0;
     for (int64_t v = 0; v < classes.size(); ++v) {
@@ -168,9 +168,9 @@ void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range clas
       dot += weighted * score;
       plain += q * score;
     }
-    this->partial(Base::kTargetDot, tile)[at + i] = static_cast<T>(dot);
-    this->partial(Base::kTargetMass, tile)[at + i] = static_cast<T>(mass);
-    this->partial(Base::kTargetPlain, tile)[at + i] = static_cast<T>(plain);
+    this->tokens_.partial(kTargetDot, tile)[at + i] = static_cast<T>(dot);
+    this->tokens_.partial(kTargetMass, tile)[at + i] = static_cast<T>(mass);
+    this->tokens_.partial(kTargetPlain, tile)[at + i] = static_cast<T>(plain);
   }
 }
 
@@ -178,7 +178,7 @@ template <class T>
 void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& block,
                                  bool add_bias) {
   const Problem& p = this->problem_;
-  const auto& coefficients = this->coefficients(tokens);
+  const auto& coefficients = this->tokens_.coefficients(tokens);
   T* z = static_cast<T*>(block.data);
   T* bias_sum = add_bias ? this->bias_sum() : nullptr;
   constexpr int64_t kRows = 32;
@@ -192,12 +192,12 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
       transform.softcap = static_cast<T>(p.softcap);
       transform.shift = coefficients.shift.data();
       transform.scale_p = coefficients.scale_p.data();
-      if (this->has_entropy_gradient()) {
+      if (this->tokens_.has_entropy_gradient()) {
         transform.scale_p_rest = coefficients.scale_p_rest.data();
         transform.scale_entropy = coefficients.scale_entropy.data();
       }
       transform.scale_w = p.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
-      transform.class_weight = this->class_weight(rows.begin);
+      transform.class_weight = this->tokens_.class_weight(rows.begin);
       if (p.probabilities != nullptr) {
         kept.assign(static_cast<size_t>(rows.size() * tokens.size()), T{1});
         if (p.softcap > 0) {
@@ -221,8 +221,9 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
           }
         }
       } else {
-        this->for_each_target(rows, tokens, [&](int64_t row, int64_t i, int64_t k) {
-          part[row * block.stride + i] = static_cast<T>(this->target_gradient(tokens.begin + i, k));
+        this->tokens_.for_each_target(rows, tokens, [&](int64_t row, int64_t i, int64_t k) {
+          part[row * block.stride + i] =
+              static_cast<T>(this->tokens_.target_gradient(tokens.begin + i, k));
         });
       }
       if (bias_sum != nullptr) {

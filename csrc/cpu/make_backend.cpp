@@ -20,7 +20,7 @@ bool uses_bf16_kernels(const Problem& problem) {
          !top && problem.features > 0 && cpu_features().avx512_bf16;
 }
 
-/// Per-tile partial sums that the problem needs: see CpuBackend::Partial.
+/// Per-tile partial sums that the problem needs: see Partial in cpu/tokens.h.
 int count_partials(const Problem& problem) {
   return 2 + (problem.label_smoothing > 0 ? 1 : 0) + (wants_entropy(problem) ? 1 : 0) +
          (wants_argmax(problem) ? 1 : 0) + (problem.probabilities != nullptr ? 3 : 0);

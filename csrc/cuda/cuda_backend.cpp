@@ -5,10 +5,8 @@
 #include <string>
 
 #include "core/tiling.h"
-#include "cuda/gemm.h"
-#include "cuda/launch.h"
+#include "cuda/call_memory.h"
 #include "cuda/runtime.h"
-#include "cuda/tokens.h"
 
 namespace memeff::cuda {
 namespace {
@@ -22,12 +20,17 @@ struct FusedKernels {
   LinearStatistics* linear_statistics;
   LinearGradient* linear_gradient;
   GradientProduct *grad_input_product, *grad_weight_product;
+  ProductFromScores *grad_input_from_scores = nullptr, *grad_weight_from_scores = nullptr;
 };
 
 FusedKernels kernels_of(Family family) {
-  if (family == Family::kSm90)
-    return {&sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
-            &sm90::grad_weight_product};
+  if (family == Family::kSm90 || family == Family::kSm90rs)
+    return {&sm90::linear_statistics,      &sm90::linear_gradient,
+            &sm90::grad_input_product,     &sm90::grad_weight_product,
+            &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores};
+  if (family == Family::kSm90x2)
+    return {&sm90x2::linear_statistics, &sm90x2::linear_gradient, &sm90x2::grad_input_product,
+            &sm90x2::grad_weight_product};
   return {&sm80::linear_statistics, &sm80::linear_gradient, &sm80::grad_input_product,
           &sm80::grad_weight_product};
 }
@@ -39,8 +42,8 @@ class CudaBackend : public Backend {
         request_(*context.request),
         plan_(*context.plan),
         traits_(plan_traits(problem_, request_, context.kernels)),
-        layout_(cuda::layout(request_, traits_, plan_)),
-        workspace_(context.workspace),
+        memory_(problem_, request_, plan_, traits_, context.workspace),
+        tokens_(memory_.tokens()),
         stream_(context.stream),
         fused_(traits_.kernels.stores_16_bits()),
         handwritten_(traits_.kernels.products != Family::kGeneric),
@@ -48,8 +51,10 @@ class CudaBackend : public Backend {
         scores_(kernels_of(traits_.kernels.scores)),
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
-    place_token_arrays();
-    place_class_arrays();
+    convert_class_arrays();
+    // The gradient of the bias is summed from gradients in memory. The terms are those of any block.
+    multiplies_scores_ = traits_.kernels.products == Family::kSm90rs &&
+                         problem_.grad_bias == nullptr && sm90::accepts(score_gradient({}, {}));
   }
 
   int64_t select_tokens() override {
@@ -58,13 +63,17 @@ class CudaBackend : public Backend {
   }
 
   void scores(Range tokens, const ScoreBlock* block) override {
-    const int64_t range = classes_per_range(request_, traits_, plan_, block != nullptr);
-    const PartialStatistics partials = partial_statistics(tokens, block, range);
+    last_range_ = classes_per_range(request_, traits_, plan_, block != nullptr);
+    last_partials_ = memory_.partial_statistics(tokens, block, last_range_);
+    last_block_ = block == nullptr ? ScoreBlock{} : *block;
+    void* target_logit = memory_.target_logit(tokens);
     if (fused_) {
       const Block shape{0, problem_.vocab, tokens.size()};
-      const StoredScores kept = block == nullptr ? StoredScores{} : stored_scores(*block);
-      check(scores_.linear_statistics(shape, linear_operands(tokens, 0), terms_, targets(tokens),
-                                      range, partials, target_logit(tokens), kept, stream_));
+      const StoredScores kept =
+          block == nullptr ? StoredScores{} : CallMemory::stored_scores(*block);
+      check(scores_.linear_statistics(shape, memory_.linear_operands(tokens, 0), terms_,
+                                      memory_.targets(tokens), last_range_, last_partials_,
+                                      static_cast<float*>(target_logit), kept, stream_));
       return;
     }
     const int64_t step = block == nullptr ? plan_.slice_vocab : problem_.vocab;
@@ -73,19 +82,20 @@ class CudaBackend : public Backend {
       const ScoreBlock products = block == nullptr ? slice_block() : *block;
       multiply_scores(classes, tokens, products);
       check(block_statistics({begin, classes.size(), tokens.size()}, products.data, products.stride,
-                             sum_dtype_, terms_, targets(tokens), range,
-                             advanced(partials, begin / range), target_logit_any(tokens), stream_));
+                             sum_dtype_, terms_, memory_.targets(tokens), last_range_,
+                             memory_.advanced(last_partials_, begin / last_range_), target_logit,
+                             stream_));
     }
   }
 
   void merge_statistics(Range tokens) override {
-    const bool kept = tiles_of_scores_ != nullptr;
     const int64_t ranges = ceil_div(problem_.vocab, last_range_);
     check(cuda::merge_statistics(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
                                  ranges, stream_));
-    if (kept)
+    if (last_block_.tiles != nullptr)
       check(mark_tiles(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
-                       problem_.skip_mass, tiles_of_scores_, tiles_stride_, stream_));
+                       problem_.skip_mass, static_cast<uint8_t*>(last_block_.tiles),
+                       last_block_.tiles_stride, stream_));
   }
 
   void restore_statistics() override {
@@ -101,481 +111,241 @@ class CudaBackend : public Backend {
                       bool add_bias) override {
     const Block shape{classes.begin, classes.size(), tokens.size()};
     if (fused_) {
-      check(scores_.linear_gradient(shape, linear_operands(tokens, classes.begin), terms_,
-                                    targets(tokens), coefficients(tokens), block.data, block.stride,
-                                    static_cast<uint8_t*>(block.tiles), block.tiles_stride,
-                                    problem_.skip_mass, problem_.vocab, stream_));
+      check(scores_.linear_gradient(shape, memory_.linear_operands(tokens, classes.begin), terms_,
+                                    memory_.targets(tokens), memory_.coefficients(tokens),
+                                    block.data, block.stride, static_cast<uint8_t*>(block.tiles),
+                                    block.tiles_stride, problem_.skip_mass, problem_.vocab,
+                                    stream_));
     } else {
       multiply_scores(classes, tokens, block);
-      check(block_gradient(shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
-                           targets(tokens), coefficients(tokens), stream_));
+      products_to_gradient(shape, tokens, block);
     }
     if (add_bias) add_to_bias(shape, block);
   }
 
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
+    if (multiplies_scores_) return;
     const Block shape{classes.begin, classes.size(), tokens.size()};
     if (fused_) {
-      const auto* target_gradient = tokens_.target_gradient + tokens.begin;
-      check(stored_gradient(shape, stored_scores(block), problem_.dtype, terms_, targets(tokens),
-                            coefficients(tokens), target_gradient, stream_));
+      check(stored_gradient(shape, CallMemory::stored_scores(block), problem_.dtype, terms_,
+                            memory_.targets(tokens), memory_.coefficients(tokens),
+                            tokens_.target_gradient + tokens.begin, stream_));
     } else {
-      check(block_gradient(shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
-                           targets(tokens), coefficients(tokens), stream_));
+      products_to_gradient(shape, tokens, block);
     }
     if (add_bias) add_to_bias(shape, block);
   }
 
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override {
     const bool last = classes.end == problem_.vocab;
+    const Matrix weight = memory_.weight_rows(classes);
     if (!handwritten_) {
-      const int64_t stride = gradient_stride(block);
-      gemm({block.data, problem_.dtype, tokens.size(), classes.size(), 1, stride},
-           rows_of(problem_.weight, problem_.weight_stride, classes), !first, input_sum(tokens),
-           problem_.features);
+      const int64_t stride = memory_.gradient_stride(block);
+      gemm({block.data, problem_.dtype, tokens.size(), classes.size(), 1, stride}, weight, !first,
+           memory_.input_sum(tokens), problem_.features);
       return;
     }
     ProductOutput output;
     wrote_grad_input_ = first && last && !apart_;
     if (wrote_grad_input_) {
-      output.gradient = grad_input_row(tokens.begin);
+      output.gradient = memory_.grad_input_row(tokens.begin);
       output.gradient_stride = problem_.features;
-      output.scale = &tokens_.scalars->output_scale_float;
+      output.scale = memory_.output_scale();
     } else {
-      output.sums = static_cast<float*>(input_sum(tokens));
+      output.sums = static_cast<float*>(memory_.input_sum(tokens));
       output.sums_stride = problem_.features;
       output.accumulate = !first || apart_;
       if (first && apart_) start_with_smoothing(tokens);
     }
-    check(products_.grad_input_product(
-        classes.size(), tokens.size(),
-        gradient_operands(block, at(problem_.weight, classes.begin * problem_.weight_stride),
-                          problem_.weight_stride),
-        output, stream_));
+    const GradientOperands operands = memory_.gradient_operands(block, weight);
+    const Block shape{classes.begin, classes.size(), tokens.size()};
+    check(holds_scores(block) ? products_.grad_input_from_scores(
+                                    shape, operands, score_gradient(tokens, block), output, stream_)
+                              : products_.grad_input_product(shape.classes, shape.tokens, operands,
+                                                             output, stream_));
   }
 
   void finish_grad_input(Range tokens) override {
     // fp32 and fp64 gradients are their own sums.
     if (!is_16_bit(problem_.dtype) || wrote_grad_input_) return;
-    RowUpdate update;
-    update.sums = input_sum(tokens);
-    update.sums_stride = problem_.features;
-    update.gradient = grad_input_row(tokens.begin);
-    update.gradient_stride = problem_.features;
-    update.dtype = problem_.dtype;
-    update.rows = tokens.size();
-    update.columns = problem_.features;
-    update.scale = output_scale();
+    RowUpdate update = row_update(tokens.size());
+    update.sums = memory_.input_sum(tokens);
+    update.gradient = memory_.grad_input_row(tokens.begin);
     check(update_rows(update, stream_));
   }
 
   void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first, bool last,
                    WeightUpdate how) override {
-    const void* x = at(problem_.input, tokens.begin * problem_.input_stride);
-    void* rows = at(problem_.grad_weight, classes.begin * problem_.features);
-    auto* remainder = place<uint16_t>(layout_.remainder) + classes.begin * problem_.features;
-    if (handwritten_ && first && last && !apart_) {
-      ProductOutput output;
-      output.gradient = rows;
-      output.gradient_stride = problem_.features;
-      output.remainder = remainder;
-      output.remainder_stride = problem_.features;
-      output.update = how;
-      output.scale = &tokens_.scalars->output_scale_float;
-      GradientOperands operands = gradient_operands(block, x, problem_.input_stride);
-      if (in_gradient(block)) move_out_of_gradient(classes, tokens, &operands);
-      check(
-          products_.grad_weight_product(classes.size(), tokens.size(), operands, output, stream_));
+    const Matrix input = memory_.input_rows(tokens);
+    RowUpdate update = row_update(classes.size());
+    update.sums = memory_.weight_sum();
+    update.gradient = memory_.grad_weight_row(classes.begin);
+    update.remainder = memory_.remainder_row(classes.begin);
+    update.remainder_stride = problem_.features;
+    update.update = how;
+    if (!handwritten_) {
+      gemm({block.data, problem_.dtype, classes.size(), tokens.size(),
+            memory_.gradient_stride(block), 1},
+           input, !first, memory_.weight_sum(), problem_.features);
+      if (last) check(update_rows(update, stream_));
       return;
     }
-    void* sum = place<char>(layout_.weight_sum);
-    if (handwritten_) {
-      ProductOutput output;
-      output.sums = static_cast<float*>(sum);
+    const bool at_once = first && last && !apart_;
+    GradientOperands operands = memory_.gradient_operands(block, input);
+    ProductOutput output;
+    if (at_once) {
+      output.gradient = update.gradient;
+      output.gradient_stride = problem_.features;
+      output.remainder = update.remainder;
+      output.remainder_stride = problem_.features;
+      output.update = how;
+      output.scale = memory_.output_scale();
+      if (memory_.in_gradient(block)) move_out_of_gradient(classes, tokens, &operands);
+    } else {
+      output.sums = static_cast<float*>(memory_.weight_sum());
       output.sums_stride = problem_.features;
       output.accumulate = !first || apart_;
       if (apart_) add_smoothing(classes, tokens, !first, output.sums);
-      check(products_.grad_weight_product(classes.size(), tokens.size(),
-                                          gradient_operands(block, x, problem_.input_stride),
-                                          output, stream_));
-    } else {
-      gemm({block.data, problem_.dtype, classes.size(), tokens.size(), gradient_stride(block), 1},
-           rows_of(problem_.input, problem_.input_stride, tokens), !first, sum, problem_.features);
     }
-    if (!last) return;
-    RowUpdate update;
-    update.sums = sum;
-    update.sums_stride = problem_.features;
-    update.gradient = rows;
-    update.gradient_stride = problem_.features;
-    update.remainder = remainder;
-    update.remainder_stride = problem_.features;
-    update.dtype = problem_.dtype;
-    update.rows = classes.size();
-    update.columns = problem_.features;
-    update.update = how;
-    update.scale = output_scale();
-    check(update_rows(update, stream_));
+    const Block shape{classes.begin, classes.size(), tokens.size()};
+    check(holds_scores(block) ? products_.grad_weight_from_scores(
+                                    shape, operands, score_gradient(tokens, block), output, stream_)
+                              : products_.grad_weight_product(shape.classes, shape.tokens, operands,
+                                                              output, stream_));
+    if (last && !at_once) check(update_rows(update, stream_));
   }
 
   void finish_gradients() override {
     if (problem_.grad_bias == nullptr) return;
-    RowUpdate update;
-    update.sums = place<char>(layout_.bias_sum);
+    RowUpdate update = row_update(1);
+    update.sums = memory_.bias_sum();
     update.gradient = problem_.grad_bias;
-    update.dtype = problem_.dtype;
-    update.rows = 1;
-    update.columns = problem_.vocab;
-    update.sums_stride = update.gradient_stride = problem_.vocab;
-    update.scale = output_scale();
+    update.columns = update.sums_stride = update.gradient_stride = problem_.vocab;
     check(update_rows(update, stream_));
   }
 
-  ScoreBlock block_in_gradient() override {
-    ScoreBlock block;
-    block.data = problem_.grad_weight;
-    block.stride = tokens_in_gradient_row(request_, traits_);
-    add_kept(&block, 0, plan_.stored_in_gradient);
-    return block;
-  }
-
-  ScoreBlock block_in_workspace() override {
-    const int64_t chunk = std::min(plan_.chunk_tokens, problem_.tokens - plan_.stored_in_gradient);
-    ScoreBlock block;
-    block.data = place<char>(layout_.scores);
-    block.stride = round_up(chunk, kRowPadding);
-    // Chunks take turns, but under vocab slices the one in grad_weight stays alive beside this one.
-    const bool beside = plan_.kind == PlanKind::kVocabSlices;
-    add_kept(&block, beside ? plan_.stored_in_gradient : 0, chunk);
-    return block;
-  }
-
-  ScoreBlock slice_block() override {
-    ScoreBlock block;
-    block.data = place<char>(layout_.slice);
-    block.stride = round_up(std::min(plan_.token_block, problem_.tokens), kRowPadding);
-    if (traits_.skips) {
-      block.tiles = place<uint8_t>(layout_.slice_tiles);
-      block.tiles_stride = ceil_div(block.stride, kTokenTile);
-    }
-    return block;
-  }
-
+  ScoreBlock block_in_gradient() override { return memory_.block_in_gradient(); }
+  ScoreBlock block_in_workspace() override { return memory_.block_in_workspace(); }
+  ScoreBlock slice_block() override { return memory_.slice_block(); }
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override {
-    ScoreBlock moved = block;
-    moved.data = static_cast<char*>(block.data) +
-                 (classes * block.stride + tokens) * kept_score_bytes(request_, traits_);
-    if (block.maxima != nullptr)
-      moved.maxima =
-          static_cast<float*>(block.maxima) + classes / kStoredTile * block.maxima_stride + tokens;
-    if (block.tiles != nullptr)
-      moved.tiles = static_cast<uint8_t*>(block.tiles) +
-                    classes / kStoredTile * block.tiles_stride + tokens / kTokenTile;
-    return moved;
+    return memory_.part(block, classes, tokens);
   }
 
  private:
-  static constexpr int64_t kRowPadding = 8;
-
-  template <class T>
-  T* place(int64_t offset) const {
-    return reinterpret_cast<T*>(workspace_ + offset);
-  }
-  /// Element `index` of an array of the problem's type.
-  template <class Pointer>
-  Pointer at(Pointer array, int64_t index) const {
-    using Byte =
-        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
-    return array == nullptr ? array : static_cast<Byte*>(array) + index * size_of(problem_.dtype);
-  }
-  void* grad_input_row(int64_t token) const {
-    return at(problem_.grad_input, token * problem_.features);
-  }
-
-  void place_token_arrays() {
-    tokens_.scalars = place<CallScalars>(layout_.scalars);
-    int64_t next = layout_.token_arrays;
-    const auto take = [&](auto** array, bool wanted = true) {
-      *array = nullptr;
-      if (!wanted) return;
-      *array = reinterpret_cast<std::remove_pointer_t<decltype(array)>>(workspace_ + next);
-      next += problem_.tokens * 8;
-    };
-    const bool soft = problem_.probabilities != nullptr, smooths = problem_.label_smoothing > 0;
-    take(&tokens_.target), take(&tokens_.lse), take(&tokens_.target_logit);
-    take(&tokens_.target_dot, soft), take(&tokens_.target_mass), take(&tokens_.target_plain, soft);
-    const TokenStatistics* wanted = problem_.token_statistics;
-    tokens_.for_statistics = wanted != nullptr;
-    if (wanted != nullptr) tokens_.wanted = *wanted;
-    take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
-    take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
-    take(&tokens_.argmax, wants_argmax(problem_));
-    // A caller's statistics have coefficients in the backward pass only.
-    take(&tokens_.shift, wanted == nullptr || request_.statistics_known);
-    take(&tokens_.entropy_coefficient, wanted != nullptr && wanted->grad_entropy != nullptr);
-    take(&tokens_.softmax), take(&tokens_.target_coefficient);
-    take(&tokens_.target_rest), take(&tokens_.weighted, smooths), take(&tokens_.target_gradient);
-    tokens_.weighted_apart = apart_;
-  }
-
-  void place_class_arrays() {
+  /// Bias and class weights in the accumulation type; sums of grad_bias that start at zero.
+  void convert_class_arrays() {
     terms_.logit_scale = problem_.logit_scale;
     terms_.softcap = problem_.softcap;
-    const auto convert = [&](const void* from, DType dtype, int64_t offset) {
+    const auto convert = [&](const void* from, DType dtype, void* to) {
       if (from == nullptr || dtype == sum_dtype_) return from;
-      void* to = place<char>(offset);
       check(copy_rows(from, problem_.vocab, dtype, to, problem_.vocab, sum_dtype_, 1,
                       problem_.vocab, stream_));
       return static_cast<const void*>(to);
     };
-    terms_.bias = convert(problem_.bias, problem_.dtype, layout_.bias);
-    terms_.class_weight = convert(problem_.class_weight, DType::kFloat64, layout_.class_weight);
+    terms_.bias = convert(problem_.bias, problem_.dtype, memory_.bias());
+    terms_.class_weight = convert(problem_.class_weight, DType::kFloat64, memory_.class_weight());
     if (problem_.grad_bias != nullptr)
-      check(
-          fill_zeros(place<char>(layout_.bias_sum), problem_.vocab * size_of(sum_dtype_), stream_));
-  }
-
-  Targets targets(Range tokens) const {
-    Targets targets;
-    if (problem_.probabilities != nullptr) {
-      const int64_t first = tokens.begin * problem_.probabilities_token_stride;
-      targets.probabilities = static_cast<const char*>(problem_.probabilities) +
-                              first * size_of(problem_.probabilities_dtype);
-      targets.dtype = problem_.probabilities_dtype;
-      targets.token_stride = problem_.probabilities_token_stride;
-      targets.class_stride = problem_.probabilities_class_stride;
-    } else {
-      targets.index = tokens_.target + tokens.begin;
-    }
-    return targets;
-  }
-
-  /// The part of a [tokens] array of the accumulation type that starts at token `begin`.
-  void* from_token(void* array, int64_t begin) const {
-    return array == nullptr ? nullptr : static_cast<char*>(array) + begin * size_of(sum_dtype_);
-  }
-  void* target_logit_any(Range tokens) const {
-    return problem_.probabilities != nullptr ? nullptr
-                                             : from_token(tokens_.target_logit, tokens.begin);
-  }
-  float* target_logit(Range tokens) const { return static_cast<float*>(target_logit_any(tokens)); }
-
-  Coefficients coefficients(Range tokens) const {
-    Coefficients c;
-    c.shift = from_token(tokens_.shift, tokens.begin);
-    c.softmax = from_token(tokens_.softmax, tokens.begin);
-    c.entropy = from_token(tokens_.entropy_coefficient, tokens.begin);
-    if (problem_.probabilities != nullptr) {
-      c.target = from_token(tokens_.target_coefficient, tokens.begin);
-    } else {
-      c.target_rest = from_token(tokens_.target_rest, tokens.begin);
-    }
-    if (!apart_) c.weighted = from_token(tokens_.weighted, tokens.begin);
-    return c;
-  }
-
-  /// Places the partial statistics of a block of tokens, and remembers them for merge_statistics.
-  const PartialStatistics& partial_statistics(Range tokens, const ScoreBlock* block,
-                                              int64_t range) {
-    const int64_t ranges = ceil_div(problem_.vocab, range);
-    const int64_t stride = round_up(tokens.size(), kRowPadding);
-    int64_t next = layout_.partials;
-    const auto take = [&](int64_t bytes) {
-      void* array = place<char>(next);
-      next += round_up(ranges * stride * bytes, 256);
-      return array;
-    };
-    const int64_t bytes = size_of(sum_dtype_);
-    PartialStatistics partials;
-    partials.stride = stride;
-    if (fused_ && block != nullptr) {
-      partials.max = block->maxima;
-      partials.max_stride = block->maxima_stride;
-    } else {
-      partials.max = take(bytes);
-      partials.max_stride = stride;
-    }
-    partials.sum = take(bytes);
-    if (wants_entropy(problem_)) partials.entropy = take(bytes);
-    if (problem_.label_smoothing > 0) partials.smooth = take(bytes);
-    if (wants_argmax(problem_)) partials.argmax = static_cast<int32_t*>(take(4));
-    if (problem_.probabilities != nullptr) {
-      partials.target_dot = take(bytes);
-      partials.target_mass = take(bytes);
-      partials.target_plain = take(bytes);
-    }
-    last_partials_ = partials;
-    last_range_ = range;
-    tiles_of_scores_ = block == nullptr ? nullptr : static_cast<uint8_t*>(block->tiles);
-    tiles_stride_ = block == nullptr ? 0 : block->tiles_stride;
-    return last_partials_;
-  }
-
-  /// The same from range `first` on.
-  PartialStatistics advanced(PartialStatistics partials, int64_t first) const {
-    const auto advance = [&](void* array, int64_t stride, int64_t bytes) -> void* {
-      return array == nullptr ? nullptr : static_cast<char*>(array) + first * stride * bytes;
-    };
-    const int64_t bytes = size_of(sum_dtype_);
-    partials.max = advance(partials.max, partials.max_stride, bytes);
-    for (void** array : {&partials.sum, &partials.entropy, &partials.smooth, &partials.target_dot,
-                         &partials.target_mass, &partials.target_plain})
-      *array = advance(*array, partials.stride, bytes);
-    partials.argmax = static_cast<int32_t*>(advance(partials.argmax, partials.stride, 4));
-    return partials;
-  }
-
-  LinearOperands linear_operands(Range tokens, int64_t first_class) const {
-    LinearOperands operands;
-    operands.input = at(problem_.input, tokens.begin * problem_.input_stride);
-    operands.input_stride = problem_.input_stride;
-    operands.weight = at(problem_.weight, first_class * problem_.weight_stride);
-    operands.weight_stride = problem_.weight_stride;
-    operands.features = problem_.features;
-    operands.dtype = problem_.dtype;
-    return operands;
-  }
-
-  Matrix rows_of(const void* matrix, int64_t stride, Range rows) const {
-    return {
-        at(matrix, rows.begin * stride), problem_.dtype, rows.size(), problem_.features, stride, 1};
+      check(fill_zeros(memory_.bias_sum(), problem_.vocab * size_of(sum_dtype_), stream_));
   }
 
   /// u = x W^T of the generic kernels, into the block.
   void multiply_scores(Range classes, Range tokens, const ScoreBlock& block) const {
-    const Matrix x_transposed = {at(problem_.input, tokens.begin * problem_.input_stride),
-                                 problem_.dtype,
-                                 problem_.features,
-                                 tokens.size(),
-                                 1,
-                                 problem_.input_stride};
-    gemm(rows_of(problem_.weight, problem_.weight_stride, classes), x_transposed, false, block.data,
-         block.stride);
+    const Matrix x = memory_.input_rows(tokens);
+    const Matrix x_transposed = {x.data, x.dtype, x.columns, x.rows, x.column_stride, x.row_stride};
+    gemm(memory_.weight_rows(classes), x_transposed, false, block.data, block.stride);
   }
 
-  StoredScores stored_scores(const ScoreBlock& block) const {
-    return {block.data, block.stride, static_cast<float*>(block.maxima), block.maxima_stride};
-  }
-
-  /// Elements between rows of gradients that lie where scores lay.
-  int64_t gradient_stride(const ScoreBlock& block) const {
-    const bool shrunk = !fused_ && is_16_bit(problem_.dtype);
-    return shrunk ? block.stride * size_of(sum_dtype_) / size_of(problem_.dtype) : block.stride;
-  }
-
-  GradientOperands gradient_operands(const ScoreBlock& block, const void* other,
-                                     int64_t other_stride) const {
-    GradientOperands operands;
-    operands.gradient = block.data;
-    operands.gradient_stride = gradient_stride(block);
-    operands.other = other;
-    operands.other_stride = other_stride;
-    operands.features = problem_.features;
-    operands.dtype = problem_.dtype;
-    operands.tiles = static_cast<const uint8_t*>(block.tiles);
-    operands.tiles_stride = block.tiles_stride;
-    return operands;
-  }
-
-  bool in_gradient(const ScoreBlock& block) const {
-    const auto* begin = static_cast<const char*>(problem_.grad_weight);
-    const auto* data = static_cast<const char*>(block.data);
-    return data >= begin &&
-           data < begin + problem_.vocab * problem_.features * size_of(problem_.dtype);
-  }
-
-  /// Gradients that lie where their product will be written.
-  void move_out_of_gradient(Range classes, Range tokens, GradientOperands* operands) const {
-    const int64_t stride = round_up(tokens.size(), kRowPadding);
-    void* copy = place<char>(layout_.weight_copy);
-    check(copy_rows(operands->gradient, operands->gradient_stride, problem_.dtype, copy, stride,
-                    problem_.dtype, classes.size(), tokens.size(), stream_));
-    operands->gradient = copy;
-    operands->gradient_stride = stride;
+  void products_to_gradient(const Block& shape, Range tokens, const ScoreBlock& block) const {
+    check(block_gradient(shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
+                         memory_.targets(tokens), memory_.coefficients(tokens), stream_));
   }
 
   void add_to_bias(const Block& shape, const ScoreBlock& block) const {
     if (problem_.grad_bias == nullptr) return;
-    check(add_bias_gradient(shape, block.data, gradient_stride(block), problem_.dtype,
-                            place<char>(layout_.bias_sum), stream_));
+    check(add_bias_gradient(shape, block.data, memory_.gradient_stride(block), problem_.dtype,
+                            memory_.bias_sum(), stream_));
   }
 
-  /// Maxima and tiles of the kept scores of `count` tokens, `before` others before them.
-  void add_kept(ScoreBlock* block, int64_t before, int64_t count) const {
-    const int64_t vocab_tiles = ceil_div(problem_.vocab, kStoredTile);
-    if (fused_) {
-      block->maxima =
-          place<float>(layout_.kept_maxima) + vocab_tiles * round_up(before, kRowPadding);
-      block->maxima_stride = round_up(count, kRowPadding);
-    }
-    if (traits_.skips) {
-      block->tiles = place<uint8_t>(layout_.tiles) + vocab_tiles * ceil_div(before, kTokenTile);
-      block->tiles_stride = ceil_div(count, kTokenTile);
-    }
+  /// Whether the products find kept scores, rather than gradients, in the block. Only kept scores
+  /// have maxima.
+  bool holds_scores(const ScoreBlock& block) const {
+    return multiplies_scores_ && block.maxima != nullptr;
+  }
+  ScoreGradient score_gradient(Range tokens, const ScoreBlock& block) const {
+    const StoredScores scores = CallMemory::stored_scores(block);
+    return {scores.maxima,
+            scores.maxima_stride,
+            terms_,
+            memory_.targets(tokens),
+            memory_.coefficients(tokens),
+            tokens_.target_gradient + tokens.begin};
   }
 
-  /// Sums of grad_input from tokens.begin on: the gradient itself when it has full precision.
-  void* input_sum(Range tokens) const {
-    if (!is_16_bit(problem_.dtype)) return grad_input_row(tokens.begin);
-    const bool of_all = plan_.kind == PlanKind::kVocabSlices && problem_.grad_weight != nullptr &&
-                        !plan_.separate_sweeps;
-    const int64_t kept = plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
-    // Blocks of kept tokens are finished one by one, before the sums of all others begin.
-    const int64_t row = of_all && tokens.begin >= kept ? tokens.begin - kept : 0;
-    return place<float>(layout_.input_sum) + row * problem_.features;
+  /// Sums [rows, features] to the gradient, still without either.
+  RowUpdate row_update(int64_t rows) const {
+    RowUpdate update;
+    update.dtype = problem_.dtype;
+    update.rows = rows;
+    update.columns = update.sums_stride = update.gradient_stride = problem_.features;
+    update.scale = memory_.output_scale();
+    return update;
+  }
+
+  /// Gradients, or scores, that lie where their product will be written.
+  void move_out_of_gradient(Range classes, Range tokens, GradientOperands* operands) const {
+    const int64_t stride = round_up(tokens.size(), CallMemory::kRowPadding);
+    check(copy_rows(operands->gradient, operands->gradient_stride, problem_.dtype,
+                    memory_.weight_copy(), stride, problem_.dtype, classes.size(), tokens.size(),
+                    stream_));
+    operands->gradient = memory_.weight_copy();
+    operands->gradient_stride = stride;
   }
 
   /// The part of grad_input that label smoothing gives: weighted_n sum_v w_v W[v].
   void start_with_smoothing(Range tokens) {
-    auto* sum = place<float>(layout_.row_sums);
     if (!has_smoothing_row_) {
-      check(weighted_row_sum(problem_.weight, problem_.weight_stride, problem_.dtype,
-                             problem_.vocab, problem_.features,
-                             static_cast<const float*>(terms_.class_weight), sum, stream_));
+      const Matrix weight = memory_.weight_rows({0, problem_.vocab});
+      check(weighted_row_sum(weight.data, weight.row_stride, problem_.dtype, problem_.vocab,
+                             problem_.features, static_cast<const float*>(terms_.class_weight),
+                             memory_.weight_row_sum(), stream_));
       has_smoothing_row_ = true;
     }
-    check(outer_product(static_cast<const float*>(from_token(tokens_.weighted, tokens.begin)), sum,
-                        tokens.size(), problem_.features, false,
-                        static_cast<float*>(input_sum(tokens)), problem_.features, stream_));
+    check(outer_product(memory_.weighted(tokens), memory_.weight_row_sum(), tokens.size(),
+                        problem_.features, false, static_cast<float*>(memory_.input_sum(tokens)),
+                        problem_.features, stream_));
   }
 
   /// Likewise of grad_weight: w_v sum_n weighted_n x[n].
   void add_smoothing(Range classes, Range tokens, bool accumulate, float* sums) const {
-    auto* sum = place<float>(layout_.row_sums) + problem_.features;
-    check(weighted_row_sum(at(problem_.input, tokens.begin * problem_.input_stride),
-                           problem_.input_stride, problem_.dtype, tokens.size(), problem_.features,
-                           static_cast<const float*>(from_token(tokens_.weighted, tokens.begin)),
-                           sum, stream_));
+    const Matrix input = memory_.input_rows(tokens);
+    check(weighted_row_sum(input.data, input.row_stride, problem_.dtype, tokens.size(),
+                           problem_.features, memory_.weighted(tokens), memory_.input_row_sum(),
+                           stream_));
     const auto* weights = static_cast<const float*>(terms_.class_weight);
-    check(outer_product(weights == nullptr ? nullptr : weights + classes.begin, sum, classes.size(),
-                        problem_.features, accumulate, sums, problem_.features, stream_));
-  }
-
-  const void* output_scale() const {
-    if (!is_16_bit(problem_.dtype)) return nullptr;
-    return &tokens_.scalars->output_scale_float;
+    check(outer_product(weights == nullptr ? nullptr : weights + classes.begin,
+                        memory_.input_row_sum(), classes.size(), problem_.features, accumulate,
+                        sums, problem_.features, stream_));
   }
 
   const Problem& problem_;
   const PlanRequest& request_;
   const Plan& plan_;
   const PlanTraits traits_;
-  const Layout layout_;
-  char* const workspace_;
+  const CallMemory memory_;
+  const TokenArrays& tokens_;
   void* const stream_;
   const bool fused_, handwritten_;
   const bool apart_;  // label smoothing is added to the products of the gradients
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
-  TokenArrays tokens_;
   LogitTerms terms_;
+  bool multiplies_scores_ = false;  // kept scores go into the products as they are
   bool wrote_grad_input_ = false;
   bool has_smoothing_row_ = false;
   // Of the last scores():
   PartialStatistics last_partials_;
   int64_t last_range_ = 1;
-  uint8_t* tiles_of_scores_ = nullptr;
-  int64_t tiles_stride_ = 0;
+  ScoreBlock last_block_;
 };
 
 }  // namespace

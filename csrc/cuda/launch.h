@@ -219,6 +219,22 @@ using LinearGradient = Status(const Block& block, const LinearOperands& operands
 using GradientProduct = Status(int64_t classes, int64_t tokens, const GradientOperands& operands,
                                const ProductOutput& output, void* stream);
 
+/// What stored_gradient makes of stored scores, beside the scores themselves.
+struct ScoreGradient {
+  const float* maxima = nullptr;  // of StoredScores
+  int64_t maxima_stride = 0;
+  LogitTerms terms;
+  Targets targets;
+  Coefficients coefficients;
+  const float* target_gradient = nullptr;
+};
+
+/// The same products straight from stored scores: `operands.gradient` is StoredScores::data, and G
+/// what stored_gradient would write there, bit for bit, but is never written.
+using ProductFromScores = Status(const Block& block, const GradientOperands& operands,
+                                 const ScoreGradient& scores, const ProductOutput& output,
+                                 void* stream);
+
 namespace sm80 {
 LinearStatistics linear_statistics;
 LinearGradient linear_gradient;
@@ -229,11 +245,15 @@ namespace sm90 {
 LinearStatistics linear_statistics;
 LinearGradient linear_gradient;
 GradientProduct grad_input_product, grad_weight_product;
+ProductFromScores grad_input_from_scores, grad_weight_from_scores;
 
 /// Whether this family can work on the operands: TMA wants 16-bit rows that start at multiples of 16
 /// bytes. `block` is what is stored, scores or a gradient [classes, tokens], or null.
 bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride);
 bool accepts(const GradientOperands& operands, const ProductOutput& output);
+/// Products from scores know the softmax's term and index targets: no soft cap, no `entropy` or
+/// `weighted`, no class probabilities.
+bool accepts(const ScoreGradient& scores);
 }  // namespace sm90
 
 /// Accepts what sm90 accepts. Products that skip tiles are those of sm90: which tiles count differs

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/tiling.h"
+#include "cuda/gemm.h"
 #include "cuda/launch.h"
 #include "cuda/tokens.h"
 
@@ -252,6 +253,15 @@ void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budge
   }
 }
 
+/// What products take beside the workspace: see gemm.h.
+int64_t product_bytes(const PlanRequest& r) {
+  if (!r.gpu_upcasts || r.tokens == 0 || r.vocab == 0) return 0;
+  int64_t most = upcast_bytes(r.vocab, r.features, r.tokens);
+  if (r.grad_input) most = std::max(most, upcast_bytes(r.tokens, r.vocab, r.features));
+  if (r.grad_weight) most = std::max(most, upcast_bytes(r.vocab, r.tokens, r.features));
+  return most;
+}
+
 void count_work(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
   const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
   const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
@@ -272,6 +282,7 @@ void count_work(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
   plan->num_chunks =
       (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
   plan->workspace_bytes = layout(r, t, *plan).total;
+  plan->library_bytes = product_bytes(r);
 }
 
 std::string megabytes(int64_t bytes) {
@@ -372,11 +383,12 @@ Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
 }
 
 std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan) {
-  int64_t budget = request.memory_budget;
   const int64_t floor =
       ((request.grad_input ? request.tokens : 0) + (request.grad_weight ? request.vocab : 0)) *
       request.features * size_of(request.dtype);
-  if (budget < 0) budget = std::max(kDefaultBudget, floor + floor / 4);
+  const int64_t beside = product_bytes(request);
+  const int64_t budget = request.memory_budget < 0 ? std::max(kDefaultBudget, floor + floor / 4)
+                                                   : request.memory_budget - beside;
   double best = std::numeric_limits<double>::infinity();
   int64_t least = INT64_MAX;
   for_each_candidate(request, traits, budget, [&](const Plan& candidate, int scale) {
@@ -397,7 +409,7 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
     return "memory_budget=" + megabytes(request.memory_budget) + " is too small for " +
            std::to_string(request.tokens) + " tokens, " + std::to_string(request.features) +
            " features and " + std::to_string(request.vocab) +
-           " classes on a GPU: the least that works is " + megabytes(least);
+           " classes on a GPU: the least that works is " + megabytes(least + beside);
   }
   count_work(request, traits, plan);
   return "";

@@ -9,7 +9,7 @@
 namespace memeff::cuda {
 
 /// The current device. A capability of 0: there is none, or it does not answer.
-Gpu current_gpu();
+const Gpu& current_gpu();
 
 Status fill_zeros(void* data, int64_t bytes, void* stream);
 

@@ -5,6 +5,7 @@ Each is a function (x [N, D], w [V, D], y [N], softcap) -> loss [], differentiab
 
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 
 # Used by the default run, by type of device. "memeff@BYTES" is memeff with that memory budget,
-# "memeff~MASS" with that skip_mass, for any number.
+# "memeff~MASS" with that skip_mass, for any number; "memeff=SCORES+PRODUCTS" (also behind one of
+# the others) with those families of CUDA kernels, as MEMEFF_CUDA_KERNELS names them.
 DEFAULT_VARIANTS = {
     "cpu": (
         "standard",
@@ -188,15 +190,20 @@ def _make_liger(device: str, softcap: float | None) -> Variant:
 def _make_memeff(name: str, softcap: float | None) -> Variant:
     import memeff  # here, so that the peers can be measured even where memeff was not built
 
-    _, _, budget = name.partition("@")
-    _, _, mass = name.partition("~")
+    name_of_call, _, kernels = name.partition("=")
+    _, _, budget = name_of_call.partition("@")
+    _, _, mass = name_of_call.partition("~")
     options: dict[str, Any] = {"memory_budget": budget} if budget else {}
     if mass:
         options["skip_mass"] = float(mass)
+    chosen = kernels.replace("+", ",") or _KERNELS_AT_START
 
     def loss(
         x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
     ) -> torch.Tensor:
+        # Left set, because a backward pass follows.
+        if os.environ.get(_KERNELS_VARIABLE, "") != chosen:
+            os.environ[_KERNELS_VARIABLE] = chosen
         return memeff.linear_cross_entropy(x, w, y, softcap=softcap, **options)
 
     return Variant(name, loss)
@@ -213,14 +220,17 @@ _MAKERS: dict[str, Callable[[str, float | None], Variant]] = {
     "quack": _make_quack,
 }
 
-_MEMEFF = re.compile(r"memeff(@[^~]+|~[\d.e-]+)?")
+_MEMEFF = re.compile(r"memeff(@[^~=]+|~[\d.e-]+)?(=\w+\+\w+)?")
+_KERNELS_VARIABLE = "MEMEFF_CUDA_KERNELS"
+_KERNELS_AT_START = os.environ.get(_KERNELS_VARIABLE, "")
 
 
 def check_names(names: list[str]) -> None:
     """ValueError naming the first unknown variant."""
     for name in names:
         if not _MEMEFF.fullmatch(name) and name not in _MAKERS:
-            known = ", ".join([*_MAKERS, "memeff", "memeff@BYTES", "memeff~SKIP_MASS"])
+            of_memeff = ("", "@BYTES", "~SKIP_MASS", "=SCORES+PRODUCTS")
+            known = ", ".join([*_MAKERS, *(f"memeff{suffix}" for suffix in of_memeff)])
             raise ValueError(f"variants: {name!r} is unknown; expected some of {known}")
 
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/gemm.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 
@@ -23,11 +24,12 @@ struct Case {
 
 std::string name_of(const Case& c) {
   const PlanRequest& r = c.request;
-  return test::describe(
-      "N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ", static_cast<int>(r.dtype), " ",
-      cuda::name_of(c.traits.kernels), " gradients ", r.grad_input, r.grad_weight, r.grad_bias,
-      " known ", r.statistics_known, " accumulation ", static_cast<int>(r.accumulation),
-      " chunk_size ", r.chunk_size, " skips ", c.traits.skips, " budget ", r.memory_budget);
+  return test::describe("N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ",
+                        static_cast<int>(r.dtype), " ", cuda::name_of(c.traits.kernels),
+                        " gradients ", r.grad_input, r.grad_weight, r.grad_bias, " known ",
+                        r.statistics_known, " accumulation ", static_cast<int>(r.accumulation),
+                        " chunk_size ", r.chunk_size, " skips ", c.traits.skips, " upcasts ",
+                        r.gpu_upcasts, " budget ", r.memory_budget);
 }
 
 Case make_case(int64_t tokens, int64_t features, int64_t vocab, Selection kernels,
@@ -53,13 +55,17 @@ std::vector<Case> all_cases() {
       for (const DType dtype : {DType::kBFloat16, DType::kFloat32})
         for (int wanted = 0; wanted < 8; ++wanted)
           for (int known = 0; known < 2; ++known)
-            for (const bool skips : {false, true}) {
+            for (const bool special : {false, true}) {
               if (dtype == DType::kFloat32 && kernels.stores_16_bits()) continue;
-              if (skips && kernels.products == Family::kGeneric) continue;
+              const bool skips = special && kernels.products != Family::kGeneric;
+              const bool upcasts =
+                  special && !kernels.stores_16_bits() && dtype == DType::kBFloat16;
+              if (special && !skips && !upcasts) continue;
               if (known == 1 && wanted == 0) continue;
               Case c = make_case(shape[0], shape[1], shape[2], kernels, dtype);
               c.request.grad_input = (wanted & 1) != 0, c.request.grad_weight = (wanted & 2) != 0;
               c.request.grad_bias = (wanted & 4) != 0, c.request.statistics_known = known == 1;
+              c.request.gpu_upcasts = upcasts;
               c.traits.skips = skips, c.traits.partials = 2 + wanted % 3;
               cases.push_back(c);
             }
@@ -75,7 +81,8 @@ Plan plan_of(const Case& c) {
 void check_plan(const Case& c, const Plan& plan) {
   const PlanRequest& r = c.request;
   CHECK_EQ(layout(r, c.traits, plan).total, plan.workspace_bytes);
-  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes <= r.memory_budget);
+  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
+  CHECK_EQ(plan.library_bytes > 0, r.gpu_upcasts && r.tokens > 0);
   CHECK(plan.token_block > 0 && plan.slice_vocab > 0 && plan.input_block > 0);
   // Tiles of kept scores are counted from the start of a chunk and of a slice.
   CHECK_EQ(plan.token_block % cuda::kTokenTile, 0);
@@ -145,6 +152,22 @@ void keeps_the_promises_for_large_heads() {
   }
 }
 
+// bf16 before sm_80, in a budget as small as the smallest of the goals.
+void upcasts_in_small_pieces() {
+  CHECK(cuda::upcasts(DType::kBFloat16, {75}) && !cuda::upcasts(DType::kBFloat16, {80}));
+  CHECK(!cuda::upcasts(DType::kFloat16, {75}));
+  constexpr int64_t kHuge = int64_t{1} << 40;
+  CHECK_EQ(cuda::upcast_bytes(kHuge, kHuge, kHuge), 16 * kMiB);
+  CHECK_EQ(cuda::upcast_bytes(3, 5, 7), 2 * 512);
+  Case c = make_case(4096, 4096, 128256, {Family::kGeneric, Family::kGeneric});
+  c.request.gpu_upcasts = true;
+  c.request.memory_budget = 32 * kMiB;
+  test::context() = name_of(c);
+  const Plan plan = plan_of(c);
+  check_plan(c, plan);
+  CHECK_EQ(plan.library_bytes, 16 * kMiB);
+}
+
 void obeys_the_caller() {
   Case c = make_case(10000, 512, 32000, {Family::kSm80, Family::kGeneric});
   c.request.chunk_size = 300;
@@ -169,6 +192,7 @@ int main() {
     more_memory_never_hurts(c);
   }
   keeps_the_promises_for_large_heads();
+  upcasts_in_small_pieces();
   obeys_the_caller();
   return test::result();
 }

@@ -1,5 +1,6 @@
 // Which CUDA kernels a problem gets.
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "cuda/select.h"
@@ -7,7 +8,9 @@
 namespace {
 
 using namespace memeff;
+using cuda::Family;
 using cuda::Gpu;
+using cuda::MeasuredChoice;
 
 Problem problem(DType dtype) {
   Problem p;
@@ -18,8 +21,28 @@ Problem problem(DType dtype) {
 
 std::string selected(const Problem& p, int capability, const std::string& forced = "") {
   std::string error;
-  const std::string name = name_of(select_kernels(p, Gpu{capability}, forced, &error));
+  const std::string name = name_of(select_kernels(p, Gpu{capability, ""}, forced, {}, &error));
   return error.empty() ? name : error;
+}
+
+/// Families and reason.
+std::string chosen(const Problem& p, const Gpu& gpu, const std::vector<MeasuredChoice>& measured,
+                   const std::string& forced = "") {
+  std::string error;
+  const cuda::Selection selection = select_kernels(p, gpu, forced, measured, &error);
+  return error + name_of(selection) + " " + reason_of(selection);
+}
+
+/// A measurement at the shape of problem() times the factors.
+MeasuredChoice row(const char* gpu, double tokens, double features, double vocab, Family scores,
+                   Family products) {
+  MeasuredChoice measured;
+  measured.gpu = gpu, measured.capability = 90;
+  measured.tokens = static_cast<int64_t>(64 * tokens);
+  measured.features = static_cast<int64_t>(128 * features);
+  measured.vocab = static_cast<int64_t>(1000 * vocab);
+  measured.scores = scores, measured.products = products;
+  return measured;
 }
 
 void follows_the_gpu() {
@@ -75,11 +98,107 @@ void can_be_forced_where_possible() {
   CHECK_EQ(selected(p, 90, "sm80,sm90"), "sm80,sm90");
   CHECK_EQ(selected(p, 90, "generic,generic"), "generic,generic");
   CHECK_EQ(selected(p, 90, "generic,sm80"), "generic,generic");
+  CHECK_EQ(selected(p, 90, "sm90,sm90rs"), "sm90,sm90rs");
   CHECK_EQ(selected(p, 80, "sm90,sm90"), "sm80,generic");
+  CHECK_EQ(selected(p, 80, "sm80,sm90rs"), "sm80,generic");
   CHECK_EQ(selected(problem(DType::kFloat32), 90, "sm90,sm90"), "generic,generic");
-  CHECK(selected(p, 90, "sm85,sm80").find("expected two of generic, sm80, sm90") !=
+  CHECK(selected(p, 90, "sm85,sm80").find("expected one of generic, sm80, sm90") !=
         std::string::npos);
+  CHECK(selected(p, 90, "sm90rs,sm90rs")
+            .find("expected one of generic, sm80, sm90 for scores, a "
+                  "comma, and one of generic, sm80, sm90, sm90rs") != std::string::npos);
   CHECK(selected(p, 90, "sm80").find("MEMEFF_CUDA_KERNELS='sm80'") != std::string::npos);
+}
+
+const Gpu kH200{90, "NVIDIA H200"};
+
+void measurements_decide() {
+  const Problem p = problem(DType::kBFloat16);
+  CHECK_EQ(chosen(p, kH200, {}), "sm90,generic default");
+  CHECK_EQ(chosen(p, kH200, {row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm80)}),
+           "sm80,sm80 measured on NVIDIA H200 at 64x128x1000");
+  // An environment variable is stronger.
+  CHECK_EQ(
+      chosen(p, kH200, {row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm80)}, "sm90,generic"),
+      "sm90,generic MEMEFF_CUDA_KERNELS");
+}
+
+void measurements_of_something_else_do_not_count() {
+  const MeasuredChoice here = row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm80);
+  CHECK_EQ(chosen(problem(DType::kFloat16), kH200, {here}), "sm90,generic default");
+  CHECK_EQ(chosen(problem(DType::kBFloat16), {80, "NVIDIA H200"}, {here}), "sm80,generic default");
+  Problem skips = problem(DType::kBFloat16);
+  skips.skip_mass = 1e-3;
+  CHECK_EQ(chosen(skips, kH200, {here}), "sm90,sm90 default");
+  MeasuredChoice skipping = here;
+  skipping.skips = true;
+  CHECK_EQ(chosen(skips, kH200, {skipping}), "sm80,sm80 measured on NVIDIA H200 at 64x128x1000");
+  CHECK_EQ(chosen(problem(DType::kBFloat16), kH200, {skipping}), "sm90,generic default");
+}
+
+void shapes_within_a_factor_of_four_count() {
+  const Problem p = problem(DType::kBFloat16);
+  for (const double factor : {0.25, 4.0}) {
+    const Family f = Family::kSm80;
+    CHECK_EQ(chosen(p, kH200, {row("", factor, 1, 1, f, f)}).substr(0, 9), "sm80,sm80");
+    CHECK_EQ(chosen(p, kH200, {row("", factor, factor, factor, f, f)}).substr(0, 9), "sm80,sm80");
+    for (int i = 0; i < 3; ++i) {
+      double factors[3] = {1, 1, 1};
+      factors[i] = factor < 1 ? factor * 0.9 : factor * 1.1;
+      CHECK_EQ(chosen(p, kH200, {row("", factors[0], factors[1], factors[2], f, f)}),
+               "sm90,generic default");
+    }
+  }
+  CHECK_EQ(chosen(p, kH200, {row("", 0, 1, 1, Family::kSm80, Family::kSm80)}),
+           "sm90,generic default");
+}
+
+void the_nearest_measurement_counts() {
+  const Problem p = problem(DType::kBFloat16);
+  const MeasuredChoice far = row("NVIDIA H200", 2, 2, 1, Family::kSm80, Family::kSm80);
+  const MeasuredChoice near = row("NVIDIA H200", 2, 1, 1, Family::kSm90, Family::kSm90);
+  for (const auto& table : {std::vector{far, near}, std::vector{near, far}})
+    CHECK_EQ(chosen(p, kH200, table), "sm90,sm90 measured on NVIDIA H200 at 128x128x1000");
+  // Of two as near, the first.
+  const MeasuredChoice below = row("NVIDIA H200", 0.5, 1, 1, Family::kSm80, Family::kGeneric);
+  CHECK_EQ(chosen(p, kH200, {below, near}), "sm80,generic measured on NVIDIA H200 at 32x128x1000");
+  CHECK_EQ(chosen(p, kH200, {near, below}), "sm90,sm90 measured on NVIDIA H200 at 128x128x1000");
+}
+
+void a_gpu_of_the_same_name_comes_first() {
+  const Problem p = problem(DType::kBFloat16);
+  const MeasuredChoice other = row("NVIDIA H100", 1, 1, 1, Family::kSm80, Family::kSm80);
+  const MeasuredChoice own = row("NVIDIA H200", 3, 3, 3, Family::kSm90, Family::kSm90);
+  for (const auto& table : {std::vector{other, own}, std::vector{own, other}}) {
+    CHECK_EQ(chosen(p, kH200, table), "sm90,sm90 measured on NVIDIA H200 at 192x384x3000");
+    CHECK_EQ(chosen(p, {90, ""}, table), "sm80,sm80 measured on NVIDIA H100 at 64x128x1000");
+  }
+}
+
+void measured_families_must_be_able_to_run() {
+  Problem p = problem(DType::kBFloat16);
+  p.input_stride = 132;
+  CHECK_EQ(chosen(p, kH200,
+                  {row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm90),
+                   row("NVIDIA H200", 2, 1, 1, Family::kSm80, Family::kSm80)}),
+           "sm80,sm80 measured on NVIDIA H200 at 128x128x1000");
+  CHECK_EQ(chosen(problem(DType::kBFloat16), kH200,
+                  {row("NVIDIA H200", 1, 1, 1, Family::kGeneric, Family::kSm80)}),
+           "sm90,generic default");
+}
+
+void rows_of_the_table_make_sense() {
+  for (const MeasuredChoice& measured : cuda::measured_choices()) {
+    Problem p = problem(measured.dtype);
+    p.tokens = measured.tokens, p.vocab = measured.vocab;
+    p.features = p.input_stride = p.weight_stride = measured.features;
+    p.skip_mass = measured.skips ? 1e-3 : 0;
+    const Gpu gpu{measured.capability, measured.gpu};
+    std::string error;
+    const cuda::Selection selection = select_kernels(p, gpu, "", cuda::measured_choices(), &error);
+    test::context() = measured.gpu;
+    CHECK(selection.measured == &measured);  // else another row hides it, or it cannot run
+  }
 }
 
 }  // namespace
@@ -91,5 +210,12 @@ int main() {
   some_losses_need_stored_products();
   skipping_needs_handwritten_products();
   can_be_forced_where_possible();
+  measurements_decide();
+  measurements_of_something_else_do_not_count();
+  shapes_within_a_factor_of_four_count();
+  the_nearest_measurement_counts();
+  a_gpu_of_the_same_name_comes_first();
+  measured_families_must_be_able_to_run();
+  rows_of_the_table_make_sense();
   return memeff::test::result();
 }

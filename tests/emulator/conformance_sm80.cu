@@ -32,6 +32,10 @@ __global__ void exponentials(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = __float_as_uint(ptx::exp2_approximate(x));
 }
 
+__global__ void minima(const uint32_t* in, uint32_t* out) {
+  out[threadIdx.x] = ptx::min_of_halves(in[threadIdx.x], 0x3c00bc00u);  // random bits: also NaN
+}
+
 // Two warps in every combination of arriving and waiting.
 __global__ void named_barriers(const uint32_t* in, uint32_t* out) {
   MEMEFF_SHARED_ARRAY(uint32_t, message, 64);
@@ -136,6 +140,7 @@ std::vector<Case> MEMEFF_CASES(sm80)() {
       {"shuffles", words, bits, 32, 0, shuffles, nullptr, run_case},
       {"votes", words, bits, 32, 0, votes, nullptr, run_case},
       {"ex2.approx", words, floats, 256, 0, exponentials, nullptr, run_case},
+      {"min.f16x2", words, bits, 256, 0, minima, nullptr, run_case},
       {"bar.sync, bar.arrive", words, bits, 64, 0, named_barriers, nullptr, run_case},
       {"cp.async 16", words, bits, 64, 2048, copies_of_16, nullptr, run_case},
       {"cp.async 8", words, bits, 64, 512, narrow_copies<8>, nullptr, run_case},

@@ -48,6 +48,8 @@ void ldmatrix(std::uint32_t* registers, int matrices, std::uint32_t row_address,
 void stmatrix(std::uint32_t row_address, const std::uint32_t* registers, int matrices,
               bool transposed);
 
+std::uint32_t min_of_halves(std::uint32_t a, std::uint32_t b);  // two fp16 numbers each
+
 enum class MmaType { kBf16, kFp16 };
 // D[16,8] += A[16,k] B[k,8], one warp; k is 8 or 16.
 void mma_m16n8(MmaType type, int k, float* d, const std::uint32_t* a, const std::uint32_t* b);

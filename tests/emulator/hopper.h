@@ -34,6 +34,7 @@ struct WgmmaOp {
   std::uint64_t a_descriptor = 0, b_descriptor = 0;
   bool accumulate = false, a_in_registers = false;
   std::uint32_t a_registers[128][4];
+  const std::uint32_t* a_source[128];  // which must keep these values until the product has ended
   float* accumulator[128];
   int issued = 0;
   bool executed = false;

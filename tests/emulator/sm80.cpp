@@ -188,6 +188,16 @@ float fp16_to_float(std::uint16_t bits) {
   return sign != 0 ? -magnitude : magnitude;
 }
 
+std::uint32_t min_of_halves(std::uint32_t a, std::uint32_t b) {
+  const auto smaller = [](std::uint32_t x, std::uint32_t y) -> std::uint32_t {
+    const float of_x = fp16_to_float(static_cast<std::uint16_t>(x));
+    const float of_y = fp16_to_float(static_cast<std::uint16_t>(y));
+    if (std::isnan(of_x) && std::isnan(of_y)) return 0x7fff;
+    return std::isnan(of_y) || of_x < of_y ? x : y;
+  };
+  return smaller(a & 0xffff, b & 0xffff) | smaller(a >> 16, b >> 16) << 16;
+}
+
 namespace {
 
 struct MmaOperand {

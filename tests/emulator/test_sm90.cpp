@@ -370,6 +370,28 @@ __global__ void early_accumulator(float* out) {
   out[128 + t] = d[0];
 }
 
+// The next fragment of A is written over one that a product may still read.
+template <bool kPlanted>
+__global__ void early_fragment(float* out) {
+  MEMEFF_DYNAMIC_SHARED(tile);
+  const int t = threadIdx.x;
+  for (int i = t; i < 4096; i += 128) reinterpret_cast<uint32_t*>(tile)[i] = 0x3f803f80u;  // ones
+  ptx::fence_proxy_async();
+  __syncthreads();
+  const uint64_t b = ptx::k_major_descriptor(ptx::shared_address(tile));
+  float d[32];
+  uint32_t a[4] = {};
+  for (int i = 0; i < 2; ++i) {
+    for (uint32_t& pair : a) pair = i == 0 ? 0x3f803f80u : 0x40004000u;  // ones, then twos
+    ptx::wgmma_fence();
+    ptx::wgmma_a_registers<64, __nv_bfloat16>(d, a, b, i);
+    ptx::wgmma_commit();
+    if (!kPlanted) ptx::wgmma_wait<0>();
+  }
+  ptx::wgmma_wait<0>();
+  out[t] = d[t % 32];
+}
+
 __global__ void load_tile_at(const __grid_constant__ TensorMap map, int offset, uint32_t bytes) {
   MEMEFF_DYNAMIC_SHARED(tile);
   MEMEFF_SHARED_ARRAY(uint64_t, mbarriers, 1);
@@ -416,6 +438,14 @@ void test_misuse() {
   expect_clean("accumulators in flight are NaN", [] {
     MEMEFF_LAUNCH(early_accumulator, dim3(1), dim3(128), 16384, nullptr, results);
     for (int t = 0; t < 128; ++t) CHECK(results[t] != results[t] && results[128 + t] == 0.f);
+  });
+
+  EXPECT_DEFECT("fragment changed too early", kBadArgument, nullptr, [] {
+    MEMEFF_LAUNCH(early_fragment<true>, dim3(1), dim3(128), 16384, nullptr, results);
+  });
+  expect_clean("fragments", [] {
+    MEMEFF_LAUNCH(early_fragment<false>, dim3(1), dim3(128), 16384, nullptr, results);
+    CHECK(results[0] == 48.f && results[127] == 48.f);
   });
 
   const TensorMap swizzled = float_map(in, 32, 16, 32, 8, true);

@@ -177,6 +177,7 @@ void wgmma(const WgmmaShape& shape, float* d, std::uint64_t a_descriptor,
   WgmmaOp& op = group.ops[number - group.first_op];
   if (!same_operands(op, wanted))
     report(Defect::kDivergence, pc, "the threads of a warpgroup issue different wgmma");
+  op.a_source[me] = a_registers;
   if (a_registers != nullptr) std::memcpy(op.a_registers[me], a_registers, 16);
 
   // Registers of the accumulator are not to be touched until the product has been waited for.
@@ -224,8 +225,11 @@ void wgmma_wait(int pending) {
       block_current("wgmma.wait_group, for warps that have not issued the product", pc);
     }
     execute_up_to(group, i);
+    const WgmmaOp& op = group.ops[i - group.first_op];
+    if (op.a_in_registers && std::memcmp(op.a_registers[me], op.a_source[me], 16) != 0)
+      report(Defect::kBadArgument, pc, "registers of A changed before the wait for their product");
     std::uint32_t& seen = current->clock.seen[my_agent()];
-    seen = std::max(seen, group.ops[i - group.first_op].clock[me / 32]);
+    seen = std::max(seen, op.clock[me / 32]);
   }
   group.waited[me] = std::max(group.waited[me], end);
   return_accumulators(group, me);

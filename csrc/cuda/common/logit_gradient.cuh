@@ -30,6 +30,22 @@ struct TokenCoefficients {
   }
 };
 
+// What becomes of the scores E = exp(z - max) of a token and a tile of classes (StoredScores).
+struct StoredFactors {
+  float softmax, entropy, weighted;  // the first two times exp(max - shift)
+  float max;
+  bool left_out;
+};
+MEMEFF_DEVICE StoredFactors stored_factors(const TokenCoefficients<float>& c, float max) {
+  const bool left_out = c.all_zero();
+  const float scale = exponential(max - c.shift);
+  return {left_out ? 0.f : scale * c.softmax, scale * c.entropy, c.weighted, max, left_out};
+}
+
+// p_v softmax. No E exceeds 1; one that is not a number comes from a row whose lse and factor are
+// none either, unless the token is left out and has zeros whatever its scores.
+MEMEFF_DEVICE float softmax_gradient(float e, float factor) { return fminf(e, 1.f) * factor; }
+
 template <int kCount, class A>
 MEMEFF_DEVICE void load_member(TokenCoefficients<A> (&c)[kCount], A TokenCoefficients<A>::* member,
                                const void* array, int64_t token, int count) {

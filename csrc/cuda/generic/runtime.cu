@@ -2,6 +2,8 @@
 #include "cuda/runtime.h"
 
 #include <cstring>
+#include <map>
+#include <mutex>
 
 #include "cuda/common/device.cuh"
 
@@ -9,13 +11,19 @@ namespace memeff::cuda {
 
 #if defined(__CUDACC__)
 
-Gpu current_gpu() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
-    return {};
-  return {major * 10 + minor};
+const Gpu& current_gpu() {
+  // Asked for in every call; the runtime takes its time over the properties.
+  static std::mutex mutex;
+  static std::map<int, Gpu> known;  // by device
+  static const Gpu none;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return none;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  cudaDeviceProp properties;
+  if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) return none;
+  return known[device] = {properties.major * 10 + properties.minor, properties.name};
 }
 
 Status fill_zeros(void* data, int64_t bytes, void* stream) {
@@ -25,7 +33,10 @@ Status fill_zeros(void* data, int64_t bytes, void* stream) {
 
 #else
 
-Gpu current_gpu() { return {90}; }
+const Gpu& current_gpu() {
+  static const Gpu emulated{90, "emulated"};
+  return emulated;
+}
 
 Status fill_zeros(void* data, int64_t bytes, void*) {
   std::memset(data, 0, static_cast<size_t>(bytes));

@@ -34,20 +34,12 @@ struct StoredArguments {
   const float* target_gradient;
 };
 
-// What a lane knows of a token and a tile of classes.
-struct TokenFactors {
-  float softmax, entropy, weighted;  // the first two times exp(max - shift)
-  float max;
-  bool left_out;
-};
-
 // dz/du dz from E
 template <bool kFull>
-MEMEFF_DEVICE float gradient_of(float e, float weight, const TokenFactors& f,
+MEMEFF_DEVICE float gradient_of(float e, float weight, const StoredFactors& f,
                                 const LogitTransform<float>& transform) {
-  if (f.left_out) return 0.f;  // though its scores may be NaN
-  float gradient = e * f.softmax;
-  if (!kFull) return gradient;
+  float gradient = softmax_gradient(e, f.softmax);
+  if (!kFull || f.left_out) return gradient;
   if (e == 0.f) return gradient + f.weighted * weight;  // NaN where lse is
   const float z = f.max + logf(e);
   if (f.entropy != 0.f) gradient += e * f.entropy * z;
@@ -67,18 +59,14 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
   const int64_t end = begin + kRows < block.classes ? begin + kRows : block.classes;
   if (count == 0) return;
 
-  TokenFactors factors[kTokens];
+  StoredFactors factors[kTokens];
   {
     TokenCoefficients<float> c[kTokens];
     load_coefficients(c, arguments.coefficients, token, count);
     float max[kTokens];
     load(max, arguments.scores.maxima + class_tile * arguments.scores.maxima_stride + token, count);
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      const float scale = exponential(max[i] - c[i].shift);
-      factors[i] = {scale * c[i].softmax, scale * c[i].entropy, c[i].weighted, max[i],
-                    c[i].all_zero()};
-    }
+    for (int i = 0; i < kTokens; ++i) factors[i] = stored_factors(c[i], max[i]);
   }
 
   auto* const scores = static_cast<__half*>(arguments.scores.data);

@@ -37,6 +37,17 @@ MEMEFF_DEVICE float exp2_approximate(float x) {
 #endif
 }
 
+// The smaller of two fp16 numbers, twice; of a NaN and a number the number. sm_80.
+MEMEFF_DEVICE uint32_t min_of_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  uint32_t result;
+  asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  return emulator::min_of_halves(a, b);
+#endif
+}
+
 // ---- cp.async (sm_80): global to shared memory without passing through registers ----
 
 // Copies the first source_bytes (0 to 16) of 16 bytes and fills the rest with zeros. Both addresses

@@ -31,4 +31,9 @@ bool accepts(const GradientOperands& operands, const ProductOutput& output) {
                                  : is_tensor(output.gradient, output.gradient_stride, 2) && pairs);
 }
 
+bool accepts(const ScoreGradient& scores) {
+  return scores.terms.softcap == 0 && scores.coefficients.entropy == nullptr &&
+         scores.coefficients.weighted == nullptr && scores.targets.probabilities == nullptr;
+}
+
 }  // namespace memeff::cuda::sm90

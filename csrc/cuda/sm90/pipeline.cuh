@@ -15,7 +15,7 @@
 //        0  4 stages of 48 KiB: A [128, 64] then B [64, 256] of one step of k, 128-byte swizzle
 //   196608  2 boxes of 8 KiB per consumer warpgroup: results on their way out (tile_store.cuh)
 //   229376  mbarriers "full" and "empty" of each stage
-//   229440  scratch of an epilogue
+//   229440  scratch of a kernel: votes, factors of the stages
 //
 // A stage goes round: the producer waits for "empty" (8 consumer warps have arrived), announces the
 // bytes on "full" and starts the copies. Consumers wait for "full" and start their products; once
@@ -54,7 +54,7 @@ constexpr int kBoxBytes = 64 * 128;
 constexpr int kBoxesAt = kStages * kStageBytes;
 constexpr int kMbarriersAt = kBoxesAt + kConsumerGroups * 2 * kBoxBytes;
 constexpr int kScratchAt = kMbarriersAt + 2 * kStages * 8;
-constexpr int kScratchBytes = 128;
+constexpr int kScratchBytes = 2176;
 constexpr int kSharedBytes = kScratchAt + kScratchBytes;
 static_assert(kSharedBytes <= 227 * 1024);
 
@@ -152,13 +152,14 @@ struct Ring {
   }
 };
 
-// All threads of the block, before anything else.
+// All threads of the block, before anything else. `fillers`: arrivals that make a stage full, beside
+// the bytes of TMA.
 template <int kCluster>
-MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory) {
+MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int fillers = 1) {
   const Ring<kCluster> ring{ptx::shared_address(shared_memory)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(ring.shared + kMbarriersAt + stage * 8, 1);
+      ptx::mbarrier_init(ring.shared + kMbarriersAt + stage * 8, fillers);
       ptx::mbarrier_init(ring.empty(stage), kCluster * kConsumerWarps);
     }
     ptx::fence_mbarrier_init();

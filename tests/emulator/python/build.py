@@ -22,6 +22,7 @@ SOURCES = (
     "csrc/bindings/call.cpp",
     "csrc/bindings/statistics_call.cpp",
     "csrc/core/planner.cpp",
+    "csrc/cuda/call_memory.cpp",
     "csrc/cuda/cuda_backend.cpp",
     "csrc/cuda/gemm_torch.cpp",
     "csrc/cuda/plan.cpp",

@@ -1,0 +1,445 @@
+#include "cuda_cases.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <stdexcept>
+
+#include "core/problem.h"
+#include "core/tiling.h"
+#include "cpu/number.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
+#include "cuda/tokens.h"
+
+namespace memeff::bench {
+namespace {
+
+using namespace cuda;
+
+/// A family of products on tensor cores, and the compute capabilities that run it.
+struct FusedFamily {
+  const char* name;
+  int least, most;
+  LinearStatistics* linear_statistics;
+  LinearGradient* linear_gradient;
+  GradientProduct *grad_input_product, *grad_weight_product;
+};
+constexpr FusedFamily kFused[] = {
+    {"sm80", 80, INT32_MAX, &sm80::linear_statistics, &sm80::linear_gradient,
+     &sm80::grad_input_product, &sm80::grad_weight_product},
+    {"sm90", 90, 90, &sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
+     &sm90::grad_weight_product},
+    {"sm90x2", 90, 90, &sm90x2::linear_statistics, &sm90x2::linear_gradient,
+     &sm90x2::grad_input_product, &sm90x2::grad_weight_product},
+};
+
+constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time
+constexpr int64_t kGenericRange = 512;
+constexpr double kSkipMass = 1e-3;
+constexpr int kOneTileIn = 4;  // counts, where some are skipped
+
+void check(const Status& status) {
+  if (!status.ok()) throw std::runtime_error(status.message);
+}
+
+/// Places the arrays of one shape, fills them, and lists the cases.
+class Maker {
+ public:
+  Maker(const Shape& shape, DType dtype, int capability, Memory& memory,
+        const LibraryProduct& product, void* stream)
+      : n_(shape.tokens),
+        d_(shape.features),
+        v_(shape.vocab),
+        stride_(round_up(shape.tokens, 8)),
+        ranges_(ceil_div(shape.vocab, kStoredTile)),
+        dtype_(dtype),
+        capability_(capability),
+        memory_(memory),
+        product_(product),
+        stream_(stream) {
+    make_inputs();
+    make_tokens();
+    make_blocks();
+  }
+
+  std::vector<Case> make() {
+    linear_cases();
+    product_cases();
+    stored_cases();
+    generic_cases();
+    row_cases();
+    return std::move(cases_);
+  }
+
+ private:
+  // ---- data ----
+
+  template <class T>
+  T* place(int64_t count, const char* name) {
+    return static_cast<T*>(memory_.allocate(count * static_cast<int64_t>(sizeof(T)), name,
+                                            static_cast<int>(std::min<size_t>(sizeof(T), 8))));
+  }
+  uint16_t* place_16(int64_t count, const char* name) { return place<uint16_t>(count, name); }
+
+  /// Normal numbers, the same million again and again.
+  void fill(void* to, DType dtype, int64_t count, double deviation) {
+    constexpr int64_t kPattern = (1 << 20) + 7;
+    const int64_t length = std::min(count, kPattern), size = size_of(dtype);
+    std::vector<char> pattern(static_cast<size_t>(length * size));
+    std::normal_distribution<double> normal(0.0, deviation);
+    for (int64_t i = 0; i < length; ++i) store(dtype, pattern.data(), i, normal(random_));
+    for (int64_t done = 0; done < count; done += length)
+      memory_.copy(static_cast<char*>(to) + done * size, pattern.data(),
+                   std::min(length, count - done) * size);
+  }
+
+  void make_inputs() {
+    x_ = place_16(n_ * d_, "x"), w_ = place_16(v_ * d_, "w");
+    // Logits of deviation 3, as in memeff-bench.
+    fill(x_, dtype_, n_ * d_, 1.0);
+    fill(w_, dtype_, v_ * d_, 3.0 / std::sqrt(static_cast<double>(d_)));
+    std::vector<int64_t> target(static_cast<size_t>(n_));
+    for (int64_t& y : target) y = static_cast<int64_t>(random_() % static_cast<uint64_t>(v_));
+    auto* const on_device = place<int64_t>(n_, "target");
+    memory_.copy(on_device, target.data(), n_ * 8);
+    problem_.tokens = n_, problem_.features = d_, problem_.vocab = v_, problem_.dtype = dtype_;
+    problem_.input = x_, problem_.weight = w_, problem_.target = on_device;
+    problem_.input_stride = problem_.weight_stride = d_;
+    problem_.skip_mass = kSkipMass;
+  }
+
+  void make_tokens() {
+    tokens_.scalars = place<CallScalars>(1, "scalars");
+    tokens_.target = place<int64_t>(n_, "token targets");
+    tokens_.lse = place<double>(n_, "lse");
+    tokens_.target_logit = place<float>(n_, "target logit");
+    tokens_.target_mass = place<double>(n_, "target mass");
+    for (void** array : {&tokens_.shift, &tokens_.softmax, &tokens_.target_rest})
+      *array = place<float>(n_, "coefficients");
+    tokens_.target_gradient = place<float>(n_, "target gradient");
+    coefficients_.shift = tokens_.shift, coefficients_.softmax = tokens_.softmax;
+    coefficients_.target_rest = tokens_.target_rest;
+    targets_.index = tokens_.target;
+    check(prepare_tokens(problem_, tokens_, stream_));
+  }
+
+  /// Scores, gradients and partial statistics as one step of training leaves them, by the first
+  /// family that runs here; noise where none does.
+  void make_blocks() {
+    scores_ = place_16(v_ * stride_, "scores"), gradient_ = place_16(v_ * stride_, "gradients");
+    scratch_ = place_16(v_ * stride_, "scratch");
+    maxima_ = place<float>(ranges_ * stride_, "maxima");
+    other_maxima_ = place<float>(ranges_ * stride_, "other maxima");
+    partials_.max = maxima_, partials_.max_stride = partials_.stride = stride_;
+    partials_.sum = place<float>(ranges_ * stride_, "sums");
+    other_sums_ = place<float>(ranges_ * stride_, "other sums");
+    tiles_ = place<uint8_t>(ranges_ * token_tiles(), "tiles");
+    std::vector<uint8_t> some(static_cast<size_t>(ranges_ * token_tiles()));
+    for (uint8_t& counts : some) counts = random_() % kOneTileIn == 0 ? 1 : 0;
+    share_of_tiles_ = static_cast<double>(std::count(some.begin(), some.end(), 1)) /
+                      static_cast<double>(some.size());
+    some_tiles_ = place<uint8_t>(ranges_ * token_tiles(), "some tiles");
+    memory_.copy(some_tiles_, some.data(), ranges_ * token_tiles());
+    sums_ = place<float>(std::max(n_, v_) * d_, "sums of gradients");
+    fill(sums_, DType::kFloat32, std::max(n_, v_) * d_, 1.0);
+    result_ = place_16(std::max(n_, v_) * d_, "gradient of an operand");
+    fill(result_, dtype_, std::max(n_, v_) * d_, 1.0);
+    remainder_ = place_16(v_ * d_, "remainder");
+    fill(remainder_, dtype_, v_ * d_, 1.0);
+
+    const FusedFamily& first = kFused[0];
+    if (capability_ < first.least) {
+      fill(gradient_, dtype_, v_ * stride_, 1e-3);
+      return;
+    }
+    check(first.linear_statistics(block(), linear(), {}, targets_, kStoredTile, partials_,
+                                  static_cast<float*>(tokens_.target_logit), kept(scores_),
+                                  stream_));
+    check(merge_statistics(problem_, tokens_, 0, n_, partials_, ranges_, stream_));
+    memory_.copy(gradient_, scores_, v_ * stride_ * 2);
+    check(stored_gradient(block(), kept(gradient_), dtype_, {}, targets_, coefficients_,
+                          tokens_.target_gradient, stream_));
+  }
+
+  int64_t token_tiles() const { return ceil_div(n_, cuda::kTokenTile); }
+  Block block() const { return {0, v_, n_}; }
+  StoredScores kept(void* data) const { return {data, stride_, maxima_, stride_}; }
+  LinearOperands linear() const { return {x_, d_, w_, d_, d_, dtype_}; }
+
+  // ---- cases ----
+
+  void add(const std::string& kernel, const std::string& family, const std::string& variant,
+           double flops, double bytes, std::function<Status()> run,
+           std::function<void()> prepare = {}) {
+    cases_.push_back({kernel, family, variant, flops, bytes, std::move(prepare), std::move(run)});
+  }
+
+  template <class Visit>
+  void for_each_family(const Visit& visit) const {
+    for (const FusedFamily& family : kFused)
+      if (capability_ >= family.least && capability_ <= family.most) visit(family);
+  }
+
+  double product_flops() const { return 2.0 * as_double(n_) * as_double(d_) * as_double(v_); }
+  double inputs() const { return 2.0 * as_double(d_) * as_double(n_ + v_); }
+  double all_scores(double bytes) const { return bytes * as_double(n_) * as_double(v_); }
+  static double as_double(int64_t x) { return static_cast<double>(x); }
+
+  /// Multiples of a tile of 256 classes: the launcher's choice.
+  std::vector<int64_t> ranges_to_try() const {
+    PlanRequest request;
+    request.tokens = n_, request.features = d_, request.vocab = v_, request.dtype = dtype_;
+    PlanTraits traits;
+    traits.kernels.scores = Family::kSm80;
+    Plan plan;
+    plan.token_block = n_;
+    const int64_t planned = classes_per_range(request, traits, plan, false);
+    std::vector<int64_t> ranges = {256};
+    for (const int64_t range : {int64_t{1024}, planned})
+      if (range > ranges.back() && range <= round_up(v_, 256)) ranges.push_back(range);
+    return ranges;
+  }
+
+  void linear_cases() {
+    if (product_) {
+      const Matrix w{w_, dtype_, v_, d_, d_, 1}, x_transposed{x_, dtype_, d_, n_, 1, d_};
+      add("scores", "cublas", "16 bits", product_flops(), inputs() + all_scores(2),
+          [=, multiply = product_, to = scratch_, dtype = dtype_] {
+            return multiply(w, x_transposed, false, to, dtype);
+          });
+    }
+    for_each_family([this](const FusedFamily& family) {
+      auto* const target_logit = static_cast<float*>(tokens_.target_logit);
+      const auto statistics = [&](const std::string& variant, int64_t range, bool keep, bool all) {
+        PartialStatistics partials = partials_;
+        partials.max = other_maxima_, partials.sum = other_sums_;
+        if (all) partials.entropy = entropy(), partials.argmax = argmax();
+        StoredScores to;
+        if (keep) to = kept(scratch_), to.maxima = other_maxima_;
+        const double arrays = all ? 4 : 2;
+        add("linear_statistics", family.name, variant, product_flops(),
+            inputs() + all_scores((keep ? 2 : 0) + 4 * arrays / as_double(range)),
+            [=, this_block = block(), operands = linear(), targets = targets_, stream = stream_,
+             launch = family.linear_statistics] {
+              return launch(this_block, operands, {}, targets, range, partials, target_logit, to,
+                            stream);
+            });
+      };
+      statistics("kept", kStoredTile, true, false);
+      statistics("kept, entropy and argmax", kStoredTile, true, true);
+      for (const int64_t range : ranges_to_try())
+        statistics("not kept, " + std::to_string(range) + " classes per range", range, false,
+                   false);
+      for (const bool marks : {false, true})
+        add("linear_gradient", family.name, marks ? "with marks" : "", product_flops(),
+            inputs() + all_scores(2),
+            [=, shape = block(), operands = linear(), targets = targets_, c = coefficients_,
+             to = scratch_, stride = stride_, vocab = v_, stream = stream_,
+             tiles = marks ? tiles_ : nullptr, tiles_stride = token_tiles(),
+             launch = family.linear_gradient] {
+              return launch(shape, operands, {}, targets, c, to, stride, tiles, tiles_stride,
+                            kSkipMass, vocab, stream);
+            });
+    });
+  }
+
+  void product_cases() {
+    for (const bool of_input : {true, false}) {
+      const std::string kernel = of_input ? "grad_input_product" : "grad_weight_product";
+      const int64_t rows = of_input ? n_ : v_;
+      const double operands = all_scores(2) + 2.0 * as_double(d_) * as_double(of_input ? v_ : n_);
+      const double out = as_double(rows) * as_double(d_);
+      if (product_) {
+        const int64_t inner = of_input ? v_ : n_;
+        const Matrix g{
+            gradient_, dtype_, rows, inner, of_input ? 1 : stride_, of_input ? stride_ : 1};
+        const Matrix other{of_input ? w_ : x_, dtype_, inner, d_, d_, 1};
+        const auto library = [&](const char* variant, double bytes, bool accumulate, void* to,
+                                 DType to_dtype) {
+          add(kernel, "cublas", variant, product_flops(), operands + bytes * out,
+              [=, multiply = product_] { return multiply(g, other, accumulate, to, to_dtype); });
+        };
+        library("rounded", 2, false, result_, dtype_);
+        library("fp32 sums", 4, false, sums_, DType::kFloat32);
+        library("fp32 sums, added", 8, true, sums_, DType::kFloat32);
+      }
+      for_each_family([&](const FusedFamily& family) {
+        const auto product = [&](const char* variant, double bytes, const ProductOutput& to,
+                                 bool skips = false) {
+          GradientOperands from{gradient_, stride_, of_input ? w_ : x_, d_,
+                                d_,        dtype_,  some_tiles_,        token_tiles()};
+          if (!skips) from.tiles = nullptr;
+          const double share = skips ? share_of_tiles_ : 1.0;
+          add(kernel, family.name, variant, share * product_flops(),
+              share * all_scores(2) + operands - all_scores(2) + bytes * out,
+              [=, classes = v_, tokens = n_, stream = stream_,
+               launch = of_input ? family.grad_input_product : family.grad_weight_product] {
+                return launch(classes, tokens, from, to, stream);
+              });
+        };
+        ProductOutput rounded, sums;
+        rounded.gradient = result_, rounded.gradient_stride = d_;
+        rounded.scale = &tokens_.scalars->output_scale_float;
+        sums.sums = sums_, sums.sums_stride = d_;
+        product("rounded", 2, rounded);
+        product("rounded, a quarter of the tiles", 2, rounded, true);
+        product("fp32 sums", 4, sums);
+        sums.accumulate = true;
+        product("fp32 sums, added", 8, sums);
+        if (of_input || dtype_ != DType::kBFloat16) return;
+        rounded.remainder = remainder_, rounded.remainder_stride = d_;
+        rounded.update = WeightUpdate::kSplitNext;
+        product("split sums, added", 8, rounded);
+      });
+      if (capability_ != 90) continue;
+      GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
+      const ScoreGradient made_of{maxima_,  stride_,       {},
+                                  targets_, coefficients_, tokens_.target_gradient};
+      ProductOutput rounded;
+      rounded.gradient = result_, rounded.gradient_stride = d_;
+      rounded.scale = &tokens_.scalars->output_scale_float;
+      add(kernel, "sm90rs", "from scores, rounded", product_flops(), operands + 2 * out,
+          [=, shape = block(), stream = stream_,
+           launch = of_input ? sm90::grad_input_from_scores : sm90::grad_weight_from_scores] {
+            return launch(shape, from, made_of, rounded, stream);
+          });
+    }
+  }
+
+  void stored_cases() {
+    const double tiles = as_double(ranges_) * as_double(n_);
+    add(
+        "stored_gradient", "generic", "in place", 0, all_scores(4) + 4 * tiles,
+        [=, shape = block(), scores = kept(scratch_), dtype = dtype_, targets = targets_,
+         c = coefficients_, target_gradient = tokens_.target_gradient, stream = stream_] {
+          return stored_gradient(shape, scores, dtype, {}, targets, c, target_gradient, stream);
+        },
+        [=, memory = &memory_, to = scratch_, from = scores_, bytes = v_ * stride_ * 2] {
+          memory->copy(to, from, bytes);
+        });
+    add("merge_statistics", "generic", "", 0, 8 * tiles,
+        [problem = problem_, tokens = tokens_, n = n_, partials = partials_, ranges = ranges_,
+         stream = stream_] {
+          return merge_statistics(problem, tokens, 0, n, partials, ranges, stream);
+        });
+    add("mark_tiles", "generic", "", 0, 8 * tiles,
+        [problem = problem_, tokens = tokens_, n = n_, partials = partials_, tiles = tiles_,
+         stride = token_tiles(), stream = stream_] {
+          return mark_tiles(problem, tokens, 0, n, partials, kSkipMass, tiles, stride, stream);
+        });
+    add("add_bias_gradient", "generic", "16 bits", 0, all_scores(2),
+        [=, shape = block(), g = gradient_, stride = stride_, dtype = dtype_,
+         sums = place<float>(v_, "sums of the bias"),
+         stream = stream_] { return add_bias_gradient(shape, g, stride, dtype, sums, stream); });
+    add("copy_rows", "generic", "gradients out of grad_weight", 0, all_scores(4),
+        [=, from = gradient_, to = scratch_, stride = stride_, dtype = dtype_, rows = v_,
+         columns = n_, stream = stream_] {
+          return copy_rows(from, stride, dtype, to, stride, dtype, rows, columns, stream);
+        });
+  }
+
+  /// Of stored products, fp32.
+  void generic_cases() {
+    const int64_t n = std::min(n_, kGenericTokens), stride = round_up(n, 8);
+    const int64_t ranges = ceil_div(v_, kGenericRange);
+    const double scores = as_double(n) * as_double(v_);
+    const std::string tokens = std::to_string(n) + " tokens, ";
+    auto* const pristine = place<float>(v_ * stride, "products");
+    auto* const products = place<float>(v_ * stride, "converted products");
+    fill(pristine, DType::kFloat32, v_ * stride, 3.0);
+    PartialStatistics partials;
+    partials.max = place<float>(ranges * stride, "maxima of products");
+    partials.sum = place<float>(ranges * stride, "sums of products");
+    partials.stride = partials.max_stride = stride;
+    add("block_statistics", "generic", tokens + "fp32 products", 0, 4 * scores,
+        [=, shape = Block{0, v_, n}, targets = targets_, stream = stream_,
+         target_logit = tokens_.target_logit] {
+          return block_statistics(shape, pristine, stride, DType::kFloat32, {}, targets,
+                                  kGenericRange, partials, target_logit, stream);
+        });
+    for (const DType to : {dtype_, DType::kFloat32})
+      add(
+          "block_gradient", "generic",
+          tokens + (to == DType::kFloat32 ? "fp32 gradients" : "16-bit gradients"), 0,
+          as_double(4 + size_of(to)) * scores,
+          [=, shape = Block{0, v_, n}, targets = targets_, c = coefficients_, stream = stream_] {
+            return block_gradient(shape, products, stride, DType::kFloat32, to, {}, targets, c,
+                                  stream);
+          },
+          [=, memory = &memory_, bytes = v_ * stride * 4] {
+            memory->copy(products, pristine, bytes);
+          });
+  }
+
+  void row_cases() {
+    const double elements = as_double(v_) * as_double(d_);
+    RowUpdate update;
+    update.sums = sums_, update.gradient = result_, update.dtype = dtype_;
+    update.sums_stride = update.gradient_stride = d_, update.rows = v_, update.columns = d_;
+    update.scale = &tokens_.scalars->output_scale_float;
+    add("update_rows", "generic", "rounded", 0, 6 * elements,
+        [update, stream = stream_] { return update_rows(update, stream); });
+    if (dtype_ == DType::kBFloat16) {
+      update.remainder = remainder_, update.remainder_stride = d_;
+      update.update = WeightUpdate::kSplitNext;
+      add("update_rows", "generic", "split sums, added", 0, 12 * elements,
+          [update, stream = stream_] { return update_rows(update, stream); });
+    }
+    add("scale_gradient", "generic", "from another", 0, 4 * elements,
+        [from = w_, to = result_, dtype = dtype_, n = v_ * d_,
+         scale = &tokens_.scalars->output_scale,
+         stream = stream_] { return scale_gradient(from, to, dtype, n, scale, stream); });
+    add("weighted_row_sum", "generic", "", 0, 2 * elements,
+        [=, w = w_, d = d_, v = v_, dtype = dtype_, sums = sums_, stream = stream_] {
+          return weighted_row_sum(w, d, dtype, v, d, nullptr, sums, stream);
+        });
+    add("outer_product", "generic", "written", 0, 4 * as_double(n_) * as_double(d_),
+        [=, factors = static_cast<const float*>(tokens_.softmax), values = sums_, n = n_, d = d_,
+         to = place<float>(n_ * d_, "outer product"),
+         stream = stream_] { return outer_product(factors, values, n, d, false, to, d, stream); });
+  }
+
+  float* entropy() {
+    if (entropy_ == nullptr) entropy_ = place<float>(ranges_ * stride_, "entropy");
+    return entropy_;
+  }
+  int32_t* argmax() {
+    if (argmax_ == nullptr) argmax_ = place<int32_t>(ranges_ * stride_, "argmax");
+    return argmax_;
+  }
+
+  const int64_t n_, d_, v_, stride_, ranges_;
+  const DType dtype_;
+  const int capability_;
+  Memory& memory_;
+  const LibraryProduct& product_;
+  void* const stream_;
+  std::mt19937 random_{1};
+  std::vector<Case> cases_;
+
+  uint16_t *x_ = nullptr, *w_ = nullptr;  // [N, D], [V, D]
+  Problem problem_;
+  TokenArrays tokens_;
+  Coefficients coefficients_;
+  Targets targets_;
+  uint16_t *scores_ = nullptr, *gradient_ = nullptr, *scratch_ = nullptr;      // [V, stride]
+  float *maxima_ = nullptr, *other_maxima_ = nullptr, *other_sums_ = nullptr;  // [ranges, stride]
+  PartialStatistics partials_;
+  float* entropy_ = nullptr;
+  int32_t* argmax_ = nullptr;
+  uint8_t *tiles_ = nullptr, *some_tiles_ = nullptr;  // [ranges, token tiles]
+  double share_of_tiles_ = 1;
+  float* sums_ = nullptr;                              // [max(N, V), D]
+  uint16_t *result_ = nullptr, *remainder_ = nullptr;  // [max(N, V), D], [V, D]
+};
+
+}  // namespace
+
+std::vector<Case> make_cases(const Shape& shape, DType dtype, int capability, Memory& memory,
+                             const LibraryProduct& product, void* stream) {
+  if (!is_16_bit(dtype)) throw std::runtime_error("make_cases: expected bfloat16 or float16");
+  return Maker(shape, dtype, capability, memory, product, stream).make();
+}
+
+}  // namespace memeff::bench

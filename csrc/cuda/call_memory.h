@@ -1,0 +1,130 @@
+// Where everything of a call lies on the device: the offsets of the layout and the caller's tensors
+// as typed pointers, block by block. Launches nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/planner.h"
+#include "core/problem.h"
+#include "cuda/gemm.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
+#include "cuda/tokens.h"
+#include "driver/backend.h"
+
+namespace memeff::cuda {
+
+class CallMemory {
+ public:
+  CallMemory(const Problem& problem, const PlanRequest& request, const Plan& plan,
+             const PlanTraits& traits, char* workspace);
+
+  static constexpr int64_t kRowPadding = 8;  // elements: rows of every block start at 16 bytes
+
+  // ---- arrays over tokens and over classes ----
+
+  const TokenArrays& tokens() const { return tokens_; }
+  Targets targets(Range tokens) const;
+  /// Label smoothing that is added to the products is not among them.
+  Coefficients coefficients(Range tokens) const;
+  const float* weighted(Range tokens) const {
+    return static_cast<const float*>(from_token(tokens_.weighted, tokens.begin));
+  }
+  /// z_y of index targets, of the accumulation type; null with class probabilities.
+  void* target_logit(Range tokens) const;
+
+  /// Room for bias and class weights in the accumulation type, and for the sums of grad_bias.
+  void* bias() const { return place<char>(layout_.bias); }
+  void* class_weight() const { return place<char>(layout_.class_weight); }
+  void* bias_sum() const { return place<char>(layout_.bias_sum); }
+
+  /// Partial statistics of a block of tokens, one per `range` classes. The maxima of scores that are
+  /// kept in 16 bits stay with their block.
+  PartialStatistics partial_statistics(Range tokens, const ScoreBlock* block, int64_t range) const;
+  /// The same from range `first` on.
+  PartialStatistics advanced(PartialStatistics partials, int64_t first) const;
+
+  // ---- blocks of scores and of gradients ----
+
+  ScoreBlock block_in_gradient() const;
+  ScoreBlock block_in_workspace() const;
+  ScoreBlock slice_block() const;
+  ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const;
+
+  static StoredScores stored_scores(const ScoreBlock& block) {
+    return {block.data, block.stride, static_cast<float*>(block.maxima), block.maxima_stride};
+  }
+  /// Elements between rows of gradients that lie where scores lay.
+  int64_t gradient_stride(const ScoreBlock& block) const;
+  bool in_gradient(const ScoreBlock& block) const;
+
+  // ---- operands and results of products ----
+
+  LinearOperands linear_operands(Range tokens, int64_t first_class) const;
+  /// `other`: rows of W for grad_input, of x for grad_weight.
+  GradientOperands gradient_operands(const ScoreBlock& block, const Matrix& other) const;
+  Matrix input_rows(Range tokens) const {
+    return rows(problem_.input, problem_.input_stride, tokens);
+  }
+  Matrix weight_rows(Range classes) const {
+    return rows(problem_.weight, problem_.weight_stride, classes);
+  }
+  void* grad_input_row(int64_t token) const {
+    return at(problem_.grad_input, token * problem_.features);
+  }
+  void* grad_weight_row(int64_t label) const {
+    return at(problem_.grad_weight, label * problem_.features);
+  }
+  uint16_t* remainder_row(int64_t label) const {
+    return place<uint16_t>(layout_.remainder) + label * problem_.features;
+  }
+  /// Sums of grad_input from tokens.begin on: the gradient itself when it has full precision.
+  void* input_sum(Range tokens) const;
+  void* weight_sum() const { return place<char>(layout_.weight_sum); }
+  /// Room for gradients that leave grad_weight before their product is written there.
+  void* weight_copy() const { return place<char>(layout_.weight_copy); }
+  /// [D] each, of label smoothing added to the products: sum_v w_v W[v], sum_n weighted_n x[n].
+  float* weight_row_sum() const { return place<float>(layout_.row_sums); }
+  float* input_row_sum() const { return place<float>(layout_.row_sums) + problem_.features; }
+  /// Factor of the sums of 16-bit gradients; null for others.
+  const float* output_scale() const {
+    return is_16_bit(problem_.dtype) ? &tokens_.scalars->output_scale_float : nullptr;
+  }
+
+ private:
+  template <class T>
+  T* place(int64_t offset) const {
+    return reinterpret_cast<T*>(workspace_ + offset);
+  }
+  /// Element `index` of an array of the problem's type.
+  template <class Pointer>
+  Pointer at(Pointer array, int64_t index) const {
+    using Byte =
+        std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+    return array == nullptr ? array : static_cast<Byte*>(array) + index * size_of(problem_.dtype);
+  }
+  /// The part of a [tokens] array of the accumulation type that starts at token `begin`.
+  void* from_token(void* array, int64_t begin) const {
+    return array == nullptr ? nullptr : static_cast<char*>(array) + begin * size_of(sum_dtype_);
+  }
+  Matrix rows(const void* matrix, int64_t stride, Range range) const {
+    const void* first = at(matrix, range.begin * stride);
+    return {first, problem_.dtype, range.size(), problem_.features, stride, 1};
+  }
+  void place_token_arrays();
+  void add_kept(ScoreBlock* block, int64_t before, int64_t count) const;
+
+  const Problem& problem_;
+  const PlanRequest& request_;
+  const Plan& plan_;
+  const PlanTraits& traits_;
+  const Layout layout_;
+  char* const workspace_;
+  const bool keeps_16_bits_;
+  const DType sum_dtype_;
+  TokenArrays tokens_;
+};
+
+}  // namespace memeff::cuda
