@@ -24,12 +24,13 @@ __all__ = ["Chunk", "Head", "choose_chunk_size"]
 # Logits, one intermediate result of the same size, its gradient, and that of the logits: cross
 # entropy needs three of these at a time.
 _BLOCKS_PER_CHUNK = 4
-# Without a budget the blocks of a chunk take what the gradient of the weight takes in any case, or
-# a 64th of what those of all tokens would.
-_SHARE_OF_TOKENS = 64
-# Fewer tokens per chunk cost time (each chunk passes over the whole sum of the weight's gradient),
-# more do not save any.
-_LEAST_CHUNK, _MOST_CHUNK = 64, 1024
+# Without a budget the blocks of a chunk take half of what the gradient of the weight takes in any
+# case, or a 128th of what those of all tokens would.
+_SHARE_OF_GRADIENT = 2
+_SHARE_OF_TOKENS = 128
+# Fewer tokens per chunk cost time (each chunk passes over the whole weight and the sum of its
+# gradient), more do not save any.
+_LEAST_CHUNK, _MOST_CHUNK = 32, 1024
 
 
 def choose_chunk_size(
@@ -51,7 +52,9 @@ def choose_chunk_size(
                 f"token over {vocab} classes and {_BLOCKS_PER_CHUNK - 1} results of their size"
             )
         return max(1, min(chunk, tokens))
-    like_gradient = features * weight.element_size() // (_BLOCKS_PER_CHUNK * itemsize)
+    like_gradient = features * weight.element_size() // (
+        _SHARE_OF_GRADIENT * _BLOCKS_PER_CHUNK * itemsize
+    )
     return min(max(like_gradient, tokens // _SHARE_OF_TOKENS, _LEAST_CHUNK), _MOST_CHUNK)
 
 

@@ -69,7 +69,8 @@ def chunked_linear_apply(
         linear_weight: [V, D], dtype of ``input``.
         per_token_tensors: each [..., *any shape] with the leading dimensions of ``input``.
         linear_bias: [V] or None.
-        chunk_size: tokens per chunk; the last chunk may be smaller.
+        chunk_size: tokens per chunk; the last chunk may be smaller. Without it and a budget 32 to
+            1024, by what the gradient of the weight takes in any case. Larger ones are faster.
         memory_budget: instead of ``chunk_size``, bytes for the logits of a chunk and three results
             of their size (the needs of ``fn`` are not known), as int or like "64MiB".
         upcast: logits are float32 for 16-bit inputs, straight from float32 sums. Without it they

@@ -57,6 +57,9 @@ class Plan:
     """Of the matrix products of this plan, forward and backward."""
     floor_flops: float
     """Of the matrix products that no implementation can do without."""
+    predicted_flops: float
+    """On GPUs: of products that would fill the GPU for as long as the plan is predicted to take.
+    What exceeds ``flops`` is for tiles that stay empty, launches, memory traffic. 0 on the CPU."""
 
     def __str__(self) -> str:
         lines = {

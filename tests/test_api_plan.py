@@ -23,6 +23,7 @@ def test_numbers() -> None:
     assert plan.floor_flops == pytest.approx(6 * 4096 * 1024 * 32768)
     assert plan.flops >= plan.floor_flops
     assert plan.workspace_bytes > 0
+    assert plan.predicted_flops == 0
     assert plan == memeff.plan(4096, 1024, 32768, "bfloat16")
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.tokens = 1  # type: ignore[misc]
@@ -104,6 +105,7 @@ def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     assert (plan().kernels, plan().kernels_reason) == ("sm90,generic", "default")
+    assert plan().predicted_flops >= plan().flops
     assert plan(skip_mass=1e-3).kernels == "sm90,sm90"
     assert "cuda: sm90,generic (default)" in str(plan())
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80,sm80")

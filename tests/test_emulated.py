@@ -27,6 +27,8 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_linear_loss import Problem as LossProblem
+from test_linear_loss import check as check_linear_loss
 from test_property import cases as any_case
 from test_token_statistics import DIFFERENTIABLE, Problem
 from test_token_statistics import check as check_statistics
@@ -140,6 +142,25 @@ def test_order_of_events_does_not_matter(
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 100}, {"bias": True}], ids=str)
+def test_products_from_scores(
+    options: dict[str, Any], half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as from gradients in memory, which a gradient of the bias still needs."""
+    case = Case((140,), 24, 300, half, ignored=0.1, grad_accumulation="float32", **options)
+    inputs = make_inputs(case)
+    results, loads = [], []
+    for kernels in ("sm90,sm90", "sm90,sm90rs"):
+        monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+        before = emulated.load().counters()["ldmatrix"]  # which no other sm90 kernel uses
+        results.append(run_memeff(case, inputs, backend="emulated"))
+        loads.append(emulated.load().counters()["ldmatrix"] - before)
+    for name in ("loss", "dx", "dw"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
+    assert loads[0] == 0 and (loads[1] > 0) == ("bias" not in options)
+
+
 def test_statistics(dtype: torch.dtype) -> None:
     case = Case((45,), 16, 300, dtype, bias=True, softcap=5.0, ignored=0.2)
     inputs = make_inputs(case)
@@ -191,6 +212,68 @@ def test_logprobs_skip_ignored_tokens(dtype: torch.dtype) -> None:
     assert (gradients[1][problem.target == -100] == 0).all()
     tolerance = 4 * torch.finfo(dtype).eps * gradients[0].abs().max().item()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=max(tolerance, 1e-6))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean", "logit_scale": 1.3}], ids=str)
+@pytest.mark.parametrize("planning", [{}, {"chunk_size": 128}, {"memory_budget": 1}], ids=str)
+def test_linear_loss(options: dict[str, Any], planning: dict[str, Any], dtype: torch.dtype) -> None:
+    """Scores kept while the caller differentiates; the smallest budget computes some again."""
+    problem = LossProblem(dtype, tokens=150, vocab=300, features=24)
+    planning = {**planning, "backend": "emulated"}
+    if "memory_budget" in planning:
+        with pytest.raises(ValueError, match="the least that works") as caught:
+            problem.ours(**planning)
+        least = str(caught.value).split("the least that works is ")[1].split()[0]
+        planning["memory_budget"] = int(least)
+    check_linear_loss(problem, planning, **options)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_linear_loss_equals_the_statistics(
+    softcap: float | None, entropy: bool, dtype: torch.dtype
+) -> None:
+    """What the scores give while they are kept is what they give when they are computed again; with
+    a soft cap the entry of the target needs its derivative, too. No gradient of the bias: kernels
+    may then multiply scores as they are."""
+    p = LossProblem(dtype, tokens=150, vocab=300, features=24)
+    options: dict[str, Any] = {
+        "linear_bias": p.b.detach(), "softcap": softcap, "entropy": entropy, "backend": "emulated"
+    }  # fmt: skip
+
+    def loss(s: memeff.LogitStatistics, old: torch.Tensor) -> torch.Tensor:
+        assert s.logprob is not None
+        losses = (s.logprob - old).clamp(max=2).exp() + 0.01 * s.lse.square()
+        return losses if s.entropy is None else losses - 0.1 * s.entropy.square()
+
+    ours = memeff.linear_loss(p.x, p.w, p.target, loss, p.old, **options)
+    later = loss(memeff.linear_token_statistics(p.x, p.w, p.target, **options), p.old).sum()
+    torch.testing.assert_close(ours, later)
+    leaves = [p.x, p.w, p.old]
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(later, leaves), strict=True
+    ):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        # Both are rounded, and kept 16-bit scores have been rounded on the way.
+        assert error <= 2 * torch.finfo(a.dtype).eps, error
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_linear_loss_runs_per_chunk(several: bool) -> None:
+    """Where it can: with several targets per token all statistics come first."""
+    problem = LossProblem(torch.float32, tokens=300, vocab=40, features=16)
+    target = torch.stack([problem.target, problem.target], 1) if several else problem.target
+    sizes = []
+
+    def loss(statistics: memeff.LogitStatistics) -> torch.Tensor:
+        sizes.append(len(statistics.lse))
+        return -statistics.lse
+
+    total = memeff.linear_loss(
+        problem.x, problem.w, target, loss, chunk_size=128, backend="emulated"
+    )
+    total.backward()
+    assert (len(sizes) == 1) == several and sum(sizes) == 300
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -166,20 +166,21 @@ class TestPtxasReport:
 
 class TestMutate:
     @pytest.mark.parametrize(
-        ("line", "mutated"),
+        ("condition", "statement", "comment"),
         [
-            ("  __syncthreads();  // all have left", "  ;"),
-            ("  if (size(G) < 4) __syncthreads();", "  if (size(G) < 4) ;"),
-            ("ptx::cp_async_wait<kStages - 2>();", ";"),
-            ("ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);", ";"),
-            ("leave_stage(ring, previous_stage);", ";"),
+            ("  ", "__syncthreads();", "  // all have left"),
+            ("  if (size(G) < 4) ", "__syncthreads();", ""),
+            ("", "ptx::cp_async_wait<kStages - 2>();", ""),
+            ("", "ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);", ""),
+            ("", "leave_stage(ring, previous_stage);", ""),
         ],
     )
-    def test_removes_statements(self, line, mutated):
-        (mutant,) = mutate.find_mutants("sm80/tile.cuh", f"first\n{line}\nlast")
-        assert mutant.text == f"first\n{mutated}\nlast"
-        assert mutant.place == "sm80/tile.cuh:2"
-        assert mutant.statement in line
+    def test_removes_statements(self, condition, statement, comment):
+        source = f"first\n{condition}{statement}{comment}\nlast"
+        (mutant,) = mutate.find_mutants("sm80/tile.cuh", source)
+        assert (mutant.place, mutant.statement) == ("sm80/tile.cuh:2", statement)
+        guarded = f"{condition}{{ if (!memeff_left_out(7)) {statement} }}"
+        assert mutate.with_questions(source, {7: mutant}) == f"first\n{guarded}\nlast"
 
     @pytest.mark.parametrize(
         "line",

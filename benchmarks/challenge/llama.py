@@ -18,7 +18,8 @@ from memeff.bench.environment import installed_version
 
 def llama(arguments: argparse.Namespace) -> list[Row]:
     name = "Llama-1B layout: training losses match"
-    if installed_version("transformers") is None:
+    version = installed_version("transformers")
+    if version is None:
         return [row(name, None, "transformers is not installed")]
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,8 +73,8 @@ def llama(arguments: argparse.Namespace) -> list[Row]:
             row(
                 f"{name} ({variant})",
                 worst <= 1e-3,
-                f"{steps} steps in float32, largest difference {worst:.1e}, loss from "
-                f"{expected[0]:.3f} to {expected[-1]:.3f}",
+                f"transformers {version}, {steps} steps in float32, largest difference "
+                f"{worst:.1e}, loss from {expected[0]:.3f} to {expected[-1]:.3f}",
                 worst=worst,
             )
         )

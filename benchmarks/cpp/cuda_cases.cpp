@@ -24,14 +24,16 @@ struct FusedFamily {
   LinearStatistics* linear_statistics;
   LinearGradient* linear_gradient;
   GradientProduct *grad_input_product, *grad_weight_product;
+  // Products "sm90rs"; null where the family has none.
+  ProductFromScores *grad_input_from_scores, *grad_weight_from_scores;
 };
 constexpr FusedFamily kFused[] = {
     {"sm80", 80, INT32_MAX, &sm80::linear_statistics, &sm80::linear_gradient,
-     &sm80::grad_input_product, &sm80::grad_weight_product},
+     &sm80::grad_input_product, &sm80::grad_weight_product, nullptr, nullptr},
     {"sm90", 90, 90, &sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
-     &sm90::grad_weight_product},
+     &sm90::grad_weight_product, &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores},
     {"sm90x2", 90, 90, &sm90x2::linear_statistics, &sm90x2::linear_gradient,
-     &sm90x2::grad_input_product, &sm90x2::grad_weight_product},
+     &sm90x2::grad_input_product, &sm90x2::grad_weight_product, nullptr, nullptr},
 };
 
 constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time
@@ -278,6 +280,19 @@ class Maker {
                 return launch(classes, tokens, from, to, stream);
               });
         };
+        const auto from_scores = [&](const char* variant, double bytes, const ProductOutput& to) {
+          auto* const launch =
+              of_input ? family.grad_input_from_scores : family.grad_weight_from_scores;
+          if (launch == nullptr) return;
+          const GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
+          const ScoreGradient terms{maxima_,  stride_,       {},
+                                    targets_, coefficients_, tokens_.target_gradient};
+          add(kernel, family.name, variant, product_flops(),
+              operands + 4.0 * as_double(ranges_) * as_double(n_) + bytes * out,
+              [=, shape = block(), stream = stream_] {
+                return launch(shape, from, terms, to, stream);
+              });
+        };
         ProductOutput rounded, sums;
         rounded.gradient = result_, rounded.gradient_stride = d_;
         rounded.scale = &tokens_.scalars->output_scale_float;
@@ -285,6 +300,8 @@ class Maker {
         product("rounded", 2, rounded);
         product("rounded, a quarter of the tiles", 2, rounded, true);
         product("fp32 sums", 4, sums);
+        from_scores("rounded, from scores", 2, rounded);
+        from_scores("fp32 sums, from scores", 4, sums);
         sums.accumulate = true;
         product("fp32 sums, added", 8, sums);
         if (of_input || dtype_ != DType::kBFloat16) return;
@@ -292,18 +309,6 @@ class Maker {
         rounded.update = WeightUpdate::kSplitNext;
         product("split sums, added", 8, rounded);
       });
-      if (capability_ != 90) continue;
-      GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
-      const ScoreGradient made_of{maxima_,  stride_,       {},
-                                  targets_, coefficients_, tokens_.target_gradient};
-      ProductOutput rounded;
-      rounded.gradient = result_, rounded.gradient_stride = d_;
-      rounded.scale = &tokens_.scalars->output_scale_float;
-      add(kernel, "sm90rs", "from scores, rounded", product_flops(), operands + 2 * out,
-          [=, shape = block(), stream = stream_,
-           launch = of_input ? sm90::grad_input_from_scores : sm90::grad_weight_from_scores] {
-            return launch(shape, from, made_of, rounded, stream);
-          });
     }
   }
 

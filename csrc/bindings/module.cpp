@@ -116,6 +116,7 @@ Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   }
   plan.flops += forward.flops;
   plan.floor_flops += forward.floor_flops;
+  plan.predicted_flops += forward.predicted_flops;
   return plan;
 }
 
@@ -193,6 +194,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["floor_bytes"] = chosen.floor_bytes;
   result["flops"] = chosen.flops;
   result["floor_flops"] = chosen.floor_flops;
+  result["predicted_flops"] = chosen.predicted_flops;
   return result;
 }
 

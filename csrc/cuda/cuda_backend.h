@@ -9,7 +9,7 @@
 //
 // Both turn into gradients in place, 16-bit ones for 16-bit inputs. Float products shrink: row v of
 // the gradients then has twice the stride, and starts where the row of the tokens that were converted
-// together started.
+// together started. Products "sm90rs" take scores in 16 bits as they are, which then stay scores.
 #pragma once
 
 #include <memory>

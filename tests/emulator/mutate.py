@@ -3,22 +3,23 @@
 
     python tests/emulator/mutate.py tests/emulator/mutants.txt --compiler clang++-19
 
-The table gets a line per mutant: what gave it away, or that it survived. A mutant is tried by the
-test programs that contain the file, shortest first, until one fails. Lines of files that have not
-changed since the commit they name are kept, so a run that was cut off goes on where it stopped.
+The table gets a line per mutant: what gave it away, or that it survived. Lines of files that have
+not changed since the commit they name are kept, so a run that was cut off goes on where it stopped.
 
 A mutant survives when the synchronisation is superfluous, or when the tests do not reach the case
 that needs it. Known survivors are in SURVIVORS, each with the reason; any other is a failure (exit
 status 1).
 
-Works on a copy of the sources in build/mutants: only the table is written beside it.
+Compiling takes longer than testing, so all mutants are built at once: in a copy of the sources, in
+build/mutants, each statement asks whether it is the one that is left out in this run. A mutant is
+tried by the test programs that get to the statement, shortest first, until one fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -26,22 +27,39 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = "csrc/cuda"
 COPY = ROOT / "build" / "mutants"
+REACHED = COPY / "reached.txt"  # by the last run of a program: numbers of mutants
 
 # Calls that synchronise: the language's, those of csrc/cuda/ptx by their names, and sm90's helpers.
 CALL = (
     r"(?:__sync(?:threads|warp)|ptx::\w*(?:wait|commit|fence|arrive|(?<!a)sync)\w*(?:<[^>]*>)?"
-    r"|leave_stage|finish_loads|wait_until_empty|boxes\.finish)\("
+    r"|leave_(?:read_)?stage|finish_loads|wait_until_empty|boxes\.finish)\("
 )
 # Such a call as a statement of its own, possibly under an `if` of the same line.
 STATEMENT = re.compile(rf"^(\s*(?:if \(.*\) )?)({CALL}[^;]*\);)")
 
 # (file below csrc/cuda, statement): why the tests cannot notice its absence.
 SURVIVORS: dict[tuple[str, str], str] = {}
+
+# Included before every file of the copy. The emulator must not see the accesses in here.
+QUESTION = """\
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+__attribute__((noinline, no_sanitize("thread"))) inline bool memeff_left_out(int mutant) {
+  static const char* const chosen = std::getenv("MEMEFF_MUTANT");
+  static std::FILE* const reached = std::fopen(std::getenv("MEMEFF_REACHED"), "w");
+  static bool seen[1000];
+  if (!seen[mutant]) std::fprintf(reached, "%d\\n", mutant), std::fflush(reached);
+  seen[mutant] = true;
+  return chosen != nullptr && std::atoi(chosen) == mutant;
+}
+"""
 
 HEADER = """\
 Every barrier, wait and fence of the kernels, removed alone: what noticed. Written by
@@ -54,8 +72,8 @@ COLUMNS = ("result", "place", "statement", "noticed by", "commit")
 class Mutant:
     file: str  # below csrc/cuda
     line: int  # from 1
+    condition: str  # what precedes the statement in its line
     statement: str
-    text: str  # of the file without the statement
 
     @property
     def place(self) -> str:
@@ -64,17 +82,24 @@ class Mutant:
 
 def find_mutants(file: str, source: str) -> list[Mutant]:
     """One for each synchronisation in the file."""
-    lines = source.split("\n")
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(source.split("\n"), 1):
         code = line.split("//")[0].rstrip()
         match = STATEMENT.match(code)
         if match:
-            changed = [*lines[: number - 1], f"{match[1]};", *lines[number:]]
-            found.append(Mutant(file, number, match[2], "\n".join(changed)))
+            found.append(Mutant(file, number, match[1], match[2]))
         elif re.search(rf"(?<!void ){CALL}", code):
             raise SystemExit(f"{file}:{number}: not a statement of its own: {code.strip()}")
     return found
+
+
+def with_questions(source: str, mutants: Mapping[int, Mutant]) -> str:
+    """The file, each of its mutants present only if it is not the one that is left out."""
+    lines = source.split("\n")
+    for number, mutant in mutants.items():
+        guarded = f"{{ if (!memeff_left_out({number})) {mutant.statement} }}"
+        lines[mutant.line - 1] = mutant.condition + guarded
+    return "\n".join(lines)
 
 
 def kernel_files(part: str) -> list[str]:
@@ -99,19 +124,17 @@ class Program:
     """A test program and what is known of it with the kernels as they are."""
 
     path: pathlib.Path
-    digest: str = ""
     seconds: float = 0
+    reaches: frozenset[int] = frozenset()
 
-    def current_digest(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
-    def failure(self, limit: float) -> str | None:
-        """The first complaint of a run, or None."""
-        # A line at a time, so that nobody waits for the rest once it has failed.
-        command = ["stdbuf", "-oL", self.path]
+    def failure(self, mutant: int, limit: float) -> str | None:
+        """The first complaint of a run without the statement of that number, or None."""
+        variables = {"MEMEFF_MUTANT": str(mutant), "MEMEFF_REACHED": str(REACHED)}
+        # Lines come at once, so that nobody waits for those after the first complaint.
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            ["stdbuf", "-oL", self.path],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | variables,
+        )  # fmt: skip
         too_long = threading.Event()
 
         def stop() -> None:
@@ -126,9 +149,8 @@ class Program:
             if lines or "FAILED" in line or line.startswith("emulator:"):
                 lines.append(line.strip())
             if len(lines) == 2:  # the second may say which defect was reported
+                process.kill()
                 break
-        if lines:
-            process.kill()
         status = process.wait()
         timer.cancel()
         if lines:
@@ -139,54 +161,49 @@ class Program:
         return f"exit status {status}" if status != 0 else None
 
 
-class Workshop:
-    """A copy of the sources, its build, and the test programs of the kernels."""
+def build_programs(compiler: str, jobs: int, mutants: Sequence[Mutant]) -> list[Program]:
+    """The test programs of the kernels, with mutants numbered as they come; shortest first."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    for part in ("csrc", "tests/emulator"):
+        shutil.copytree(ROOT / part, COPY / part)
+    for file in {mutant.file for mutant in mutants}:
+        own = {number: mutant for number, mutant in enumerate(mutants) if mutant.file == file}
+        path = COPY / KERNELS / file
+        path.write_text(with_questions(path.read_text(), own))
+    question = COPY / "question.h"
+    question.write_text(QUESTION)
+    build = COPY / "build"
+    configure = ["cmake", "-S", COPY / "tests/emulator", "-B", build, "-G", "Ninja"]
+    configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_CXX_FLAGS=-include {question}"]
+    if shutil.which("ccache"):
+        configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
+    run(*configure)
+    list_tests = ["ctest", "--test-dir", build, "-R", "kernels", "--show-only=json-v1"]
+    listed = subprocess.run(list_tests, capture_output=True, check=True).stdout
+    names = [test["name"] for test in json.loads(listed)["tests"]]  # and of targets
+    run("cmake", "--build", build, "--parallel", str(jobs), "--target", *names)
+    programs = []
+    for name in names:
+        program = Program(build / name)
+        REACHED.write_text("")
+        begin = time.monotonic()
+        failure = program.failure(mutant=-1, limit=1200)
+        if failure:
+            raise SystemExit(f"{program.path.name} fails with the kernels as they are: {failure}")
+        program.seconds = time.monotonic() - begin
+        program.reaches = frozenset(map(int, REACHED.read_text().split()))
+        programs.append(program)
+    return sorted(programs, key=lambda program: program.seconds)
 
-    def __init__(self, compiler: str, jobs: int) -> None:
-        shutil.rmtree(COPY, ignore_errors=True)
-        for part in ("csrc", "tests/emulator"):
-            shutil.copytree(ROOT / part, COPY / part)
-        build = COPY / "build"
-        self.build = ("cmake", "--build", str(build), "--parallel", str(jobs))
-        configure = ["cmake", "-S", COPY / "tests/emulator", "-B", build, "-G", "Ninja"]
-        configure.append(f"-DCMAKE_CXX_COMPILER={compiler}")
-        if shutil.which("ccache"):
-            configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
-        run(*configure)
-        run(*self.build)
-        listed = subprocess.run(
-            ["ctest", "--test-dir", build, "-R", "kernels", "--show-only=json-v1"],
-            capture_output=True, check=True,
-        )  # fmt: skip
-        tests = json.loads(listed.stdout)["tests"]
-        self.programs = [Program(pathlib.Path(test["command"][0])) for test in tests]
-        for program in self.programs:
-            begin = time.monotonic()
-            failure = program.failure(1200)
+
+def who_notices(number: int, programs: Sequence[Program]) -> str | None:
+    """`program: complaint`, or None."""
+    for program in programs:
+        if number in program.reaches:
+            failure = program.failure(number, limit=60 + 10 * program.seconds)
             if failure:
-                raise SystemExit(
-                    f"{program.path.name} fails with the kernels as they are: {failure}"
-                )
-            program.seconds = time.monotonic() - begin
-            program.digest = program.current_digest()
-        self.programs.sort(key=lambda program: program.seconds)
-
-    def who_notices(self, mutant: Mutant) -> str | None:
-        """`program: complaint`, or None."""
-        source = COPY / KERNELS / mutant.file
-        original = source.read_text()
-        source.write_text(mutant.text)
-        try:
-            run(*self.build)
-            for program in self.programs:
-                if program.current_digest() == program.digest:
-                    continue  # does not contain the kernel
-                failure = program.failure(60 + 10 * program.seconds)
-                if failure:
-                    return f"{program.path.name}: {failure}"
-        finally:
-            source.write_text(original)
-        return None
+                return f"{program.path.name}: {failure}"
+    return None
 
 
 # ---- the table ----
@@ -245,18 +262,17 @@ def main() -> int:
                 todo.append(mutant)
     print(f"{sum(map(len, selected.values()))} mutants, {len(todo)} to be tried", flush=True)
 
-    workshop = Workshop(arguments.compiler, arguments.jobs) if todo else None
-    for number, mutant in enumerate(todo, 1):
-        assert workshop is not None
+    programs = build_programs(arguments.compiler, arguments.jobs, todo) if todo else []
+    for number, mutant in enumerate(todo):
         begin = time.monotonic()
-        noticed = workshop.who_notices(mutant)
+        noticed = who_notices(number, programs)
         reason = SURVIVORS.get((mutant.file, mutant.statement), "")
         result = "caught" if noticed else "explained" if reason else "SURVIVED"
         row = [result, mutant.place, mutant.statement, noticed or reason or "nobody", commit]
         rows[mutant.place] = row
         write_table(arguments.table, rows)  # at once: a run may be cut off
         seconds = time.monotonic() - begin
-        print(f"{number}/{len(todo)} {seconds:4.0f} s  {'  '.join(row[:-1])}", flush=True)
+        print(f"{number + 1}/{len(todo)} {seconds:4.0f} s  {'  '.join(row[:-1])}", flush=True)
     write_table(arguments.table, rows)
     survivors = [place for place, row in rows.items() if row[0] == "SURVIVED"]
     print(f"{len(rows)} mutants, {len(survivors)} unexplained survivors", *survivors)

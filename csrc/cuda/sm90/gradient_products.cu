@@ -9,10 +9,10 @@
 // map of shared memory are pipeline.cuh's. C must not overlap G: other blocks may still read what
 // one overwrites.
 //
-// Tiles of G that count as zero, and the epilogue: gradient_tiles.cuh. Products with marked tiles run
-// without clusters: the two rows of tiles of a cluster are marked differently, but must go through
-// the same steps, so each block would wait for the other's. At a density p they would go through
-// 2 p - p^2 of all tiles instead of p, which costs more than shared loads save.
+// Tiles of G that count as zero, and the epilogue: gradient_tiles.cuh. Products that leave out tiles
+// run without clusters: the two rows of tiles of a cluster are marked differently, but must go
+// through the same steps, so each block would wait for the other's. At a density p they would go
+// through 2 p - p^2 of all tiles instead of p, which costs more than shared loads save.
 //
 // Work: 2 classes tokens features FLOPs each; at 8192 x 128256 x 4096, 8.6 TFLOP, predicted 13.4 ms
 // on an H100 or H200 (docs/kernels-sm90.md). grad_input has tokens * features / 32768 tiles of C,

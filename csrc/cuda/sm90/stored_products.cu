@@ -94,10 +94,7 @@ constexpr uint32_t kNoTargetHere = 0xffffu << 16;
 static_assert(kStages * sizeof(StepFactors<Major::kMn>) <= kScratchBytes &&
               kStages * sizeof(StepFactors<Major::kK>) <= kScratchBytes);
 
-// Between `begin` and `end` a warp writes the factors of a step.
-MEMEFF_DEVICE void begin_factors(const Ring<1>& ring) {
-  ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
-}
+// The warp has written the factors of a step, in a stage that was empty.
 MEMEFF_DEVICE void end_factors(Ring<1>& ring) {
   __syncwarp();
   if (lane_index() == 0) ptx::mbarrier_arrive(ring.full());
@@ -123,7 +120,7 @@ class FactorWriter<T, Major::kMn> {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) factor[i] = stored_factors(coefficients_[i], max[i]).softmax;
     for (int step = 0; step < kStepsPerTile; ++step) {
-      begin_factors(ring);
+      wait_until_empty(ring);
       StepFactors<Major::kMn>& out = factors[ring.stage];
       store(out.factor + lane_index() * kPerLane, factor);
       if (lane_index() == 0) out.first_class = k + step * kStepK;
@@ -167,7 +164,7 @@ class FactorWriter<T, Major::kK> {
                  : kNoTargetHere;
       }
       const uint32_t has_target = __ballot_sync(~0u, any);
-      begin_factors(ring);
+      wait_until_empty(ring);
       StepFactors<Major::kK>& out = factors[ring.stage];
       out.factor[lane_index()] = {factor[0], factor[1]};
       out.target[lane_index()] = {packed[0], packed[1]};
@@ -369,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
-  Ring<1> ring = start_ring<1>(shared_memory, /*fillers=*/2);
+  auto ring = start_ring<1>(shared_memory, /*fillers=*/2);
   auto* const factors = reinterpret_cast<StepFactors<kMajorOfG>*>(shared_memory + kScratchAt);
 
   if (is_producer()) {

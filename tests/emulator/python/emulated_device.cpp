@@ -9,6 +9,7 @@
 
 #include <cstring>
 #include <list>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -90,7 +91,7 @@ class EmulatedDevice : public CudaLikeDevice {
       const TokenStatistics& s = *p.token_statistics;
       buffers.output(s.logprob, p.tokens * sum_size, "logprob", sum_size);
       buffers.output(s.entropy, p.tokens * 8, "entropy", 8);
-      buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
+      if (s.known_entropy != s.entropy) buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
       buffers.output(s.max_logit, p.tokens * sum_size, "max_logit", sum_size);
       buffers.output(s.argmax, p.tokens * 8, "argmax", 8);
       buffers.input(s.grad_logprob, p.tokens * 8, "grad_logprob", 8);
@@ -148,6 +149,11 @@ std::vector<std::string> take_reports() {
   return texts;
 }
 
+std::map<std::string, uint64_t> counters() {
+  const emulator::Counters& c = emulator::counters();
+  return {{"ldmatrix", c.ldmatrix}, {"mma", c.mma}, {"wgmma", c.wgmma}, {"tma", c.tma}};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(memeff_emulated, m) { define_operators(m); }
@@ -164,4 +170,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "schedule: 'in_order', 'reversed' or 'random' (by seed); when copies arrive.",
              pybind11::arg("late_delivery"), pybind11::arg("schedule"), pybind11::arg("seed"));
   module.def("take_reports", &memeff::take_reports, "What the emulator has reported since last.");
+  module.def("counters", &memeff::counters, "Instructions executed so far, by name.");
 }
