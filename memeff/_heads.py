@@ -52,8 +52,8 @@ def choose_chunk_size(
                 f"token over {vocab} classes and {_BLOCKS_PER_CHUNK - 1} results of their size"
             )
         return max(1, min(chunk, tokens))
-    like_gradient = features * weight.element_size() // (
-        _SHARE_OF_GRADIENT * _BLOCKS_PER_CHUNK * itemsize
+    like_gradient = (
+        features * weight.element_size() // (_SHARE_OF_GRADIENT * _BLOCKS_PER_CHUNK * itemsize)
     )
     return min(max(like_gradient, tokens // _SHARE_OF_TOKENS, _LEAST_CHUNK), _MOST_CHUNK)
 

@@ -44,9 +44,9 @@ class MemoryEfficientLinear(torch.autograd.Function):
     autograd, whatever ``forward_function`` does; backward multiplies them by the upstream gradient,
     and only then are they rounded to 16 bits.
 
-    Memory: the gradients themselves, a 32nd more for their sums, and what ``forward_function`` keeps
-    of one chunk. For cross entropy that is three float32 blocks [chunk, V], where the standard way
-    has three of [N, V]; docs/losses.md has the arithmetic.
+    Memory: the gradients themselves, a 32nd more for their sums, and what ``forward_function``
+    keeps of one chunk. For cross entropy that is three float32 blocks [chunk, V], where the
+    standard way has three of [N, V]; docs/losses.md has the arithmetic.
 
     Args of ``apply``:
         X: hidden states [..., D].
@@ -59,8 +59,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
         reduction: what ``forward_function`` computes, "mean" or "sum". Means of the chunks are
             weighted by their numbers of labels other than ``ignore_index`` (of all labels, if these
             are floating), so that the result is the mean over all; it is nan if there are none.
-        chunk_size: tokens per chunk; the last chunk may be smaller. None chooses 32 to 1024, by what
-            the gradient of the weight takes in any case. Larger ones are faster.
+        chunk_size: tokens per chunk; the last chunk may be smaller. None chooses 32 to 1024, by
+            what the gradient of the weight takes in any case. Larger ones are faster.
         ignore_index: the label that a "mean" does not count.
 
     Raises:

@@ -48,8 +48,8 @@ std::set<std::string> run_all(const bench::Shape& shape, DType dtype, int capabi
       const Status status = one.run();
       const bool clean = emulator::reports().empty();
       if (!status.ok() || !clean)
-        std::printf("%s, %s, %s: %s\n", one.kernel.c_str(), one.family.c_str(),
-                    one.variant.c_str(), status.ok() ? "reports" : status.message);
+        std::printf("%s, %s, %s: %s\n", one.kernel.c_str(), one.family.c_str(), one.variant.c_str(),
+                    status.ok() ? "reports" : status.message);
       CHECK(status.ok());
       CHECK(clean);
       CHECK(one.flops >= 0 && one.bytes > 0);

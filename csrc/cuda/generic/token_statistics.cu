@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kScalarThreads)
   }
   if (scales_sums(problem)) {
     // With every token left out gradients are 0, not 0/0, as in torch.
-    scalars.output_scale = counted > 0.0 || tokens.for_statistics ? problem.logit_scale / scalars.denominator : 0.0;
+    scalars.output_scale =
+        counted > 0.0 || tokens.for_statistics ? problem.logit_scale / scalars.denominator : 0.0;
     if (problem.grad_loss != nullptr && problem.reduction != Reduction::kNone)
       scalars.output_scale *= problem.grad_loss[0];
     scalars.output_scale_float = static_cast<float>(scalars.output_scale);
@@ -426,8 +427,8 @@ Status restore_statistics(const Problem& problem, const TokenArrays& tokens, int
                   dim3(kMassThreads), 0, stream, problem, tokens);
   const auto restore =
       in_double(problem) ? restore_statistics_kernel<double> : restore_statistics_kernel<float>;
-  MEMEFF_LAUNCH(restore, dim3(blocks_of(end - begin, kThreads)), dim3(kThreads), 0, stream,
-                problem, tokens, begin, end);
+  MEMEFF_LAUNCH(restore, dim3(blocks_of(end - begin, kThreads)), dim3(kThreads), 0, stream, problem,
+                tokens, begin, end);
   return launch_status();
 }
 

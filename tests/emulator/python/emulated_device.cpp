@@ -116,8 +116,8 @@ class EmulatedDevice : public CudaLikeDevice {
     buffers.output(to.mutable_data_ptr(), static_cast<int64_t>(to.nbytes()), "scaled gradient",
                    size, !from.is_same(to));
     const Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
-                                                     dtype_of(from, "gradient"), from.numel(),
-                                                     factor.const_data_ptr<double>(), nullptr);
+                                               dtype_of(from, "gradient"), from.numel(),
+                                               factor.const_data_ptr<double>(), nullptr);
     TORCH_CHECK(status.ok(), status.message);
   }
 
