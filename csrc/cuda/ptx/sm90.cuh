@@ -125,8 +125,8 @@ MEMEFF_DEVICE void mbarrier_arrive(uint32_t mbarrier) {
 }
 
 // In another block of the cluster. Orders the thread's plain accesses for threads of its own block
-// only, which is enough to hand over what TMA and wgmma access: for the other block, ptxas would put
-// a MEMBAR of the whole GPU before each arrival and an invalidation of L1 after each wait.
+// only, which is enough to hand over what TMA and wgmma access: for the other block, ptxas would
+// put a MEMBAR of the whole GPU before each arrival and an invalidation of L1 after each wait.
 MEMEFF_DEVICE void mbarrier_arrive_cluster(uint32_t mapped_mbarrier) {
 #if defined(__CUDACC__)
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped_mbarrier) : "memory");

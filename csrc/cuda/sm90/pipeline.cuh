@@ -152,8 +152,8 @@ struct Ring {
   }
 };
 
-// All threads of the block, before anything else. `fillers`: arrivals that make a stage full, beside
-// the bytes of TMA.
+// All threads of the block, before anything else. `fillers`: arrivals that make a stage full,
+// beside the bytes of TMA.
 template <int kCluster>
 MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int fillers = 1) {
   const Ring<kCluster> ring{ptx::shared_address(shared_memory)};
