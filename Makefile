@@ -51,7 +51,8 @@ test: $(STAMP)-test
 
 # The CUDA kernels on the CPU, checked; needs the headers of a CUDA toolkit.
 emulate:
-	cmake -S tests/emulator -B build/emulator
+	cmake -S tests/emulator -B build/emulator \
+	  $(addprefix -DPython3_EXECUTABLE=,$(wildcard $(BIN)/python))
 	cmake --build build/emulator --parallel 2
 	ctest --test-dir build/emulator --output-on-failure
 
@@ -68,14 +69,14 @@ lint: $(STAMP)-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo clang-format; $(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 format: $(STAMP)-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-CPP_FILES = $(shell find csrc tests/cpp benchmarks/cpp -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Without CUDA: setup.py compiles the kernels, and verify-gpu those of the C++ tests that need a GPU.
 CMAKE_FLAGS ?= -DMEMEFF_WERROR=ON -DMEMEFF_CUDA=OFF

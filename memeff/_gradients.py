@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -67,6 +67,16 @@ def captured_leaves(output: Tensor, own: Iterable[Tensor], before: int) -> list[
     return list(leaves.values())
 
 
+def add_gradient(sums: dict[Tensor, Tensor], leaf: Tensor, gradient: Tensor | None) -> None:
+    """Adds the gradient of a captured leaf to what other chunks have contributed."""
+    if gradient is None:
+        return
+    if leaf in sums:
+        sums[leaf].add_(gradient)
+    else:  # autograd may hand out one that is expanded, or somebody else's memory
+        sums[leaf] = gradient.clone()
+
+
 def node_number(device: torch.device) -> int:
     """The number of a node of the autograd graph that is created now."""
     with torch.enable_grad():
@@ -76,27 +86,3 @@ def node_number(device: torch.device) -> int:
 
 def _node_of(leaf: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(leaf).node
-
-
-class ReadyGradients(torch.autograd.Function):
-    """A scalar whose gradients, for an upstream gradient of 1, have been computed with it.
-
-    ``ReadyGradients.apply(value, gradients, *inputs)``: one gradient (or None) per input.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *inputs: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return value.clone()
-
-    @staticmethod
-    @first_derivatives_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        if is_last_backward():
-            scaled = [None if g is None else g.mul_(grad) for g in gradients]
-        else:
-            scaled = [None if g is None else g * grad.to(g.dtype) for g in gradients]
-        return None, None, *scaled

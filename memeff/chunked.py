@@ -25,14 +25,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from memeff import _arguments, _checks
+from memeff._gradient_sums import GradientSum, ReadyGradients
 from memeff._gradients import (
     CapturedResult,
-    ReadyGradients,
+    add_gradient,
     captured_leaves,
     first_derivatives_only,
     node_number,
 )
-from memeff._heads import Head, choose_chunk_size
+from memeff._heads import Chunk, Head, choose_chunk_size
 
 __all__ = ["chunked_linear_apply"]
 
@@ -68,7 +69,8 @@ def chunked_linear_apply(
         linear_weight: [V, D], dtype of ``input``.
         per_token_tensors: each [..., *any shape] with the leading dimensions of ``input``.
         linear_bias: [V] or None.
-        chunk_size: tokens per chunk; the last chunk may be smaller.
+        chunk_size: tokens per chunk; the last chunk may be smaller. Without it and a budget 32 to
+            1024, by what the gradient of the weight takes in any case. Larger ones are faster.
         memory_budget: instead of ``chunk_size``, bytes for the logits of a chunk and three results
             of their size (the needs of ``fn`` are not known), as int or like "64MiB".
         upcast: logits are float32 for 16-bit inputs, straight from float32 sums. Without it they
@@ -110,7 +112,7 @@ def chunked_linear_apply(
         )
     size = choose_chunk_size(
         len(rows),
-        len(linear_weight),
+        linear_weight,
         itemsize,
         _arguments.parse_chunk_size(chunk_size, None),
         _arguments.parse_memory_budget(memory_budget),
@@ -167,12 +169,22 @@ class _Call:
         self.bounds = [
             (begin, min(begin + chunk_size, tokens)) for begin in range(0, tokens, chunk_size)
         ] or [(0, 0)]  # no tokens: one empty chunk tells the shapes of the results
-        self.head = Head(weight, bias, upcast=upcast, chunks=len(self.bounds))
+        self.head = Head(
+            weight,
+            bias,
+            upcast=upcast,
+            weight_grad=weight.dtype if weight.requires_grad else None,
+            bias_grad=bias.dtype if bias is not None and bias.requires_grad else None,
+        )
         self.returns_tuple = False
 
     def run(self, recompute: bool | None) -> list[Tensor]:
         if not torch.is_grad_enabled():
-            return self._join(self.apply(self._logits(b), self._rows_of(b)) for b in self.bounds)
+            rows = self.rows.detach()
+            return self._join(
+                self.apply(self.head.logits(rows[slice(*b)]), self._rows_of(b), b[1] - b[0])
+                for b in self.bounds
+            )
         if recompute or (recompute is None and self.rows.dtype == torch.float16):
             return self._recompute_later()
         state = _RandomState(self.rows.device)
@@ -184,9 +196,10 @@ class _Call:
         state.restore()
         return self._recompute_later()
 
-    def apply(self, logits: Tensor, chunks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def apply(self, logits: Tensor, chunks: Sequence[Tensor], tokens: int) -> tuple[Tensor, ...]:
         """fn on one chunk, its results checked."""
         results = self.fn(logits, *chunks)
+        del logits
         self.returns_tuple = isinstance(results, (tuple, list))
         listed = tuple(results) if isinstance(results, (tuple, list)) else (results,)
         for result in listed:
@@ -194,15 +207,12 @@ class _Call:
                 raise TypeError(
                     f"fn returned {type(result).__name__}, expected a tensor or a tuple of tensors"
                 )
-            if result.dim() > 0 and len(result) != len(logits):
+            if result.dim() > 0 and len(result) != tokens:
                 raise RuntimeError(
-                    f"fn returned shape {tuple(result.shape)} for a chunk of {len(logits)} tokens, "
-                    f"expected a scalar or [{len(logits)}, ...]"
+                    f"fn returned shape {tuple(result.shape)} for a chunk of {tokens} tokens, "
+                    f"expected a scalar or [{tokens}, ...]"
                 )
         return listed
-
-    def _logits(self, bounds: tuple[int, int]) -> Tensor:
-        return self.head.logits(self.rows.detach()[slice(*bounds)])
 
     def _rows_of(self, bounds: tuple[int, int]) -> list[Tensor]:
         return [tensor[slice(*bounds)] for tensor in self.tensors]
@@ -245,23 +255,23 @@ class _Call:
     ) -> tuple[tuple[Tensor, ...], int | None]:
         """Results of one chunk and the position of the differentiable one; its gradients to sums.
 
-        A function of its own, so that the chunk's logits are freed before the next one's.
+        A function of its own, so that nothing of the chunk outlives it. It holds no logits either:
+        they live as long as fn or the graph needs them.
         """
-        x_grad = self.rows.requires_grad
-        wants_logits = x_grad or self.head.weight_grad or self.head.bias_grad
-        logits = self._logits(bounds).requires_grad_(wants_logits)
+        begin, end = bounds
+        chunk = Chunk(self.head, self.rows[begin:end], self.rows.requires_grad)
         leaves = [
             part.detach().requires_grad_(part.requires_grad) for part in self._rows_of(bounds)
         ]
-        number = node_number(logits.device)
-        results = self.apply(logits, leaves)
+        number = node_number(self.rows.device)
+        results = self.apply(chunk.logits(), leaves, end - begin)
         position = self._differentiable(results)
         detached = tuple(result.detach() for result in results)
         if position is None:
             return detached, None
         result = results[position]
         del results
-        own = [t for t in (logits, *leaves) if t.requires_grad]
+        own = [leaf for leaf in (*chunk.leaves, *leaves) if leaf.requires_grad]
         try:
             captured = captured_leaves(result, own, number)
         except CapturedResult as node:
@@ -272,13 +282,10 @@ class _Call:
         gradients = dict(
             zip(inputs, torch.autograd.grad(result, inputs, allow_unused=True), strict=True)
         )
-        del result
         sums.add(bounds, [gradients.get(leaf) for leaf in leaves])
-        sums.add_captured([(leaf, gradients[leaf]) for leaf in captured])
-        grad_logits = gradients.get(logits)
-        if grad_logits is not None:
-            hidden = self.rows.detach()[slice(*bounds)]
-            sums.add_rows(bounds, self.head.add_gradients(grad_logits, hidden, x_grad))
+        for leaf in captured:
+            add_gradient(sums.captured, leaf, gradients[leaf])
+        chunk.write_gradient(sums.rows, begin, None)
         return detached, position
 
     @staticmethod
@@ -304,7 +311,8 @@ class _Call:
         parts = [tensor.split(sizes) for tensor in self.tensors]
 
         def one_chunk(bounds: tuple[int, int], *chunks: Tensor) -> tuple[Tensor, ...]:
-            return self.apply(_ChunkLogits.apply(token, shared, *bounds), chunks)
+            logits = _ChunkLogits.apply(token, shared, *bounds)
+            return self.apply(logits, chunks, bounds[1] - bounds[0])
 
         return self._join(
             checkpoint(one_chunk, bounds, *(part[i] for part in parts), use_reentrant=False)
@@ -312,28 +320,22 @@ class _Call:
         )
 
 
+def _sum_of_rows(rows: Tensor) -> GradientSum:
+    return GradientSum(rows.shape, rows.dtype, rows.device)
+
+
 class _Gradients:
     """Gradients of everything but the head, as the chunks deliver them."""
 
     def __init__(self, rows: Tensor, tensors: Sequence[Tensor]) -> None:
-        self.rows = torch.zeros_like(rows) if rows.requires_grad else None
+        self.rows = _sum_of_rows(rows) if rows.requires_grad else None
         self.tensors = [torch.zeros_like(t) if t.requires_grad else None for t in tensors]
         self.captured: dict[Tensor, Tensor] = {}
-
-    def add_rows(self, bounds: tuple[int, int], gradient: Tensor | None) -> None:
-        if self.rows is not None and gradient is not None:
-            self.rows[slice(*bounds)] = gradient
 
     def add(self, bounds: tuple[int, int], gradients: Sequence[Tensor | None]) -> None:
         for whole, gradient in zip(self.tensors, gradients, strict=True):
             if whole is not None and gradient is not None:
                 whole[slice(*bounds)] = gradient
-
-    def add_captured(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        for leaf, gradient in gradients:
-            if gradient is not None:
-                before = self.captured.get(leaf)
-                self.captured[leaf] = gradient if before is None else before + gradient
 
 
 class _Shared:
@@ -341,25 +343,26 @@ class _Shared:
 
     def __init__(self, head: Head, rows: Tensor, rows_grad: bool) -> None:
         self.head, self.rows, self.rows_grad = head, rows, rows_grad
-        self._grad_rows: Tensor | None = None
+        self._grad_rows: GradientSum | None = None
         self._backward = -1  # the backward pass that the sums belong to
 
     def add_gradients(self, grad_logits: Tensor, begin: int, end: int) -> None:
         self._begin_backward()
         hidden = self.rows[begin:end]
-        grad_hidden = self.head.add_gradients(grad_logits, hidden, self.rows_grad)
-        if grad_hidden is not None:
+        gradient = self.head.add_gradients(grad_logits, hidden, self.rows_grad)
+        if gradient is not None:
             if self._grad_rows is None:
-                self._grad_rows = torch.zeros_like(self.rows)
-            self._grad_rows[begin:end] = grad_hidden
+                self._grad_rows = _sum_of_rows(self.rows)
+            self._grad_rows.write(begin, gradient)
 
-    def take_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def take_gradients(self) -> list[Tensor | None]:
         self._begin_backward()
         grad_rows, self._grad_rows = self._grad_rows, None
         self._backward = -1
         if self.rows_grad and grad_rows is None:
-            grad_rows = torch.zeros_like(self.rows)
-        return grad_rows, *self.head.take_gradients()
+            grad_rows = _sum_of_rows(self.rows)
+        sums = grad_rows, *self.head.take_gradients()
+        return [None if gradient is None else gradient.times(None, last=True) for gradient in sums]
 
     def _begin_backward(self) -> None:
         current = torch._C._current_graph_task_id()

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff import _arguments, _checks, ops
-from memeff._gradients import CapturedResult, ReadyGradients, captured_leaves, node_number
+from memeff import _arguments, _checks, statistics_ops
+from memeff._gradient_sums import ReadyGradients
+from memeff._gradients import CapturedResult, add_gradient, captured_leaves, node_number
 from memeff.statistics import LogitStatistics
 from memeff.token_statistics import check_shapes, linear_token_statistics
 
@@ -41,6 +42,7 @@ def linear_loss(
     entropy: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum or mean over all tokens of ``loss_fn(statistics, *chunks)``, without storing the logits.
 
@@ -49,11 +51,13 @@ def linear_loss(
     ``per_token_tensors``; it returns their losses, [c]. A token's loss must depend on that token
     alone; what goes beyond (sequence-level ratios, say) takes :func:`linear_token_statistics`.
     Gradients flow to ``input``, ``linear_weight``, ``linear_bias``, ``per_token_tensors``, and
-    parameters that ``loss_fn`` closes over. They are computed in the forward pass.
+    parameters that ``loss_fn`` closes over. They are computed in the forward pass (except those of
+    float16, which could underflow before a loss scale is applied, and on GPUs with several targets
+    per token: these recompute the scores).
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
-            memory_budget, chunk_size: as in :func:`linear_token_statistics`.
+            memory_budget, chunk_size, backend: as in :func:`linear_token_statistics`.
         reduction: "sum", or "mean": the sum divided by the number of tokens, masked or not.
 
     Returns:
@@ -63,7 +67,7 @@ def linear_loss(
     options: dict[str, Any] = {
         "linear_bias": linear_bias, "ignore_index": ignore_index, "softcap": softcap,
         "logit_scale": logit_scale, "entropy": entropy, "memory_budget": memory_budget,
-        "chunk_size": chunk_size,
+        "chunk_size": chunk_size, "backend": backend,
     }  # fmt: skip
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
         _checks.check_tensor(name, tensor)
@@ -82,19 +86,27 @@ def linear_loss(
         target = target.reshape(lead.numel(), *target.shape[len(lead) :])
     x = input.flatten(0, -2) if lead else input.unsqueeze(0)
 
-    operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    on_cpu = input.device.type == "cpu"
-    empty = not len(x) or not len(linear_weight)
-    if not wanted or input.dtype == torch.float16 or not on_cpu or empty:
-        # No gradient in the forward pass: none wanted; fp16, where it could underflow before a loss
-        # scale is applied; or a GPU, whose backend cannot stop between two chunks.
+    operands = [t for t in (x, linear_weight, linear_bias) if t is not None]
+    resolved = _arguments.resolve_backend(backend, input.device, needs_reference=False)
+    now = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    now = now and all(t.numel() > 0 for t in operands) and _can_stop(resolved, x, target)
+    if not now:
         statistics = linear_token_statistics(x, linear_weight, target, argmax=False, **options)
         total = _checked(loss_fn(statistics, *rows), len(x)).sum()
     else:
-        run = torch.compiler.disable(_Call(loss_fn, rows, target).run)
-        total = run(x, linear_weight, linear_bias, options)
+        call = _Call(statistics_ops.LIBRARIES[resolved], loss_fn, rows, target)
+        total = torch.compiler.disable(call.run)(x, linear_weight, linear_bias, options)
     return total / lead.numel() if reduction == "mean" else total
+
+
+def _can_stop(backend: str, input: Tensor, target: Tensor | None) -> bool:
+    """Whether the backend can ask for the loss of a chunk while it has the chunk's scores."""
+    computed_in = _arguments.autocast_dtype(input.device)
+    if torch.float16 in (input.dtype, computed_in):
+        return False  # gradients could underflow before a loss scale is applied
+    if backend == "reference":
+        return False
+    return backend == "cpu" or target is None or target.dim() == 1 or target.shape[1] == 1
 
 
 def _checked(losses: Tensor, tokens: int) -> Tensor:
@@ -111,9 +123,13 @@ class _Call:
     running: dict[int, _Call] = {}  # noqa: RUF012  (calls in progress, by number)
 
     def __init__(
-        self, loss_fn: Callable[..., Tensor], rows: list[Tensor], target: Tensor | None
+        self,
+        library: statistics_ops.StatisticsOperators,
+        loss_fn: Callable[..., Tensor],
+        rows: list[Tensor],
+        target: Tensor | None,
     ) -> None:
-        self.loss_fn, self.rows = loss_fn, rows
+        self.library, self.loss_fn, self.rows = library, loss_fn, rows
         self.one_target = target is not None and target.dim() == 1
         self.target = target if target is None or target.dim() == 2 else target.unsqueeze(1)
         self.total: Tensor | None = None
@@ -128,12 +144,16 @@ class _Call:
             x, weight = (_arguments.autocast_to(t, cast_to) for t in (x, weight))
             bias = None if bias is None else _arguments.autocast_to(bias, cast_to)
         _checks.check_dtypes(x, weight, bias, None, None)
+        for name, tensor in (
+            ("linear_weight", weight), ("target", self.target), ("linear_bias", bias),
+        ):  # fmt: skip
+            _checks.check_device(x.device, name, tensor)
         softcap = options["softcap"]
         _checks.check_numbers(0.0, softcap, options["logit_scale"], 0.0)
         number = next(self._numbers)
         self.running[number] = self
         try:
-            gradients = torch.ops.memeff.linear_loss_gradients(
+            gradients = self.library.linear_loss_gradients(
                 number,
                 x.detach(),
                 weight.detach(),
@@ -208,10 +228,7 @@ class _Call:
             if whole is not None and gradient is not None:
                 whole[tokens] = gradient
         for leaf in others:
-            gradient = gradients[leaf]
-            if gradient is not None:
-                before = self.captured.get(leaf)
-                self.captured[leaf] = gradient if before is None else before + gradient
+            add_gradient(self.captured, leaf, gradients[leaf])
         result = []
         for leaf in leaves:
             gradient = gradients[leaf]
@@ -223,12 +240,4 @@ def _differentiate_chunk(handle: int, begin: int, *statistics: Tensor) -> list[T
     return _Call.running[handle].differentiate(begin, *statistics)
 
 
-def _gradients_fake(
-    handle: int, input: Tensor, weight: Tensor, target: Any, bias: Tensor | None, *scalars: Any
-) -> tuple[Tensor, ...]:
-    *_, input_grad, weight_grad, bias_grad, _, _ = scalars
-    return ops.gradients_like(input, weight, bias, (input_grad, weight_grad, bias_grad))
-
-
 torch.library.impl("memeff::differentiate_chunk", "CompositeExplicitAutograd")(_differentiate_chunk)
-torch.library.register_fake("memeff::linear_loss_gradients", _gradients_fake)

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from memeff import _arguments, _checks
+from memeff._gradient_sums import GradientSum, keep_gradients, scale_kept_gradients
 from memeff._gradients import (
     CapturedResult,
     captured_leaves,
     first_derivatives_only,
-    is_last_backward,
     node_number,
 )
-from memeff._heads import Head, choose_chunk_size
+from memeff._heads import Chunk, Head, choose_chunk_size
 
 __all__ = ["MemoryEfficientLinear"]
 
@@ -41,7 +41,12 @@ class MemoryEfficientLinear(torch.autograd.Function):
     ignore_index=-100)`` returns what ``forward_function(X, linear, labels)`` does, in float32.
 
     Gradients of ``X``, ``weight`` and ``bias`` are computed chunk by chunk in the forward pass by
-    autograd, whatever ``forward_function`` does; backward multiplies them by the upstream gradient.
+    autograd, whatever ``forward_function`` does; backward multiplies them by the upstream gradient,
+    and only then are they rounded to 16 bits.
+
+    Memory: the gradients themselves, a 32nd more for their sums, and what ``forward_function``
+    keeps of one chunk. For cross entropy that is three float32 blocks [chunk, V], where the
+    standard way has three of [N, V]; docs/losses.md has the arithmetic.
 
     Args of ``apply``:
         X: hidden states [..., D].
@@ -54,7 +59,8 @@ class MemoryEfficientLinear(torch.autograd.Function):
         reduction: what ``forward_function`` computes, "mean" or "sum". Means of the chunks are
             weighted by their numbers of labels other than ``ignore_index`` (of all labels, if these
             are floating), so that the result is the mean over all; it is nan if there are none.
-        chunk_size: tokens per chunk; None chooses some hundreds. The last chunk may be smaller.
+        chunk_size: tokens per chunk; the last chunk may be smaller. None chooses 32 to 1024, by
+            what the gradient of the weight takes in any case. Larger ones are faster.
         ignore_index: the label that a "mean" does not count.
 
     Raises:
@@ -81,109 +87,71 @@ class MemoryEfficientLinear(torch.autograd.Function):
                 f"{tuple(X.shape[:-1])}, the leading dimensions of X"
             )
         cast_to = _arguments.autocast_dtype(X.device)
-        dtypes = [tensor.dtype for tensor in (X, weight, bias) if tensor is not None]
         wanted = ctx.needs_input_grad
         rows = _cast(X, cast_to).reshape(-1, X.shape[-1]).detach()
         labels = labels.reshape(len(rows), *labels.shape[X.dim() - 1 :])
-        size = choose_chunk_size(
-            len(rows), len(weight), 4, _arguments.parse_chunk_size(chunk_size, None), -1
-        )
         head = Head(
-            _cast(weight, cast_to).detach().requires_grad_(wanted[1]),
-            None if bias is None else _cast(bias, cast_to).detach().requires_grad_(wanted[4]),
+            _cast(weight, cast_to),
+            None if bias is None else _cast(bias, cast_to),
             upcast=True,
-            chunks=-(-len(rows) // size),
+            weight_grad=weight.dtype if wanted[1] else None,
+            bias_grad=bias.dtype if bias is not None and wanted[4] else None,
         )
-        linear = _Linear(head)
+        itemsize = head.logits_dtype.itemsize
+        size = _arguments.parse_chunk_size(chunk_size, None)
+        size = choose_chunk_size(len(rows), head.weight, itemsize, size)
         total = rows.new_zeros((), dtype=head.logits_dtype)
         shares = _shares(labels, size, ignore_index) if reduction == "mean" else None
-        grad_rows = torch.zeros_like(rows) if wanted[0] else None
+        grad_rows = GradientSum(rows.shape, X.dtype, X.device) if wanted[0] else None
         for i, begin in enumerate(range(0, len(rows), size)):
             share = 1.0 if shares is None else shares[i]
             if share == 0:
                 continue  # no mean of no labels, and 0 times its gradient may be nan
-            chunk = slice(begin, begin + size)
-            value, gradient = _differentiate(
-                forward_function,
-                rows[chunk].requires_grad_(wanted[0]),
-                linear,
-                labels[chunk],
-                share,
-            )
+            part = slice(begin, begin + size)
+            chunk = Chunk(head, rows[part], wanted[0])
+            value, gradient = _differentiate(forward_function, chunk, labels[part], share)
             total += value
-            if grad_rows is not None and gradient is not None:
-                grad_rows[chunk] = gradient
+            chunk.write_gradient(grad_rows, begin, gradient)
 
-        gradients_of_head = head.take_gradients()
-        ctx.save_for_backward(
-            *(
-                None if gradient is None else gradient.to(dtype)
-                for gradient, dtype in zip((grad_rows, *gradients_of_head), dtypes, strict=False)
-            )
-        )
+        keep_gradients(ctx, total, (grad_rows, *head.take_gradients()))
         ctx.shape = X.shape
         return total if shares is None or any(shares) else total.fill_(torch.nan)
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        last = is_last_backward()
-        scaled = [
-            None if g is None else g.mul_(grad) if last else g * grad.to(g.dtype)
-            for g in ctx.saved_tensors
-        ]
-        x, weight, bias = (*scaled, None)[:3]
+        x, weight, bias = scale_kept_gradients(ctx, grad)
         return None if x is None else x.view(ctx.shape), weight, None, None, bias, None, None, None
 
 
 class _Linear:
     """What forward_function may call and look at, like a torch.nn.Linear."""
 
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self.weight, self.bias = head.weight, head.bias
-        self.out_features, self.in_features = head.weight.shape
-        # Ties the logits to the graph also where the hidden states need no gradient.
-        wanted = head.weight_grad or head.bias_grad
-        self.token = head.weight.new_zeros(()).requires_grad_(wanted)
+    def __init__(self, chunk: Chunk) -> None:
+        self._chunk = chunk
+        self.weight, self.bias = chunk.head.weight, chunk.head.bias
+        self.out_features, self.in_features = self.weight.shape
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits: Tensor = _Logits.apply(rows, self.token, self._head)
-        return logits.view(*hidden.shape[:-1], self.out_features)
-
-
-class _Logits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, token: Tensor, head: Head) -> Tensor:
-        ctx.save_for_backward(hidden)
-        ctx.head = head
-        return head.logits(hidden.to(head.weight.dtype))
-
-    @staticmethod
-    @first_derivatives_only
-    def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.saved_tensors
-        rows = hidden.to(ctx.head.weight.dtype)
-        grad_hidden = ctx.head.add_gradients(grad_logits, rows, ctx.needs_input_grad[0])
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), None, None
+        return self._chunk.logits(hidden)
 
 
 def _differentiate(
-    function: Callable[..., Tensor], hidden: Tensor, linear: _Linear, labels: Tensor, share: float
+    function: Callable[..., Tensor], chunk: Chunk, labels: Tensor, share: float
 ) -> tuple[Tensor, Tensor | None]:
-    """share * function(...) and its gradient with respect to hidden; those of the head add up."""
+    """share * function(...), and what of its gradient with respect to the rows does not come
+    through their logits."""
     with torch.enable_grad():
-        number = node_number(hidden.device)
-        value = function(hidden, linear, labels)
+        number = node_number(chunk.rows.device)
+        value = function(chunk.rows, _Linear(chunk), labels)
         _check(value)
         value = value * share
-        inputs = [t for t in (hidden, linear.token) if t.requires_grad]
+        inputs = chunk.leaves
         if not value.requires_grad:
             return value, None
         _refuse_captured(value, inputs, number)
         gradients = torch.autograd.grad(value, inputs, allow_unused=True)
-    return value.detach(), gradients[0] if hidden.requires_grad else None
+    return value.detach(), gradients[0] if chunk.rows_grad else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

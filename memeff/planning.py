@@ -49,13 +49,17 @@ class Plan:
     workspace_bytes: int
     """Allocated beyond the gradients; ``memory_budget`` bounds it together with library_bytes."""
     library_bytes: int
-    """What torch's matrix products may take for packed operands, where these compute the scores."""
+    """What torch's matrix products may take for packed or upcast operands, where these compute the
+    scores."""
     floor_bytes: int
     """The gradients themselves."""
     flops: float
     """Of the matrix products of this plan, forward and backward."""
     floor_flops: float
     """Of the matrix products that no implementation can do without."""
+    predicted_flops: float
+    """On GPUs: of products that would fill the GPU for as long as the plan is predicted to take.
+    What exceeds ``flops`` is for tiles that stay empty, launches, memory traffic. 0 on the CPU."""
 
     def __str__(self) -> str:
         lines = {

@@ -64,6 +64,19 @@ def _backward_fake(
     return ops.gradients_like(input, linear_weight, linear_bias, wanted)
 
 
+def _loss_gradients_fake(
+    handle: int,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    *scalars: Any,
+) -> tuple[Tensor, ...]:
+    *_, input_grad, weight_grad, bias_grad, _, _ = scalars
+    wanted = (input_grad, weight_grad, bias_grad)
+    return ops.gradients_like(input, linear_weight, linear_bias, wanted)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, lse, entropy, *others = output
     ctx.mark_non_differentiable(*others)
@@ -88,10 +101,13 @@ class StatisticsOperators:
         operators = getattr(torch.ops, name)
         self._forward = operators.linear_token_statistics_forward.default
         self._recompute = operators.linear_token_statistics_backward.default
+        # Called by memeff/fused_loss.py, whose own autograd.Function has its gradients.
+        self.linear_loss_gradients = operators.linear_loss_gradients.default
         self._num_arguments = len(self._forward._schema.arguments)
         forward, recompute = self._forward.name(), self._recompute.name()
         torch.library.register_fake(forward, _forward_fake)
         torch.library.register_fake(recompute, _backward_fake)
+        torch.library.register_fake(self.linear_loss_gradients.name(), _loss_gradients_fake)
         torch.library.register_autograd(forward, self._backward, setup_context=_setup_context)
         torch.library.register_autograd(recompute, _refuse_second_derivative)
         self._in_transform = {

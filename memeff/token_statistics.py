@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -202,16 +203,16 @@ def _statistics(
                 top_k=top_k,
             )
     else:
-        fields = _call_op(
-            input,
+        lead = input.shape[:-1]
+        rows = _Rows(
+            input.flatten(0, -2) if lead else input.unsqueeze(0),
             linear_weight,
-            target,
             linear_bias,
             (ignore_index, 0.0 if softcap is None else float(softcap), float(logit_scale)),
-            (skip_ignored, entropy, argmax, top_k),
             (budget, chunk),
             resolved,
         )
+        fields = _in_shape(rows, lead, target, _Wanted(skip_ignored, entropy, argmax, top_k))
     if kept is None:
         return fields
     time = input.dim() - 2
@@ -219,97 +220,79 @@ def _statistics(
     return LogitStatistics._make(later)
 
 
-def _call_op(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | None,
-    linear_bias: Tensor | None,
-    transform: tuple[int, float, float],  # ignore_index, softcap, logit_scale
-    wanted: tuple[bool, bool, bool, int],  # skip_ignored, entropy, argmax, top_k
-    planning: tuple[int, int],  # memory_budget, chunk_size
-    backend: str,
+class _Wanted(NamedTuple):
+    """What the op is asked for, in the order of its arguments."""
+
+    skip_ignored: bool
+    entropy: bool
+    argmax: bool
+    top_k: int
+
+
+class _Rows(NamedTuple):
+    """Operands and options of the op, which knows rows."""
+
+    input: Tensor  # [N, D]
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    transform: tuple[int, float, float]  # ignore_index, softcap (0: none), logit_scale
+    planning: tuple[int, int]  # memory_budget, chunk_size
+    backend: str
+
+    def call(self, target: Tensor | None, wanted: _Wanted) -> Sequence[Tensor]:
+        """What the op returns for targets [N, K]."""
+        differentiable = (self.input, self.linear_weight, self.linear_bias)
+        grad = torch.is_grad_enabled()
+        return statistics_ops.LIBRARIES[self.backend].linear_token_statistics_forward(
+            self.input,
+            self.linear_weight,
+            target,
+            self.linear_bias,
+            *self.transform,
+            *wanted,
+            *(grad and t is not None and t.requires_grad for t in differentiable),
+            *self.planning,
+        )
+
+    def call_on_gpu(self, target: Tensor | None, wanted: _Wanted) -> Sequence[Tensor]:
+        """The same where the op knows one target and no top_k: one call per further target, and
+        plain PyTorch on blocks of logits for the largest ones."""
+        columns = [] if target is None else [t.contiguous() for t in target.split(1, dim=1)]
+        # With several targets a token may count although the first is ignored.
+        first = wanted._replace(skip_ignored=wanted.skip_ignored and len(columns) == 1, top_k=0)
+        only_logprob = _Wanted(skip_ignored=True, entropy=False, argmax=False, top_k=0)
+        results = list(self.call(columns[0] if columns else None, first))
+        if len(columns) > 1:
+            others = [self.call(column, only_logprob)[0] for column in columns[1:]]
+            results[0] = torch.cat([results[0], *others], 1)
+        if wanted.top_k:
+            lse = results[1]
+            results[5:] = _top(
+                self.input, self.linear_weight, self.linear_bias, lse, self.transform, wanted.top_k
+            )
+        return results
+
+
+def _in_shape(
+    rows: _Rows, lead: torch.Size, target: Tensor | None, wanted: _Wanted
 ) -> LogitStatistics:
-    """One call of the op, which knows rows: input [N, D], target [N, K]."""
-    lead = input.shape[:-1]
-    rows = input.flatten(0, -2) if lead else input.unsqueeze(0)
+    """The op's results in the leading dimensions of the input."""
     several = None
     if target is not None:
         targets = target.shape[len(lead)] if target.dim() > len(lead) else 1
-        several = target.reshape(rows.shape[0], targets)
-    call = _call_rows if backend == "cpu" else _call_rows_on_gpu
-    logprob, lse, entropy, max_logit, argmax, top_logprobs, top_ids = call(
-        rows, linear_weight, several, linear_bias, transform, wanted, planning, backend
-    )
-    _, wants_entropy, wants_argmax, top_k = wanted
+        several = target.reshape(len(rows.input), targets)
+    call = rows.call if rows.backend == "cpu" else rows.call_on_gpu
+    logprob, lse, entropy, max_logit, argmax, top_logprobs, top_ids = call(several, wanted)
+    top = (*lead, wanted.top_k)
     return LogitStatistics(
         logprob=None if target is None else logprob.reshape(target.shape),
         lse=lse.to(logprob.dtype).reshape(lead),
-        entropy=entropy.to(logprob.dtype).reshape(lead) if wants_entropy else None,
+        entropy=entropy.to(logprob.dtype).reshape(lead) if wanted.entropy else None,
         max_logit=max_logit.reshape(lead),
-        argmax=argmax.reshape(lead) if wants_argmax else None,
-        top_logprobs=top_logprobs.reshape(*lead, top_k) if top_k else None,
-        top_ids=top_ids.reshape(*lead, top_k) if top_k else None,
+        argmax=argmax.reshape(lead) if wanted.argmax else None,
+        top_logprobs=top_logprobs.reshape(top) if wanted.top_k else None,
+        top_ids=top_ids.reshape(top) if wanted.top_k else None,
     )
-
-
-def _call_rows(
-    rows: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | None,
-    linear_bias: Tensor | None,
-    transform: tuple[int, float, float],
-    wanted: tuple[bool, bool, bool, int],
-    planning: tuple[int, int],
-    backend: str,
-) -> Sequence[Tensor]:
-    """What the op returns for rows [N, D] and targets [N, K]."""
-    grad = torch.is_grad_enabled()
-    return statistics_ops.LIBRARIES[backend].linear_token_statistics_forward(
-        rows,
-        linear_weight,
-        target,
-        linear_bias,
-        *transform,
-        *wanted,
-        grad and rows.requires_grad,
-        grad and linear_weight.requires_grad,
-        grad and linear_bias is not None and linear_bias.requires_grad,
-        *planning,
-    )
-
-
-def _call_rows_on_gpu(
-    rows: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | None,
-    linear_bias: Tensor | None,
-    transform: tuple[int, float, float],
-    wanted: tuple[bool, bool, bool, int],
-    planning: tuple[int, int],
-    backend: str,
-) -> Sequence[Tensor]:
-    """The same where the op knows one target and no top_k: one call per further target, and plain
-    PyTorch on blocks of logits for the largest ones."""
-    skip_ignored, entropy, argmax, top_k = wanted
-    targets = 1 if target is None else target.shape[1]
-    # With several targets a token may count although the first is ignored.
-    all_wanted = (skip_ignored and targets == 1, entropy, argmax, 0)
-
-    def call(column: Tensor | None, asked: tuple[bool, bool, bool, int]) -> Sequence[Tensor]:
-        return _call_rows(
-            rows, linear_weight, column, linear_bias, transform, asked, planning, backend
-        )
-
-    first = None if target is None else target[:, :1].contiguous()
-    results = list(call(first, all_wanted))
-    if target is not None and targets > 1:
-        only_logprob = (True, False, False, 0)
-        columns = (target[:, k : k + 1].contiguous() for k in range(1, targets))
-        others = [call(column, only_logprob)[0] for column in columns]
-        results[0] = torch.cat([results[0], *others], 1)
-    if top_k:
-        results[5:] = _top(rows, linear_weight, linear_bias, results[1], transform, top_k)
-    return results
 
 
 @torch.no_grad()

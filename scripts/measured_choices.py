@@ -14,13 +14,16 @@ from typing import Any
 # takes without a measurement. Newer GPUs run what sm_80 does.
 CANDIDATES = {
     80: ("sm80+generic", "sm80+sm80", "generic+generic"),
-    90: ("sm90+generic", "sm90+sm90", "sm90+sm90rs", "sm80+generic", "generic+generic"),
-}
+    90: (
+        "sm90+generic", "sm90x2+generic", "sm90x2+sm90x2", "sm90+sm90", "sm90x2+sm90rs",
+        "sm90+sm90rs", "sm80+generic", "generic+generic",
+    ),
+}  # fmt: skip
 # With skip_mass; only handwritten products skip.
 SKIPPING_CANDIDATES = {
     80: ("sm80+sm80", "sm80+generic"),
-    90: ("sm90+sm90", "sm90+sm90rs", "sm90+generic", "sm80+sm80"),
-}
+    90: ("sm90+sm90", "sm90x2+sm90", "sm90+sm90rs", "sm90+generic", "sm80+sm80"),
+}  # fmt: skip
 
 # Another choice than the first must win by more than the noise of a median,
 LEAST_GAIN = 0.005

@@ -296,7 +296,7 @@ def main() -> int:
         if arch.sass and toolkit.supports(arch)
     ]
     with ThreadPoolExecutor(BuildConfig.from_environment().jobs) as pool:
-        parts = pool.map(lambda item: compile_source(toolkit, *item, nvdisasm), work)
+        parts = pool.map(lambda item: compile_source(toolkit, item[0], item[1], nvdisasm), work)
         results = [kernel for part in parts for kernel in part]
 
     report = table(toolkit.version, results)

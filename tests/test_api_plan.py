@@ -23,6 +23,7 @@ def test_numbers() -> None:
     assert plan.floor_flops == pytest.approx(6 * 4096 * 1024 * 32768)
     assert plan.flops >= plan.floor_flops
     assert plan.workspace_bytes > 0
+    assert plan.predicted_flops == 0
     assert plan == memeff.plan(4096, 1024, 32768, "bfloat16")
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.tokens = 1  # type: ignore[misc]
@@ -62,6 +63,24 @@ def test_small_budgets_keep_bfloat16_sums_compact() -> None:
     assert exact.accumulation != "compact"
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "capability", "upcasts"),
+    [("bfloat16", (7, 5), True), ("float16", (7, 5), False), ("bfloat16", (8, 0), False)],
+    ids=str,
+)
+def test_budget_bounds_upcast_operands(
+    dtype: str, capability: tuple[int, int], upcasts: bool, reduction: str
+) -> None:
+    """GPUs before sm_80 do not multiply bfloat16: torch upcasts, beside the workspace."""
+    plan = memeff.plan(
+        4096, 1024, 32768, dtype, reduction=reduction, memory_budget="64MiB",
+        backend="cuda", compute_capability=capability,
+    )  # fmt: skip
+    assert (plan.library_bytes > 0) is upcasts
+    assert plan.workspace_bytes + plan.library_bytes <= 64 * 2**20
+
+
 def test_options_count() -> None:
     """Partial sums of what else is wanted per token are part of the workspace."""
 
@@ -86,6 +105,7 @@ def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     assert (plan().kernels, plan().kernels_reason) == ("sm90,generic", "default")
+    assert plan().predicted_flops >= plan().flops
     assert plan(skip_mass=1e-3).kernels == "sm90,sm90"
     assert "cuda: sm90,generic (default)" in str(plan())
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80,sm80")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memeff.bench import cli, variants
+from memeff.bench.environment import command_line
 from memeff.bench.problem import make_problem
 from memeff.bench.shapes import Shape
 from memeff.bench.variants import DEFAULT_VARIANTS, check_names, make_variant
@@ -23,6 +24,12 @@ def test_a_small_run(tmp_path, capsys):
     for name in ("standard", "memeff"):
         assert len(measured[name]["seconds"]) == 2
         assert measured[name]["errors"]["dw"] < 1e-5
+
+
+@pytest.mark.parametrize("output", [["--json", "/tmp/r.json"], ["--json=/tmp/r.json"], []])
+def test_a_result_does_not_say_where_it_was_written(output):
+    argv = ["/some/where/memeff-bench", "--rounds", "2", *output, "--dtype", "float32"]
+    assert command_line(argv) == "memeff-bench --rounds 2 --dtype float32"
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,48 @@ def test_numerics(dtype: torch.dtype, recompute: bool) -> None:
         assert_close_as_plain(name, *three, gradient=name != "loss")
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bfloat16_gradients_are_rounded_once(recompute: bool) -> None:
+    """However many chunks there are, and after the upstream gradient."""
+    x, w = torch.randn(200, 64).bfloat16(), torch.randn(512, 64).bfloat16()
+    y = torch.randint(512, (200,))
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    loss = memeff.chunked_linear_apply(cross_entropy, x, w, y, chunk_size=7, recompute=recompute)
+    ours = torch.autograd.grad(loss * 1.7, leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(cross_entropy(F.linear(*doubles), y) * 1.7, doubles)
+    for name, a, e in zip(("dx", "dw"), ours, exact, strict=True):
+        error, rounding = ((t.double() - e).norm() for t in (a, e.bfloat16()))
+        assert error <= 1.05 * rounding, (name, error / rounding)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradcheck(recompute: bool) -> None:
+    p = Problem()
+    temperature = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+
+    def total(x: Tensor, w: Tensor, b: Tensor, scale: Tensor, t: Tensor) -> Tensor:
+        def fn(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+            return F.cross_entropy(z * scale[:, None] / t, y, reduction="sum")
+
+        return memeff.chunked_linear_apply(
+            fn, x, w, p.target, scale, linear_bias=b, chunk_size=5, recompute=recompute
+        )
+
+    assert torch.autograd.gradcheck(total, [*p.leaves, temperature])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_parameter_whose_gradient_is_expanded(recompute: bool) -> None:
+    """The sum of a parameter has ones as its gradient, one element seen as many."""
+    p, parameter = Problem(), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    loss = p.apply(
+        lambda z: z.square().sum() + parameter.sum(), chunk_size=TOKENS, recompute=recompute
+    )
+    (gradient,) = torch.autograd.grad(loss * 2, parameter)
+    torch.testing.assert_close(gradient, torch.full_like(parameter, 2.0))
+
+
 def test_float16_is_recomputed_by_default() -> None:
     """Gradients for an upstream gradient of 1 could underflow before a loss scale is applied."""
     x = torch.randn(8, 16, dtype=torch.float16, requires_grad=True)

@@ -23,7 +23,8 @@ pytestmark = [
 ]
 
 KERNELS = [
-    "", "generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90", "sm90,sm90rs"
+    "", "generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90", "sm90,sm90rs",
+    "sm90x2,sm90x2",
 ]  # fmt: skip
 MIB = 2**20
 

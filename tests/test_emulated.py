@@ -27,6 +27,8 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_linear_loss import Problem as LossProblem
+from test_linear_loss import check as check_linear_loss
 from test_property import cases as any_case
 from test_token_statistics import DIFFERENTIABLE, Problem
 from test_token_statistics import check as check_statistics
@@ -37,12 +39,14 @@ pytestmark = pytest.mark.skipif(
     emulated.missing() is not None, reason=f"no emulator: {emulated.missing()}"
 )
 
-KERNELS = [
-    "generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90", "sm90,sm90rs"
-]  # fmt: skip
-# Everything that 16-bit kernels distinguish; fp32 and fp64 are the generic kernels' alone.
+KERNELS = ["generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90"]
+# Everything that 16-bit kernels distinguish, in both types where they are families of their own;
+# those that share all but the movement of operands with sm90, in one. fp32 and fp64 are the generic
+# kernels' alone.
 VARIANTS = [
     *((kernels, dtype) for kernels in KERNELS for dtype in (torch.bfloat16, torch.float16)),
+    ("sm90x2,sm90x2", torch.bfloat16),
+    ("sm90x2,sm90rs", torch.float16),
     ("generic,generic", torch.float32),
     ("generic,generic", torch.float64),
 ]
@@ -82,6 +86,14 @@ def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_options_recomputed(options: str, reduction: str, dtype: torch.dtype) -> None:
     check_emulated(Case((40,), 16, 140, dtype, reduction, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("shape", [(9, 2100, 70), (7, 16, 4200), (4200, 8, 20)], ids=str)
+def test_products_in_pieces(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 is upcast for torch.mm (here and before sm_80), a piece at a time."""
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "generic,generic")
+    tokens, features, vocab = shape
+    check_emulated(Case((tokens,), features, vocab, torch.bfloat16, "none", bias=True))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 100])
@@ -199,6 +211,68 @@ def test_logprobs_skip_ignored_tokens(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=max(tolerance, 1e-6))
 
 
+@pytest.mark.parametrize("options", [{}, {"reduction": "mean", "logit_scale": 1.3}], ids=str)
+@pytest.mark.parametrize("planning", [{}, {"chunk_size": 128}, {"memory_budget": 1}], ids=str)
+def test_linear_loss(options: dict[str, Any], planning: dict[str, Any], dtype: torch.dtype) -> None:
+    """Scores kept while the caller differentiates; the smallest budget computes some again."""
+    problem = LossProblem(dtype, tokens=150, vocab=300, features=24)
+    planning = {**planning, "backend": "emulated"}
+    if "memory_budget" in planning:
+        with pytest.raises(ValueError, match="the least that works") as caught:
+            problem.ours(**planning)
+        least = str(caught.value).split("the least that works is ")[1].split()[0]
+        planning["memory_budget"] = int(least)
+    check_linear_loss(problem, planning, **options)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_linear_loss_equals_the_statistics(
+    softcap: float | None, entropy: bool, dtype: torch.dtype
+) -> None:
+    """What the scores give while they are kept is what they give when they are computed again; with
+    a soft cap the entry of the target needs its derivative, too. No gradient of the bias: kernels
+    may then multiply scores as they are."""
+    p = LossProblem(dtype, tokens=150, vocab=300, features=24)
+    options: dict[str, Any] = {
+        "linear_bias": p.b.detach(), "softcap": softcap, "entropy": entropy, "backend": "emulated"
+    }  # fmt: skip
+
+    def loss(s: memeff.LogitStatistics, old: torch.Tensor) -> torch.Tensor:
+        assert s.logprob is not None
+        losses = (s.logprob - old).clamp(max=2).exp() + 0.01 * s.lse.square()
+        return losses if s.entropy is None else losses - 0.1 * s.entropy.square()
+
+    ours = memeff.linear_loss(p.x, p.w, p.target, loss, p.old, **options)
+    later = loss(memeff.linear_token_statistics(p.x, p.w, p.target, **options), p.old).sum()
+    torch.testing.assert_close(ours, later)
+    leaves = [p.x, p.w, p.old]
+    for a, b in zip(
+        torch.autograd.grad(ours, leaves), torch.autograd.grad(later, leaves), strict=True
+    ):
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        # Both are rounded, and kept 16-bit scores have been rounded on the way.
+        assert error <= 2 * torch.finfo(a.dtype).eps, error
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_linear_loss_runs_per_chunk(several: bool) -> None:
+    """Where it can: with several targets per token all statistics come first."""
+    problem = LossProblem(torch.float32, tokens=300, vocab=40, features=16)
+    target = torch.stack([problem.target, problem.target], 1) if several else problem.target
+    sizes = []
+
+    def loss(statistics: memeff.LogitStatistics) -> torch.Tensor:
+        sizes.append(len(statistics.lse))
+        return -statistics.lse
+
+    total = memeff.linear_loss(
+        problem.x, problem.w, target, loss, chunk_size=128, backend="emulated"
+    )
+    total.backward()
+    assert (len(sizes) == 1) == several and sum(sizes) == 300
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_all_tokens_ignored(reduction: str, dtype: torch.dtype) -> None:
     case = Case((9,), 16, 40, dtype, reduction, ignored=1.0, bias=True)
@@ -229,7 +303,7 @@ def test_targets_out_of_range_are_seen(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=25)
-@given(case=any_case(), kernels=st.sampled_from(KERNELS))
+@given(case=any_case(), kernels=st.sampled_from([*KERNELS, "sm90x2,sm90x2", "sm90,sm90rs"]))
 def test_any_call(case: Case, kernels: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEMEFF_CUDA_KERNELS", kernels)

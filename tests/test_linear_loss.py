@@ -11,14 +11,20 @@ from tolerances import assert_close_as_plain
 from torch import Tensor
 
 import memeff
+from memeff.bench.isolated import call_isolated
+from memeff.bench.memory import PeakMemory
 
+MIB = 2**20
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 class Problem:
-    def __init__(self, dtype: torch.dtype, tokens: int = 203, vocab: int = 700) -> None:
-        self.x = torch.randn(tokens, 40, dtype=torch.float64).to(dtype).requires_grad_()
-        self.w = (torch.randn(vocab, 40, dtype=torch.float64) / 3).to(dtype).requires_grad_()
+    def __init__(
+        self, dtype: torch.dtype, tokens: int = 203, vocab: int = 700, features: int = 40
+    ) -> None:
+        self.x = torch.randn(tokens, features, dtype=torch.float64).to(dtype).requires_grad_()
+        w = torch.randn(vocab, features, dtype=torch.float64) * 2 / features**0.5
+        self.w = w.to(dtype).requires_grad_()
         self.b = torch.randn(vocab, dtype=torch.float64).to(dtype).requires_grad_()
         self.target = torch.randint(vocab, (tokens,))
         self.target[torch.rand(tokens) < 0.3] = -100
@@ -63,6 +69,24 @@ class Problem:
         return losses.mean() if reduction == "mean" else losses.sum()
 
 
+NAMES = ("dx", "dw", "db", "old", "scale")
+
+
+def check(p: Problem, planning: dict[str, Any], **options: Any) -> None:
+    """Loss and gradients by the tolerance rule, twice."""
+    exact = p.in_float64()
+    ours = p.ours(**planning, **options)
+    sides = [(p, ours), (p, p.plain(**options)), (exact, exact.plain(**options))]
+    losses = [loss.detach() for _, loss in sides]
+    assert_close_as_plain("loss", *losses, gradient=False)
+    for scale in (1.5, -0.25):
+        gradients = [
+            torch.autograd.grad(loss * scale, q.leaves, retain_graph=True) for q, loss in sides
+        ]
+        for name, *three in zip(NAMES, *gradients, strict=True):
+            assert_close_as_plain(name, *three)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
@@ -73,18 +97,7 @@ class Problem:
 def test_loss_and_gradients(
     dtype: torch.dtype, chunk_size: int | None, options: dict[str, Any]
 ) -> None:
-    p = Problem(dtype)
-    exact = p.in_float64()
-    ours = p.ours(chunk_size=chunk_size, **options)
-    sides = [(p, ours), (p, p.plain(**options)), (exact, exact.plain(**options))]
-    losses = [loss.detach() for _, loss in sides]
-    assert_close_as_plain("loss", *losses, gradient=False)
-    for scale in (1.5, -0.25):
-        gradients = [
-            torch.autograd.grad(loss * scale, q.leaves, retain_graph=True) for q, loss in sides
-        ]
-        for name, *three in zip(("dx", "dw", "db", "old", "scale"), *gradients, strict=True):
-            assert_close_as_plain(name, *three)
+    check(Problem(dtype), {"chunk_size": chunk_size}, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -97,9 +110,7 @@ def test_small_budget(dtype: torch.dtype) -> None:
     library = memeff.plan(600, 40, 700, dtype).library_bytes  # counts towards a budget, too
     for budget in (1_700_000, 2_500_000):
         ours = torch.autograd.grad(p.ours(memory_budget=library + budget), p.leaves)
-        for name, *three in zip(
-            ("dx", "dw", "db", "old", "scale"), ours, plain, expected, strict=True
-        ):
+        for name, *three in zip(NAMES, ours, plain, expected, strict=True):
             assert_close_as_plain(name, *three)
 
 
@@ -120,6 +131,75 @@ def test_equals_the_other_forms() -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_rows_masked(dtype: torch.dtype) -> None:
+    """No target anywhere: log-probabilities are 0, what depends on nothing else has no gradient,
+    and the other statistics are those of the rows."""
+    p = Problem(dtype)
+    p.target.fill_(-100)
+    loss = memeff.linear_loss(p.x, p.w, p.target, lambda s: -s.logprob, linear_bias=p.b)
+    assert loss == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, [p.x, p.w, p.b]))
+    check(p, {})
+
+
+def test_gradcheck() -> None:
+    p = Problem(torch.float64, tokens=5, vocab=7, features=3)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor, old: Tensor, scale: Tensor) -> Tensor:
+        def of_tokens(s: memeff.LogitStatistics, old: Tensor) -> Tensor:
+            return (s.logprob - old).exp() * scale + s.entropy.square() * s.lse
+
+        return memeff.linear_loss(
+            x, w, p.target, of_tokens, old, linear_bias=b, entropy=True, softcap=2.0,
+            logit_scale=0.7, reduction="mean", chunk_size=2,
+        )  # fmt: skip
+
+    leaves = [p.x, p.w, p.b, p.old.detach().double().requires_grad_(), p.scale.double()]
+    leaves[-1] = leaves[-1].detach().requires_grad_()
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inside_compiled_code(backend: str) -> None:
+    """The call breaks the graph; what surrounds it is compiled. The same bits either way."""
+    p = Problem(torch.float32)
+
+    def step(x: Tensor, w: Tensor, b: Tensor, old: Tensor) -> Tensor:
+        loss = memeff.linear_loss(
+            x * 2, w, p.target, lambda s, old: (s.logprob - old).exp(), old, linear_bias=b
+        )
+        return loss * 3
+
+    leaves = p.leaves[:-1]
+    eager, compiled = step(*leaves), torch.compile(step, backend=backend)(*leaves)
+    assert torch.equal(eager, compiled)
+    for a, b in zip(
+        torch.autograd.grad(eager, leaves), torch.autograd.grad(compiled, leaves), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def measure(dtype: str, budget: int) -> dict[str, int]:
+    def step(tokens: int, vocab: int) -> tuple[int, int]:
+        p = Problem(getattr(torch, dtype), tokens, vocab, features=96)
+        with PeakMemory() as peak:
+            p.ours(memory_budget=budget).backward()
+        return peak.extra_bytes, sum(leaf.grad.nbytes for leaf in p.leaves)
+
+    step(64, 512)
+    peak, gradients = step(4096, 32777)
+    return {"over": peak - gradients}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_budget(dtype: str) -> None:
+    """The logits would take 256 MiB in bfloat16."""
+    measured = call_isolated(measure, dtype=dtype, budget=16 * MIB)
+    # What a plain loss may take over its plan (test_memory.py), and numbers per token beside it.
+    assert measured["over"] <= 16 * MIB + 3 * MIB, measured
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -126,6 +126,44 @@ def test_no_gradients_takes_memory_of_the_order_of_the_tokens(dtype: str) -> Non
     assert measured["peak"] <= 32 * MIB, measured
 
 
+def step_of_loss(name: str, tokens: int, vocab: int, budget: int) -> int:
+    """Peak bytes of forward and backward in bfloat16, four sequences."""
+    x = torch.randn(4, tokens // 4, FEATURES).bfloat16().requires_grad_()
+    w = (torch.randn(vocab, FEATURES) / 3).bfloat16().requires_grad_()
+    y = torch.randint(vocab, x.shape[:2])
+    with PeakMemory() as peak:
+        if name == "linear_cross_entropy":
+            loss = memeff.linear_cross_entropy(x, w, y, memory_budget=budget)
+        elif name == "linear_loss":
+            loss = memeff.linear_loss(x, w, y, lambda s: s.logprob.exp(), memory_budget=budget)
+        else:
+            logprobs = memeff.linear_logprobs(x, w, y, memory_budget=budget)
+            old = logprobs.detach() - 0.1
+            mask = torch.ones_like(old)
+            chosen, rejected = memeff.losses.sequence_logprobs(logprobs, mask).chunk(2)
+            if name == "grpo":
+                loss = memeff.losses.grpo_loss(
+                    logprobs, old[:, 0], mask, old_logprobs=old, ref_logprobs=old, beta=0.04
+                )
+            else:
+                loss = memeff.losses.dpo_loss(chosen, rejected, chosen.detach(), rejected.detach())
+        loss.backward()
+    return peak.extra_bytes
+
+
+def measure_loss(name: str) -> int:
+    budget = 32 * MIB
+    step_of_loss(name, 64, 512, budget)
+    return step_of_loss(name, TOKENS, VOCAB, budget)
+
+
+def test_other_losses_take_what_cross_entropy_takes() -> None:
+    """Within 5 % with the same budget; benchmarks/challenge_task_e.py measures all losses."""
+    expected = call_isolated(measure_loss, name="linear_cross_entropy")
+    for name in ("grpo", "dpo", "linear_loss"):
+        assert call_isolated(measure_loss, name=name) <= 1.05 * expected, name
+
+
 def many_steps(dtype: str) -> dict[str, int]:
     """Peak bytes of thirty steps, after three, over the memory as it then was."""
     # glibc keeps freed buffers of some MiB for itself once it has seen them freed. Here it must

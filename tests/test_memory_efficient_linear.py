@@ -121,6 +121,33 @@ def test_bfloat16_is_not_worse_than_the_standard_way() -> None:
         assert_close_as_plain(name, *three, gradient=name != "loss")
 
 
+@pytest.mark.parametrize("chunk_size", [3, 64, 1000])
+def test_bfloat16_gradients_are_rounded_once(chunk_size: int) -> None:
+    """However many chunks there are, and after the upstream gradient."""
+    x = torch.randn(200, 64).bfloat16().requires_grad_()
+    linear = torch.nn.Linear(64, 512).bfloat16()
+    y = torch.randint(512, (200,))
+    leaves = [x, *linear.parameters()]
+    loss = MemoryEfficientLinear.apply(
+        x, linear.weight, y, cross_entropy, linear.bias, "mean", chunk_size
+    )
+    ours = torch.autograd.grad(loss * 1.7, leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(*doubles), y) * 1.7, doubles)
+    for name, a, e in zip(("dx", "dw", "db"), ours, exact, strict=True):
+        error, rounding = ((t.double() - e).norm() for t in (a, e.bfloat16()))
+        assert error <= 1.05 * rounding, (name, error / rounding)
+
+
+def test_gradcheck() -> None:
+    x, linear, y = problem(True)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return MemoryEfficientLinear.apply(x, w, y, cross_entropy, b, "mean", 4)
+
+    assert torch.autograd.gradcheck(loss, [x, *linear.parameters()])
+
+
 def test_autocast() -> None:
     x, linear, y = problem(True)
     x, linear = x.detach().float().requires_grad_(), linear.float()

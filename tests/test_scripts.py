@@ -10,9 +10,10 @@ import pytest
 from buildtools.cuda_archs import Arch
 from buildtools.sources import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "emulator")]
 
 import measured_choices
+import mutate
 import ptxas_report
 import verify_gpu
 from verify_gpu import Results, Step
@@ -161,6 +162,50 @@ class TestPtxasReport:
         assert "sm80 tile" in report
         assert "1024+49152" in report
         assert "128 2x8 SPILLS 16" in report
+
+
+class TestMutate:
+    @pytest.mark.parametrize(
+        ("condition", "statement", "comment"),
+        [
+            ("  ", "__syncthreads();", "  // all have left"),
+            ("  if (size(G) < 4) ", "__syncthreads();", ""),
+            ("", "ptx::cp_async_wait<kStages - 2>();", ""),
+            ("", "ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);", ""),
+            ("", "leave_stage(ring, previous_stage);", ""),
+        ],
+    )
+    def test_removes_statements(self, condition, statement, comment):
+        source = f"first\n{condition}{statement}{comment}\nlast"
+        (mutant,) = mutate.find_mutants("sm80/tile.cuh", source)
+        assert (mutant.place, mutant.statement) == ("sm80/tile.cuh:2", statement)
+        guarded = f"{condition}{{ if (!memeff_left_out(7)) {statement} }}"
+        assert mutate.with_questions(source, {7: mutant}) == f"first\n{guarded}\nlast"
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "// __syncthreads();",
+            "ptx::cp_async_16(to, from);",
+            "MEMEFF_DEVICE void leave_stage() {",
+        ],
+    )
+    def test_leaves_the_rest_alone(self, line):
+        assert mutate.find_mutants("sm80/tile.cuh", line) == []
+
+    def test_overlooks_nothing(self):
+        with pytest.raises(SystemExit, match="not a statement of its own"):
+            mutate.find_mutants("sm80/tile.cuh", "for (;;) ptx::bar_sync(1, 128);")
+
+    def test_tables_can_be_read_back(self, tmp_path):
+        rows = {
+            "a.cu:12": ["SURVIVED", "a.cu:12", "__syncthreads();", "nobody", "abc"],
+            "a.cu:9": ["caught", "a.cu:9", "ptx::bar_sync(1, 2);", "test_a: deadlock", "abc"],
+        }
+        mutate.write_table(tmp_path / "table.txt", rows)
+        assert mutate.read_table(tmp_path / "table.txt") == rows
+        text = (tmp_path / "table.txt").read_text()
+        assert text.index("a.cu:9") < text.index("a.cu:12")
 
 
 def python(code: str) -> list[str]:

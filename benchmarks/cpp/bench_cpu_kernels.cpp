@@ -80,7 +80,7 @@ void run(int64_t features) {
   std::vector<uint16_t> scores = random_bf16(kSlice * tokens);
   std::vector<uint16_t> panels(static_cast<size_t>(tokens * padded));
   std::vector<uint16_t> weight_panels(static_cast<size_t>(kSlice * padded));
-  std::vector<uint16_t> pairs(static_cast<size_t>(kSlice * (tokens + kTokenTile)));
+  std::vector<uint16_t> pairs(static_cast<size_t>(kSlice * (tokens + kMicroRows)));
   std::vector<float> sums(static_cast<size_t>(tokens * stride));
   std::vector<float> scratch(kScoreScratchBytes / sizeof(float));
   std::vector<float> maxima(tokens), partial(tokens);
@@ -90,7 +90,7 @@ void run(int64_t features) {
               static_cast<long long>(tokens));
 
   Product small;  // everything in the first-level cache: what the micro-tile can do at best
-  small.a = pairs.data(), small.a_stride = 2 * 128 * kTokenTile, small.rows = kTokenTile;
+  small.a = pairs.data(), small.a_stride = 2 * 128 * kMicroRows, small.rows = kMicroRows;
   small.panels = panels.data(), small.panel_stride = 128 * kPanel, small.columns = kPanel;
   small.inner = 128, small.c = sums.data(), small.c_stride = stride, small.accumulate = false;
   const double best_seconds = measure([&] { kernels.multiply_pairs(small); });
@@ -141,14 +141,14 @@ void run(int64_t features) {
                 }
               }));
   report_pass("pack dlogits", static_cast<double>(kSlice * tokens), measure([&] {
-                for (int64_t t = 0; t < tokens; t += kTokenTile) {
+                for (int64_t t = 0; t < tokens; t += kMicroRows) {
                   kernels.interleave_rows(scores.data() + t, tokens, nullptr, kSlice,
-                                          std::min(kTokenTile, tokens - t), kTokenTile,
+                                          std::min(kMicroRows, tokens - t), kMicroRows,
                                           pairs.data() + t * kSlice);
                 }
               }));
   Product product;
-  product.a = pairs.data(), product.a_stride = kSlice * kTokenTile, product.rows = tokens;
+  product.a = pairs.data(), product.a_stride = kSlice * kMicroRows, product.rows = tokens;
   product.panels = weight_panels.data(), product.panel_stride = kSlice * kPanel;
   product.columns = std::min<int64_t>(512, padded), product.inner = kSlice;
   product.c = sums.data(), product.c_stride = stride, product.accumulate = true;

@@ -32,6 +32,8 @@ constexpr FusedFamily kFused[] = {
      &sm80::grad_input_product, &sm80::grad_weight_product, nullptr, nullptr},
     {"sm90", 90, 90, &sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
      &sm90::grad_weight_product, &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores},
+    {"sm90x2", 90, 90, &sm90x2::linear_statistics, &sm90x2::linear_gradient,
+     &sm90x2::grad_input_product, &sm90x2::grad_weight_product, nullptr, nullptr},
 };
 
 constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time

@@ -8,6 +8,7 @@
 
 #include "bindings/device.h"
 #include "cuda/cuda_backend.h"
+#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/runtime.h"
 #include "cuda/select.h"
@@ -22,6 +23,7 @@ class CudaLikeDevice : public Device {
     std::string error;
     const cuda::Selection kernels = select(problem, &error);
     if (!error.empty()) return error;
+    request->gpu_upcasts = cuda::upcasts(problem.dtype, cuda::current_gpu());
     return cuda::make_plan(*request, cuda::plan_traits(problem, *request, kernels), plan);
   }
 

@@ -12,6 +12,7 @@
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
+#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
 
@@ -115,6 +116,7 @@ Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   }
   plan.flops += forward.flops;
   plan.floor_flops += forward.floor_flops;
+  plan.predicted_flops += forward.predicted_flops;
   return plan;
 }
 
@@ -162,12 +164,13 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     };
   } else if (backend == "cuda") {
     std::string error;
-    const cuda::Selection selection =
-        cuda::select_kernels(problem, cuda::Gpu{capability, gpu}, cuda::forced_kernels(),
-                             cuda::measured_choices(), &error);
+    const cuda::Gpu card{capability, gpu};
+    const cuda::Selection selection = cuda::select_kernels(problem, card, cuda::forced_kernels(),
+                                                           cuda::measured_choices(), &error);
     if (!error.empty()) throw py::value_error(error);
     kernels = cuda::name_of(selection);
     reason = cuda::reason_of(selection);
+    request.gpu_upcasts = cuda::upcasts(problem.dtype, card);
     planner = [selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
       return cuda::make_plan(*completed, cuda::plan_traits(planned, *completed, selection), chosen);
     };
@@ -191,6 +194,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["floor_bytes"] = chosen.floor_bytes;
   result["flops"] = chosen.flops;
   result["floor_flops"] = chosen.floor_flops;
+  result["predicted_flops"] = chosen.predicted_flops;
   return result;
 }
 

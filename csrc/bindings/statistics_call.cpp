@@ -92,6 +92,7 @@ void StatisticsCall::differentiate_in_forward(Differentiate differentiate) {
   if (statistics_.entropy != nullptr) {
     grad_entropy_ = at::empty({n}, options);
     statistics_.grad_entropy = grad_entropy_.const_data_ptr<double>();
+    statistics_.known_entropy = statistics_.entropy;
   }
   statistics_.context = this;
   statistics_.differentiate = [](void* context, int64_t begin, int64_t end) {

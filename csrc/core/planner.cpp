@@ -51,31 +51,9 @@ int64_t stored_tokens(const PlanRequest& r, const Plan& plan) {
   return std::min(r.tokens, plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens);
 }
 
-void count_work(const PlanRequest& r, Plan* plan) {
-  const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
-  const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
-  const bool recomputes = plan->kind == PlanKind::kVocabSlices;
-  plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
-  double score_products = 1;
-  if (recomputes && !r.statistics_known) {
-    const double fresh =
-        r.tokens == 0 ? 0.0 : 1.0 - static_cast<double>(stored_tokens(r, *plan)) / r.tokens;
-    score_products += fresh * (plan->separate_sweeps ? 2 : 1);
-  } else if (recomputes && plan->separate_sweeps) {
-    score_products = 2;
-  }
-  plan->flops = product * (score_products + gradients);
-  const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +
-                           (r.grad_weight ? r.vocab * r.features : 0) + (r.grad_bias ? r.vocab : 0);
-  plan->floor_bytes = elements * size_of(r.dtype);
-  plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
-  const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
-  const int64_t per_chunk =
-      plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
-  plan->num_chunks =
-      (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
-  plan->workspace_bytes = layout_workspace(r, *plan).total;
-  plan->library_bytes = library_bytes(r);
+/// Vocab slices: tokens whose gradients are computed from scores made for them.
+int64_t fresh_tokens(const PlanRequest& r, const Plan& plan) {
+  return r.statistics_known ? r.tokens : r.tokens - stored_tokens(r, plan);
 }
 
 /// What a memory budget bounds.
@@ -288,6 +266,25 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
 
 }  // namespace
 
+void count_work(const PlanRequest& r, int64_t fresh_tokens, Plan* plan) {
+  const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
+  const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
+  const double fresh =
+      r.tokens == 0 ? 0.0 : static_cast<double>(fresh_tokens) / static_cast<double>(r.tokens);
+  const double scores = (r.statistics_known ? 0 : 1) + fresh * (plan->separate_sweeps ? 2 : 1);
+  plan->flops = product * (scores + gradients);
+  plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
+  const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +
+                           (r.grad_weight ? r.vocab * r.features : 0) + (r.grad_bias ? r.vocab : 0);
+  plan->floor_bytes = elements * size_of(r.dtype);
+  plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
+  const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
+  const int64_t per_chunk =
+      plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
+  plan->num_chunks =
+      (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
+}
+
 int64_t score_bytes(const PlanRequest& r) {
   return r.bf16_kernels ? 2 : size_of(accumulation_dtype(r.dtype));
 }
@@ -363,7 +360,7 @@ WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
     }
     at.input_step.weight_block = cursor.take(r.bf16_kernels ? slice * features * 2 : upcast_bytes);
     if (r.bf16_kernels) {
-      at.input_step.gradient_block = cursor.take(slice * round_up(block, kTokenTile) * 2);
+      at.input_step.gradient_block = cursor.take(slice * round_up(block, kMicroRows) * 2);
     }
     end = std::max(end, cursor.offset());
     if (plan.separate_sweeps) cursor.rewind(sweeps);
@@ -441,7 +438,10 @@ std::string make_plan(const PlanRequest& wanted, Plan* plan) {
            " features and " + std::to_string(request.vocab) + " classes: the least that works is " +
            megabytes(least_budget(request));
   }
-  count_work(request, plan);
+  const bool slices = plan->kind == PlanKind::kVocabSlices;
+  count_work(request, slices ? fresh_tokens(request, *plan) : 0, plan);
+  plan->workspace_bytes = layout_workspace(request, *plan).total;
+  plan->library_bytes = library_bytes(request);
   return "";
 }
 

@@ -46,7 +46,8 @@ struct PlanRequest {
   DType dtype = DType::kFloat32;
   bool bf16_kernels = false;  // scores come from the fused bf16 kernels (16 bits each)
   bool compact_sums = false;  // the backend can keep sums of a bf16 grad_weight in this form
-  bool cpu_blas = false;  // a BLAS computes the products; it packs operands in memory of its own
+  bool cpu_blas = false;     // a BLAS computes the products; it packs operands in memory of its own
+  bool gpu_upcasts = false;  // the GPU does not multiply the dtype: operands are upcast by torch
   bool grad_input = false;
   bool grad_weight = false;
   bool grad_bias = false;
@@ -66,19 +67,25 @@ struct Plan {
   int64_t chunk_tokens = 0;        // tokens of every other stored chunk
   int64_t stored_chunks = 0;  // vocab slices: chunks of chunk_tokens kept in the workspace (0 or 1)
   int64_t token_block = 0;    // tokens that pass through the matrix products together
+  int64_t score_block = 0;    // the same where statistics are computed; 0: token_block
   int64_t weight_block = 0;   // tokens per grad_weight product: whole chunks if there is room
   int64_t slice_vocab = 0;    // vocabulary rows that pass together
   // How kept scores are divided for grad_input; 0: like everything else.
   int64_t input_block = 0;       // tokens
   int64_t input_slice = 0;       // vocabulary rows
   bool separate_sweeps = false;  // vocab slices: one sweep for grad_input, one for grad_weight
+  // Tokens and vocabulary rows that pass together in the sweep for grad_input; 0: as in the other.
+  int64_t input_sweep_block = 0;
+  int64_t input_sweep_slice = 0;
   int64_t num_chunks = 0;
   int64_t num_slices = 0;
   int64_t workspace_bytes = 0;
-  int64_t library_bytes = 0;  // what a BLAS takes beside; the budget bounds the sum of the two
+  int64_t library_bytes = 0;  // what products take beside; the budget bounds the sum of the two
   int64_t floor_bytes = 0;    // the gradients themselves
   double flops = 0;
   double floor_flops = 0;  // 2 N D V per product that any implementation needs
+  // Of products that would fill a GPU for as long as this plan is predicted to take; 0 on the CPU.
+  double predicted_flops = 0;
 };
 
 /// Byte offsets of everything a plan keeps in its one workspace allocation.
@@ -125,6 +132,10 @@ int64_t thread_scratch_bytes(const PlanRequest& request, const Plan& plan);
 WorkspaceLayout layout_workspace(const PlanRequest& request, const Plan& plan);
 /// Upper bound of the memory in which a BLAS on the CPU packs the operands of any plan's products.
 int64_t library_bytes(const PlanRequest& request);
+
+/// Completes a plan by its FLOPs, bytes of the gradients, and numbers of chunks and slices.
+/// `fresh_tokens`: those whose gradients are computed from scores that are made for them.
+void count_work(const PlanRequest& request, int64_t fresh_tokens, Plan* plan);
 
 /// Returns an empty string and fills `plan`, or says why no plan fits (and the least budget that would).
 std::string make_plan(const PlanRequest& request, Plan* plan);

@@ -35,7 +35,7 @@ struct TokenStatistics {
   void* logprob = nullptr;  // [N, K] log p of each target; 0 where it is ignore_index
   // [N] -sum_v p_v log p_v. fp64 as lse: its rounding would be an error that all classes share.
   double* entropy = nullptr;
-  const double* known_entropy = nullptr;  // [N] the same, for the backward pass with grad_entropy
+  const double* known_entropy = nullptr;  // [N] the same, for grad_entropy
   void* max_logit = nullptr;              // [N]
   int64_t* argmax = nullptr;              // [N]
   int64_t top = 0;                        // the `top` most probable classes, largest first

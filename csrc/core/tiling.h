@@ -12,7 +12,7 @@ constexpr int64_t kTileVocab = 224;
 constexpr int64_t kPanel = 32;
 
 /// Tokens of one group of packed dlogits: the rows of a micro-tile.
-constexpr int64_t kTokenTile = 14;
+constexpr int64_t kMicroRows = 14;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -25,7 +25,7 @@ constexpr int64_t copy_stride(int64_t inner) { return (ceil_div(inner, 32) / 2 *
 
 /// Rows and columns of a gradient that one task computes: enough arithmetic to make up for loading the
 /// operands, little enough that threads finish at about the same time.
-constexpr int64_t kTaskRows = 8 * kTokenTile;
+constexpr int64_t kTaskRows = 8 * kMicroRows;
 constexpr int64_t kTaskColumns = 512;
 
 /// Columns of a gradient whose compact sums share an exponent (cpu/compact_sum.h).

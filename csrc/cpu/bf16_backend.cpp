@@ -189,7 +189,7 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
 void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) {
   const int64_t features = problem_.features;
   const int64_t padded = round_up(features, kPanel);
-  const int64_t groups = ceil_div(tokens.size(), kTokenTile);
+  const int64_t groups = ceil_div(tokens.size(), kMicroRows);
   auto* const weight_panels = at<uint16_t>(layout_.input_step.weight_block);
   auto* const gradient_pairs = at<uint16_t>(layout_.input_step.gradient_block);
   float* const sums = input_sum(tokens);
@@ -210,27 +210,27 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
                                  weight_panels + d * padded_inner + v * kPanel);
       }
       const uint16_t* gradient = static_cast<const uint16_t*>(block.data) + v * block.stride;
-      for (int64_t t = 0; t < tokens.size(); t += kTokenTile) {
+      for (int64_t t = 0; t < tokens.size(); t += kMicroRows) {
         kernels_.interleave_rows(gradient + t, block.stride, nullptr, rows,
-                                 std::min(kTokenTile, tokens.size() - t), kTokenTile,
-                                 gradient_pairs + t * padded_inner + v * kTokenTile);
+                                 std::min(kMicroRows, tokens.size() - t), kMicroRows,
+                                 gradient_pairs + t * padded_inner + v * kMicroRows);
       }
     }
   });
   // A task: groups of tokens whose pairs stay in the second-level cache, by kTaskColumns.
-  const int64_t row_tasks = ceil_div(groups * kTokenTile, kTaskRows);
+  const int64_t row_tasks = ceil_div(groups * kMicroRows, kTaskRows);
   const int64_t task_groups = ceil_div(groups, row_tasks);
   const int64_t column_tasks = ceil_div(padded, kTaskColumns);
   parallel_for(ceil_div(groups, task_groups) * column_tasks, 1,
                [&](int64_t task, int64_t end, int) {
                  for (; task < end; ++task) {
                    const int64_t group = task / column_tasks * task_groups;
-                   const int64_t t = group * kTokenTile;
+                   const int64_t t = group * kMicroRows;
                    const int64_t d = task % column_tasks * kTaskColumns;
                    Product product;
-                   product.a = gradient_pairs + group * padded_inner * kTokenTile;
-                   product.a_stride = padded_inner * kTokenTile;
-                   product.rows = std::min(task_groups * kTokenTile, tokens.size() - t);
+                   product.a = gradient_pairs + group * padded_inner * kMicroRows;
+                   product.a_stride = padded_inner * kMicroRows;
+                   product.rows = std::min(task_groups * kMicroRows, tokens.size() - t);
                    product.panels = weight_panels + d / kPanel * padded_inner * kPanel;
                    product.panel_stride = padded_inner * kPanel;
                    product.columns = std::min(kTaskColumns, padded - d);

@@ -99,7 +99,7 @@ void multiply_block(const uint16_t* a, int64_t a_stride, int64_t rows, const uin
     for (int64_t i = 0; i < rows; i += kMicroRows) {
       const int64_t height = smaller(kMicroRows, rows - i);
       const uint16_t* left =
-          kPacked ? a + i / kTokenTile * a_stride + i % kTokenTile * 2 : a + i * a_stride;
+          kPacked ? a + i / kMicroRows * a_stride + i % kMicroRows * 2 : a + i * a_stride;
       MicroTiles<kPacked>::kByRows[height](left, a_stride, panel, steps, c + i * c_stride + j,
                                            c_stride, accumulate);
     }
@@ -109,7 +109,7 @@ void multiply_block(const uint16_t* a, int64_t a_stride, int64_t rows, const uin
 template <bool kPacked>
 void multiply(const Product& p) {
   const int64_t step =
-      kPacked ? kTokenTile : 1;  // elements of A per row and unit of the inner dimension
+      kPacked ? kMicroRows : 1;  // elements of A per row and unit of the inner dimension
   for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
     multiply_block<kPacked>(p.a + k * step, p.a_stride, p.rows, p.panels + k * kPanel,
                             p.panel_stride, p.columns, smaller(kInnerBlock, p.inner - k), p.c,

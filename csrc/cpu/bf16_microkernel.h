@@ -25,7 +25,7 @@ inline __m512bh broadcast_pair(const uint16_t* pair) {
 }
 
 /// C[kRows, 32] = or += A B over `steps` pairs. Element (i, k) of A: a + i * row_stride + 2 k for rows,
-/// a + 2 i + k * 2 * kTokenTile for packed pairs.
+/// a + 2 i + k * 2 * kMicroRows for packed pairs.
 template <int kRows, bool kPacked>
 void micro_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, int64_t steps,
                 float* c, int64_t c_stride, bool accumulate) {
@@ -37,7 +37,7 @@ void micro_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, in
     const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * 64 + 32);
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
-      const uint16_t* pair = kPacked ? a + 2 * i + k * 2 * kTokenTile : a + i * row_stride + 2 * k;
+      const uint16_t* pair = kPacked ? a + 2 * i + k * 2 * kMicroRows : a + i * row_stride + 2 * k;
       const __m512bh left = broadcast_pair(pair);
       sum[i][0] = _mm512_dpbf16_ps(sum[i][0], left, b0);
       sum[i][1] = _mm512_dpbf16_ps(sum[i][1], left, b1);

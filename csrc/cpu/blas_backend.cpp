@@ -85,7 +85,7 @@ void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBloc
                                     bool statistics) {
   const Problem& p = this->problem_;
   const Rows x = input_rows(tokens, this->layout_.score_step.input_block);
-  const ScoreBlock discarded = this->slice_block();
+  const ScoreBlock discarded = this->slice_block(tokens.size());
   for (int64_t begin = classes.begin; begin < classes.end; begin += this->plan_.slice_vocab) {
     const Range slice{begin, std::min(begin + this->plan_.slice_vocab, classes.end)};
     const Rows w = weight_rows(slice, this->layout_.score_step.weight_block);

@@ -196,7 +196,7 @@ ScoreBlock CpuBackend<T>::block_in_workspace() {
 }
 
 template <class T>
-ScoreBlock CpuBackend<T>::slice_block() {
+ScoreBlock CpuBackend<T>::slice_block(int64_t) {
   ScoreBlock block;
   block.data = at<char>(layout_.score_slice);
   block.stride = plan_.token_block;

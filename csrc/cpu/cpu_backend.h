@@ -29,7 +29,7 @@ class CpuBackend : public Backend {
   void finish_gradients() override;
   ScoreBlock block_in_gradient() override;
   ScoreBlock block_in_workspace() override;
-  ScoreBlock slice_block() override;
+  ScoreBlock slice_block(int64_t tokens) override;
 
  protected:
   using Coefficients = typename CpuTokens<T>::Coefficients;

@@ -37,11 +37,10 @@ void CallMemory::place_token_arrays() {
   take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
   take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
   take(&tokens_.argmax, wants_argmax(problem_));
-  // A caller's statistics have coefficients in the backward pass only.
-  take(&tokens_.shift, wanted == nullptr || request_.statistics_known);
   take(&tokens_.entropy_coefficient, wanted != nullptr && wanted->grad_entropy != nullptr);
-  take(&tokens_.softmax), take(&tokens_.target_coefficient);
-  take(&tokens_.target_rest), take(&tokens_.weighted, smooths), take(&tokens_.target_gradient);
+  take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
+  take(&tokens_.target_rest), take(&tokens_.weighted, smooths);
+  take(&tokens_.target_gradient, !request_.statistics_known);
   tokens_.weighted_apart = traits_.smoothing_apart;
 }
 
@@ -143,10 +142,10 @@ ScoreBlock CallMemory::block_in_workspace() const {
   return block;
 }
 
-ScoreBlock CallMemory::slice_block() const {
+ScoreBlock CallMemory::slice_block(int64_t tokens) const {
   ScoreBlock block;
   block.data = place<char>(layout_.slice);
-  block.stride = round_up(std::min(plan_.token_block, problem_.tokens), kRowPadding);
+  block.stride = round_up(tokens, kRowPadding);
   if (traits_.skips) {
     block.tiles = place<uint8_t>(layout_.slice_tiles);
     block.tiles_stride = ceil_div(block.stride, kTokenTile);

@@ -50,7 +50,7 @@ class CallMemory {
 
   ScoreBlock block_in_gradient() const;
   ScoreBlock block_in_workspace() const;
-  ScoreBlock slice_block() const;
+  ScoreBlock slice_block(int64_t tokens) const;
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const;
 
   static StoredScores stored_scores(const ScoreBlock& block) {

@@ -28,6 +28,9 @@ FusedKernels kernels_of(Family family) {
     return {&sm90::linear_statistics,      &sm90::linear_gradient,
             &sm90::grad_input_product,     &sm90::grad_weight_product,
             &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores};
+  if (family == Family::kSm90x2)
+    return {&sm90x2::linear_statistics, &sm90x2::linear_gradient, &sm90x2::grad_input_product,
+            &sm90x2::grad_weight_product};
   return {&sm80::linear_statistics, &sm80::linear_gradient, &sm80::grad_input_product,
           &sm80::grad_weight_product};
 }
@@ -76,7 +79,7 @@ class CudaBackend : public Backend {
     const int64_t step = block == nullptr ? plan_.slice_vocab : problem_.vocab;
     for (int64_t begin = 0; begin < problem_.vocab; begin += step) {
       const Range classes{begin, std::min(begin + step, problem_.vocab)};
-      const ScoreBlock products = block == nullptr ? slice_block() : *block;
+      const ScoreBlock products = block == nullptr ? slice_block(tokens.size()) : *block;
       multiply_scores(classes, tokens, products);
       check(block_statistics({begin, classes.size(), tokens.size()}, products.data, products.stride,
                              sum_dtype_, terms_, memory_.targets(tokens), last_range_,
@@ -95,13 +98,27 @@ class CudaBackend : public Backend {
                        last_block_.tiles_stride, stream_));
   }
 
+  void differentiate_statistics(Range tokens) override {
+    const TokenStatistics* statistics = problem_.token_statistics;
+    if (statistics == nullptr || statistics->differentiate == nullptr) return;
+    check(write_token_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+    // The caller works on the same stream: nobody waits.
+    statistics->differentiate(statistics->context, tokens.begin, tokens.end);
+    check(cuda::restore_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+  }
+
   void restore_statistics() override {
-    check(cuda::restore_statistics(problem_, tokens_, stream_));
+    check(cuda::restore_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
   }
 
   void write_loss() override {
-    check(tokens_.for_statistics ? write_token_statistics(problem_, tokens_, stream_)
-                                 : cuda::write_loss(problem_, tokens_, stream_));
+    const TokenStatistics* statistics = problem_.token_statistics;
+    if (statistics == nullptr) {
+      check(cuda::write_loss(problem_, tokens_, stream_));
+    } else if (statistics->differentiate == nullptr) {
+      // With gradients in the forward pass they have been written chunk by chunk.
+      check(write_token_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
+    }
   }
 
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
@@ -223,7 +240,7 @@ class CudaBackend : public Backend {
 
   ScoreBlock block_in_gradient() override { return memory_.block_in_gradient(); }
   ScoreBlock block_in_workspace() override { return memory_.block_in_workspace(); }
-  ScoreBlock slice_block() override { return memory_.slice_block(); }
+  ScoreBlock slice_block(int64_t tokens) override { return memory_.slice_block(tokens); }
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override {
     return memory_.part(block, classes, tokens);
   }

@@ -58,26 +58,24 @@ void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, at::Ten
   }
 }
 
-/// Whether the device multiplies matrices of that type into fp32.
-bool has_mixed_product(DType dtype) {
-  if (kDeviceType == at::kCPU) return false;
-  return dtype == DType::kFloat16 || current_gpu().capability >= 80;
+/// A piece of at most `rows` and `columns` of a matrix, from the given ones on.
+at::Tensor piece(const at::Tensor& m, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  return m.narrow(0, row, std::min(rows, m.size(0) - row))
+      .narrow(1, column, std::min(columns, m.size(1) - column));
 }
 
-// Inner dimension and rows of C that are upcast at once where there is no mixed product.
-constexpr int64_t kUpcastPiece = 4096;
-
-/// C (+)= A B with both operands upcast, piece by piece: bf16 on GPUs older than sm_80.
-void multiply_upcast(const at::Tensor& a, const at::Tensor& b, bool accumulate, at::Tensor& c) {
-  const int64_t rows = a.size(0), inner = a.size(1);
-  for (int64_t k = 0; k < std::max<int64_t>(1, inner); k += kUpcastPiece) {
-    const int64_t depth = std::min(kUpcastPiece, inner - k);
-    const at::Tensor right = b.narrow(0, k, depth).to(at::kFloat);
-    for (int64_t row = 0; row < rows; row += kUpcastPiece) {
-      const int64_t count = std::min(kUpcastPiece, rows - row);
-      at::Tensor out = c.narrow(0, row, count);
-      multiply(a.narrow(0, row, count).narrow(1, k, depth).to(at::kFloat), right,
-               accumulate || k > 0, out);
+/// C (+)= A B with both operands upcast. At any time one piece of each is alive: upcast_bytes().
+void multiply_upcast(const at::Tensor& a, const at::Tensor& b, bool accumulate,
+                     const at::Tensor& c) {
+  const int64_t inner = std::max<int64_t>(1, a.size(1));  // C is zeroed if there is nothing to sum
+  for (int64_t k = 0; k < inner; k += kUpcastDepth) {
+    for (int64_t column = 0; column < c.size(1); column += kUpcastColumns) {
+      const at::Tensor right = piece(b, k, kUpcastDepth, column, kUpcastColumns).to(at::kFloat);
+      for (int64_t row = 0; row < c.size(0); row += kUpcastRows) {
+        at::Tensor out = piece(c, row, kUpcastRows, column, kUpcastColumns);
+        multiply(piece(a, row, kUpcastRows, k, kUpcastDepth).to(at::kFloat), right,
+                 accumulate || k > 0, out);
+      }
     }
   }
 }
@@ -89,8 +87,12 @@ void gemm(const Matrix& a, const Matrix& b, bool accumulate, void* c, int64_t c_
   const at::Device device = current_device();
   const at::Tensor left = view_of(a, device), right = view_of(b, device);
   at::Tensor out = view_of(c, accumulation_dtype(a.dtype), device, a.rows, b.columns, c_stride, 1);
-  const bool upcasts = is_16_bit(a.dtype) && !has_mixed_product(a.dtype);
-  upcasts ? multiply_upcast(left, right, accumulate, out) : multiply(left, right, accumulate, out);
+  // torch's products on a CPU have no fp32 results of 16-bit operands.
+  const bool on_cpu = kDeviceType == at::kCPU && is_16_bit(a.dtype);
+  if (on_cpu || upcasts(a.dtype, current_gpu()))
+    multiply_upcast(left, right, accumulate, out);
+  else
+    multiply(left, right, accumulate, out);
 }
 
 }  // namespace memeff::cuda

@@ -1,113 +1,45 @@
 #include "cuda/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 
 #include "core/tiling.h"
+#include "cuda/gemm.h"
 #include "cuda/launch.h"
-#include "cuda/tokens.h"
+#include "cuda/plan_sizes.h"
 
 namespace memeff::cuda {
 namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-constexpr int64_t kAlignment = 256;  // what kernels and TMA like best
-constexpr int64_t kRow = 8;          // tokens to which rows of blocks are padded: 16 bytes
 
-// Preferred sizes; each scale of blocks() halves them.
+// Preferred sizes; each scale of blocks() halves them, each width takes a quarter of slice bytes.
 constexpr int64_t kTokenBlock = 2048;  // of fused scores: partial statistics of 16 MiB at V = 128K
 constexpr int64_t kSliceTokenBlock = 8192;  // of vocab slices: few slices, large products
 constexpr int64_t kGenericTokenBlock = 1024;
 constexpr int64_t kSliceBytes = 64 * kMiB;  // of a slice's gradients, or of its sums
 constexpr int64_t kMostSlice = 16384;
-constexpr int64_t kGenericRange = 512;  // classes per partial statistics of stored products
-constexpr int kScales = 7;
-// What blocks of that scale lose, as a share of all products: tiles that do not fill the GPU. Guesses,
-// ordered the right way; larger blocks win as long as they fit.
-constexpr double kScalePenalty[kScales] = {0, 0.01, 0.03, 0.08, 0.2, 0.4, 0.8};
+constexpr int kScales = 7, kWidths = 4;
 
-// Enough for the GPU to be busy with the scores of one token tile row after row.
-constexpr int64_t kWantedBlocks = 4 * 132;
+// What predicted_cost assumes of a GPU: an H100's or H200's size. Others have about as many tiles in
+// flight, or fewer: 216 smaller ones on an A100, 80 on a T4.
+constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's result
 // Multiply-adds that a GPU with tensor cores does while it moves one byte: about 80 on H100 and H200,
-// 75 on A100, 100 on T4.
+// 75 on A100, 100 on T4; and while it starts a kernel and waits for its last tiles, about 4 us.
 constexpr double kMultiplyAddsPerByte = 80;
+constexpr double kMultiplyAddsPerLaunch = 1.4e9;
+// Sums that are added to again and again stay in the L2 cache up to about this size.
+constexpr int64_t kCachedBytes = 24 * kMiB;
 
 // Without a budget the workspace stays below this or a quarter more than the gradients themselves.
 constexpr int64_t kDefaultBudget = 512 * kMiB;
 
-class Cursor {
- public:
-  int64_t take(int64_t bytes) {
-    const int64_t at = offset_;
-    offset_ += round_up(bytes, kAlignment);
-    end_ = std::max(end_, offset_);
-    return at;
-  }
-  int64_t offset() const { return offset_; }
-  int64_t end() const { return end_; }
-  void rewind(int64_t offset) { offset_ = offset; }
-
- private:
-  int64_t offset_ = 0, end_ = 0;
-};
-
-int64_t accumulation_size(const PlanRequest& r) { return size_of(accumulation_dtype(r.dtype)); }
-
-/// Whether a product may write a gradient by itself, without fp32 sums in between.
-bool writes_gradients(const PlanTraits& t) {
-  return t.kernels.products != Family::kGeneric && !t.smoothing_apart;
-}
-
-int64_t kept_tokens(const PlanRequest& r, const Plan& plan) {
-  const int64_t rest = std::max<int64_t>(0, r.tokens - plan.stored_in_gradient);
-  const int64_t chunk = std::min(rest, plan.chunk_tokens);
-  if (plan.kind == PlanKind::kTokenChunks) return std::max(plan.stored_in_gradient, chunk);
-  return plan.stored_in_gradient + plan.stored_chunks * chunk;
-}
-
-/// Tokens under vocab slices whose gradients are computed from scores made again.
-int64_t fresh_tokens(const PlanRequest& r, const Plan& plan) {
-  if (plan.kind != PlanKind::kVocabSlices) return 0;
-  return r.statistics_known ? r.tokens : r.tokens - kept_tokens(r, plan);
-}
-
-/// Rows of grad_input that are summed in the workspace.
-int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  if (!r.grad_input || !is_16_bit(r.dtype)) return 0;
-  int64_t rows = 0;
-  if (!writes_gradients(t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
-  if (plan.kind == PlanKind::kVocabSlices) {
-    const bool all_at_once = r.grad_weight && !plan.separate_sweeps;
-    const int64_t fresh = fresh_tokens(r, plan);
-    if (fresh > 0) rows = std::max(rows, all_at_once ? fresh : plan.token_block);
-  }
-  return std::min(rows, r.tokens);
-}
-
-/// Whether one product writes a slice of grad_weight, so that no sums are needed.
-bool one_weight_product(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  if (!writes_gradients(t)) return false;
-  if (plan.kind == PlanKind::kTokenChunks) return plan.weight_block >= kept_tokens(r, plan);
-  const bool all_fresh = fresh_tokens(r, plan) == r.tokens;
-  const bool all_in_gradient = plan.stored_in_gradient == r.tokens;
-  return (all_fresh || all_in_gradient) && plan.token_block >= r.tokens;
-}
-
-/// Scores that are computed slice by slice because they are not kept.
-bool needs_slice(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  if (fresh_tokens(r, plan) > 0) return true;
-  return !t.kernels.stores_16_bits() && kept_tokens(r, plan) < r.tokens &&
-         plan.kind != PlanKind::kTokenChunks;
-}
-
-int64_t tiles(int64_t classes) { return ceil_div(classes, kStoredTile); }
-int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
-
 // ---- candidates ----
 
-/// The sizes of everything that passes through at once, at one of kScales scales.
-Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale) {
+/// The sizes of everything that passes through at once: tokens by the scale, classes by the width.
+Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale, int width) {
   const bool fused = t.kernels.stores_16_bits();
   const int64_t padded = round_up(std::max<int64_t>(1, r.tokens), kTokenTile);
   const auto scaled = [&](int64_t preferred) {
@@ -123,14 +55,16 @@ Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale)
   const int64_t score_bytes = fused ? 2 : accumulation_size(r);
   const int64_t row =
       std::max({plan.token_block * score_bytes, r.features * int64_t{4}, int64_t{1}});
-  const int64_t least = fused ? 8 * kStoredTile : kGenericRange;
-  int64_t slice = std::clamp((kSliceBytes >> scale) / row, least, kMostSlice);
-  if (scale >= 5) slice = fused ? kStoredTile * (kScales - scale) : kGenericRange;
   const int64_t step = fused ? kStoredTile : kGenericRange;
-  plan.slice_vocab = std::min(slice / step * step, round_up(std::max<int64_t>(1, r.vocab), step));
+  const int64_t slice = width + 1 == kWidths ? step : (kSliceBytes >> 2 * width) / row;
+  plan.slice_vocab = std::min(std::clamp(slice, step, kMostSlice) / step * step,
+                              round_up(std::max<int64_t>(1, r.vocab), step));
   plan.input_slice = r.vocab;
+  plan.score_block = std::min(plan.token_block, kTokenBlock);
   // In place, float products shrink to 16 bits within the tokens that are converted together.
   plan.input_block = plan.token_block;
+  // 16-bit gradients do not move, so these blocks are free: sums about as large as grad_weight's.
+  if (fused) plan.input_block = std::min(plan.token_block, std::max(kTokenTile, plan.slice_vocab));
   plan.weight_block = plan.token_block;
   return plan;
 }
@@ -150,22 +84,41 @@ int64_t first_chunk(const PlanRequest& r, const PlanTraits& t) {
   return std::min(r.tokens, most);
 }
 
-/// Time in units of one product of 2 N D V.
-double cost(const PlanRequest& r, const Plan& plan, int scale) {
-  const double n = std::max<double>(1, static_cast<double>(r.tokens));
-  const double kept = n - static_cast<double>(fresh_tokens(r, plan));
-  double products = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
-  if (!r.statistics_known && plan.kind == PlanKind::kVocabSlices) products += (n - kept) / n;
-  if (plan.separate_sweeps) products += (n - kept) / n;
-  double passes = 0;  // read and write the sums of grad_weight
-  if (plan.kind == PlanKind::kTokenChunks && plan.chunk_tokens > 0)
-    passes = static_cast<double>(
-        ceil_div(std::max<int64_t>(0, r.tokens - plan.stored_in_gradient), plan.chunk_tokens));
-  const double pass = r.grad_weight ? 8 * kMultiplyAddsPerByte / n : 0;
-  // Who fixes the size of chunks wants chunks.
-  if (r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices)
-    products += 100;
-  return products * (1 + kScalePenalty[scale]) + passes * pass;
+/// The plan with a sweep of its own for grad_input: its blocks are those of the other sweep with
+/// tokens and classes exchanged, so that both have sums of about the same size, and large products.
+Plan in_separate_sweeps(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  Plan separate = plan;
+  separate.separate_sweeps = true;
+  const int64_t step = t.kernels.stores_16_bits() ? kStoredTile : kGenericRange;
+  const int64_t tokens = std::min(plan.token_block, std::max<int64_t>(1, fresh_tokens(r, plan)));
+  separate.input_sweep_block =
+      std::min(plan.slice_vocab, round_up(std::max<int64_t>(1, r.tokens), kTokenTile));
+  separate.input_sweep_slice =
+      std::min(std::max(step, tokens / step * step), round_up(std::max<int64_t>(1, r.vocab), step));
+  return separate;
+}
+
+/// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in
+/// parts, and each part `pieces` times. Tiles at the edges and the last tiles in flight count in full.
+double product_cost(int64_t rows, int64_t row_part, int64_t columns, int64_t column_part,
+                    int64_t depth, int64_t pieces = 1) {
+  double cost = 0;
+  // Parts of one size, and what is left over.
+  const auto for_each_part = [](int64_t size, int64_t part, const auto& visit) {
+    part = std::clamp<int64_t>(part, 1, std::max<int64_t>(1, size));
+    if (size >= part) visit(part, size / part);
+    if (size % part > 0) visit(size % part, 1);
+  };
+  for_each_part(rows, row_part, [&](int64_t height, int64_t vertical) {
+    for_each_part(columns, column_part, [&](int64_t width, int64_t horizontal) {
+      const int64_t tiles = ceil_div(height, kTileRows) * ceil_div(width, kTileColumns);
+      const int64_t whole = round_up(tiles, kTilesInFlight) * kTileRows * kTileColumns;
+      cost += static_cast<double>(vertical * horizontal) *
+              (static_cast<double>(whole) * static_cast<double>(depth) +
+               static_cast<double>(pieces) * kMultiplyAddsPerLaunch);
+    });
+  });
+  return cost;
 }
 
 /// The largest chunk of [least, most] tokens that fits the budget; 0: none does.
@@ -190,18 +143,26 @@ int64_t largest_chunk(const PlanRequest& r, const PlanTraits& t, int64_t budget,
   return low;
 }
 
-/// Calls consider(plan, scale) for plans that may suit the request, whether or not they fit; chunks
-/// are as large as the budget allows, or as small as can be.
-template <class Consider>
+/// Calls visit(plan) for plans that may suit the request, whether or not they fit; chunks are as
+/// large as the budget allows, or as small as can be.
+template <class Visit>
 void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budget,
-                        const Consider& consider) {
+                        const Visit& visit) {
+  const auto consider = [&](const Plan& plan) {
+    visit(plan);
+    if (!t.kernels.stores_16_bits() || summed_beside_scores(r, t, plan) == 0) return;
+    Plan smaller = plan;
+    smaller.input_block = std::max(kTokenTile, plan.input_block / 2);
+    visit(smaller);
+  };
   const auto largest = [&](const Plan& plan, int64_t least, int64_t most) {
     return largest_chunk(r, t, budget, least, most, plan);
   };
   const bool gradient = r.grad_input || r.grad_weight || r.grad_bias;
-  for (int scale = 0; scale < kScales; ++scale) {
+  for (int size = 0; size < kScales * kWidths; ++size) {
+    const int scale = size / kWidths, width = size % kWidths;
     if (!gradient) {
-      consider(blocks(r, t, PlanKind::kStatistics, scale), scale);
+      consider(blocks(r, t, PlanKind::kStatistics, scale, width));
       continue;
     }
     const int64_t stored = first_chunk(r, t);
@@ -209,69 +170,103 @@ void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budge
     const int64_t most = rest <= 0 ? 0 : r.chunk_size > 0 ? std::min(r.chunk_size, rest) : rest;
     const int64_t least = r.chunk_size > 0 ? most : std::min(most, kTokenTile);
     if (!r.statistics_known) {
-      Plan plan = blocks(r, t, PlanKind::kTokenChunks, scale);
+      Plan plan = blocks(r, t, PlanKind::kTokenChunks, scale, width);
       plan.stored_in_gradient = stored;
       if (!r.grad_weight || rest <= 0) {
         if (rest > 0) plan.chunk_tokens = std::max(least, largest(plan, least, most));
         finish(r, t, &plan);
-        consider(plan, scale);
+        consider(plan);
       } else {
         if (stored == 0 && most == rest) {  // a single chunk needs no sums across chunks
           Plan one = plan;
           one.chunk_tokens = most;
           finish(r, t, &one);
-          consider(one, scale);
+          consider(one);
         }
         const bool native = r.accumulation == GradAccumulation::kNative;
         plan.accumulation = native ? Accumulation::kNative : Accumulation::kFloat32;
         plan.chunk_tokens = std::max(least, largest(plan, least, most));
         finish(r, t, &plan);
-        consider(plan, scale);
+        consider(plan);
       }
       if (r.accumulation == GradAccumulation::kNative) continue;
     }
     if (!r.grad_weight && !r.statistics_known) continue;
-    Plan plan = blocks(r, t, PlanKind::kVocabSlices, scale);
+    Plan plan = blocks(r, t, PlanKind::kVocabSlices, scale, width);
     plan.stored_in_gradient = stored;
     finish(r, t, &plan);
-    consider(plan, scale);
+    consider(plan);
     if (!r.statistics_known && rest > 0 && r.chunk_size == 0) {
       Plan more = plan;
       more.stored_chunks = 1;
       more.chunk_tokens = largest(more, std::min(rest, kTokenTile), rest);
       finish(r, t, &more);
-      if (more.chunk_tokens > 0) consider(more, scale);
+      if (more.chunk_tokens > 0) consider(more);
+      // A few less, so that the others make whole rounds of tiles.
+      more.chunk_tokens = rest - round_up(rest - more.chunk_tokens, 8 * kTokenTile);
+      finish(r, t, &more);
+      if (more.chunk_tokens > 0) consider(more);
     }
-    if (r.grad_input && r.grad_weight) {
-      Plan separate = blocks(r, t, PlanKind::kVocabSlices, scale);
-      separate.separate_sweeps = true;
-      separate.stored_in_gradient = stored;
-      finish(r, t, &separate);
-      consider(separate, scale);
-    }
+    if (r.grad_input && r.grad_weight) consider(in_separate_sweeps(r, t, plan));
   }
 }
 
-void count_work(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
-  const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
-  const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
-  const double fresh =
-      r.tokens == 0 ? 0.0
-                    : static_cast<double>(fresh_tokens(r, *plan)) / static_cast<double>(r.tokens);
-  double scores = r.statistics_known ? 1 : 1 + fresh;
-  if (plan->separate_sweeps) scores += fresh;
-  plan->flops = product * (scores + gradients);
-  plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
-  const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +
-                           (r.grad_weight ? r.vocab * r.features : 0) + (r.grad_bias ? r.vocab : 0);
-  plan->floor_bytes = elements * size_of(r.dtype);
-  plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
-  const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
-  const int64_t per_chunk =
-      plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
-  plan->num_chunks =
-      (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
-  plan->workspace_bytes = layout(r, t, *plan).total;
+}  // namespace
+
+double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  const int64_t n = r.tokens, d = r.features, v = r.vocab;
+  const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
+  const bool chunks = plan.kind == PlanKind::kTokenChunks;
+  int64_t bytes = 0;
+  double cost = r.statistics_known ? 0 : product_cost(n, score_block(plan), v, v, d);
+
+  int64_t block = plan.token_block, slice = plan.slice_vocab;
+  if (plan.kind != PlanKind::kStatistics) {
+    if (t.kernels.products != Family::kSm90rs)  // scores become gradients
+      bytes += kept * v * (t.kernels.stores_16_bits() ? 4 : 8);
+    cost += product_cost(fresh, block, v, slice, d);
+  }
+  if (r.grad_weight) {
+    const int64_t rest = n - plan.stored_in_gradient;
+    const auto parts = [](int64_t tokens, int64_t part) {
+      return ceil_div(tokens, std::max<int64_t>(1, part));
+    };
+    const int64_t passes =
+        chunks && rest > 0 ? (rest < n ? 1 : 0) + parts(rest, plan.chunk_tokens) : 1;
+    const int64_t products = chunks ? passes * parts(kept_tokens(r, plan), plan.weight_block)
+                                    : parts(kept, block) + parts(fresh, block);
+    cost += product_cost(v, slice, d, d, n, products);
+    // The gradient, and sums where there are more of them than the cache holds.
+    const bool direct = one_weight_product(r, t, plan);
+    bytes += v * d * (direct ? 8 * passes - 6 : 16 * passes - 6);
+    if (!direct && slice * d * 4 > kCachedBytes) bytes += v * d * 8 * (products - passes);
+    if (direct) bytes += plan.stored_in_gradient * v * 4;  // moved out of the gradient
+  }
+  if (plan.separate_sweeps) {
+    block = plan.input_sweep_block, slice = plan.input_sweep_slice;
+    cost += product_cost(fresh, block, v, slice, d);
+  }
+  if (r.grad_input) {
+    const int64_t slices = slice > 0 ? ceil_div(v, slice) : 0;
+    cost +=
+        product_cost(kept, plan.input_block, d, d, v) + product_cost(fresh, block, d, d, v, slices);
+    if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) bytes += 8 * slices * fresh * d;
+  }
+  // Who fixes the size of chunks wants chunks.
+  if (r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices)
+    cost += 100.0 * static_cast<double>(n) * static_cast<double>(d) * static_cast<double>(v);
+  return cost + static_cast<double>(bytes) * kMultiplyAddsPerByte;
+}
+
+namespace {
+
+/// What products take beside the workspace: see gemm.h.
+int64_t product_bytes(const PlanRequest& r) {
+  if (!r.gpu_upcasts || r.tokens == 0 || r.vocab == 0) return 0;
+  int64_t most = upcast_bytes(r.vocab, r.features, r.tokens);
+  if (r.grad_input) most = std::max(most, upcast_bytes(r.tokens, r.vocab, r.features));
+  if (r.grad_weight) most = std::max(most, upcast_bytes(r.vocab, r.tokens, r.features));
+  return most;
 }
 
 std::string megabytes(int64_t bytes) {
@@ -296,92 +291,18 @@ PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selec
   return traits;
 }
 
-int64_t kept_score_bytes(const PlanRequest& r, const PlanTraits& t) {
-  return t.kernels.stores_16_bits() ? 2 : accumulation_size(r);
-}
-
-int64_t tokens_in_gradient_row(const PlanRequest& r, const PlanTraits& t) {
-  // None if a row is no whole number of scores: the rows of scores and of gradients must coincide.
-  const int64_t bytes = r.features * size_of(r.dtype);
-  return bytes % kept_score_bytes(r, t) == 0 ? bytes / kept_score_bytes(r, t) : 0;
-}
-
-int64_t classes_per_range(const PlanRequest& r, const PlanTraits& t, const Plan& plan, bool kept) {
-  if (!t.kernels.stores_16_bits()) return kGenericRange;
-  if (kept) return kStoredTile;
-  // Two stored tiles are the largest tile of any family.
-  constexpr int64_t kStep = 2 * kStoredTile;
-  const int64_t rows = token_tiles(std::min(plan.token_block, std::max<int64_t>(1, r.tokens)));
-  const int64_t ranges = std::max<int64_t>(1, ceil_div(kWantedBlocks, rows));
-  return round_up(ceil_div(std::max<int64_t>(1, r.vocab), ranges), kStep);
-}
-
-Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  const int64_t sum_bytes = accumulation_size(r);
-  const bool fused = t.kernels.stores_16_bits();
-  const int64_t kept = kept_tokens(r, plan);
-  const int64_t block = round_up(std::min(plan.token_block, std::max<int64_t>(1, r.tokens)), kRow);
-
-  Cursor cursor;
-  Layout at;
-  at.scalars = cursor.take(sizeof(CallScalars));
-  at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
-  at.bias = cursor.take(r.vocab * sum_bytes);
-  at.class_weight = cursor.take(r.vocab * sum_bytes);
-  at.bias_sum = cursor.take(r.vocab * sum_bytes);
-  if (fused) at.kept_maxima = cursor.take(tiles(r.vocab) * round_up(kept, kRow) * 4);
-  if (t.skips) at.tiles = cursor.take(tiles(r.vocab) * (token_tiles(kept) + 2));
-  const int64_t chunk = std::min(plan.chunk_tokens, r.tokens - plan.stored_in_gradient);
-  if (chunk > 0) at.scores = cursor.take(r.vocab * round_up(chunk, kRow) * kept_score_bytes(r, t));
-  if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight)
-    at.remainder = cursor.take(r.vocab * r.features * 2);
-  if (needs_slice(r, t, plan)) {
-    at.slice = cursor.take(plan.slice_vocab * block * (fused ? 2 : sum_bytes));
-    if (t.skips) at.slice_tiles = cursor.take(tiles(plan.slice_vocab) * token_tiles(block));
-  }
-
-  if (t.smoothing_apart) at.row_sums = cursor.take(2 * r.features * 4);
-
-  const int64_t steps = cursor.offset();
-  if (!r.statistics_known) {
-    const auto bytes = [&](bool is_kept) {
-      const int64_t ranges = ceil_div(r.vocab, classes_per_range(r, t, plan, is_kept));
-      const int64_t arrays = t.partials - (fused && is_kept ? 1 : 0);  // the maxima are kept
-      return ranges * block * (arrays * sum_bytes + (t.argmax ? 4 : 0)) +
-             (t.partials + 1) * kAlignment;
-    };
-    const bool some_kept = kept > 0, some_not = plan.kind != PlanKind::kTokenChunks &&
-                                                kept < std::max<int64_t>(1, r.tokens);
-    at.partials = cursor.take(
-        std::max(some_kept ? bytes(true) : 0, some_not || !some_kept ? bytes(false) : 0));
-  }
-
-  cursor.rewind(steps);
-  const int64_t sums = summed_tokens(r, t, plan);
-  if (sums > 0) at.input_sum = cursor.take(sums * r.features * 4);
-  if (plan.kind == PlanKind::kTokenChunks || plan.separate_sweeps) cursor.rewind(steps);
-  if (r.grad_weight) {
-    if (!one_weight_product(r, t, plan)) {
-      at.weight_sum = cursor.take(plan.slice_vocab * r.features * sum_bytes);
-    } else if (plan.stored_in_gradient > 0) {
-      at.weight_copy = cursor.take(plan.slice_vocab * round_up(plan.stored_in_gradient, kRow) * 2);
-    }
-  }
-  at.total = cursor.end();
-  return at;
-}
-
 std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan) {
-  int64_t budget = request.memory_budget;
   const int64_t floor =
       ((request.grad_input ? request.tokens : 0) + (request.grad_weight ? request.vocab : 0)) *
       request.features * size_of(request.dtype);
-  if (budget < 0) budget = std::max(kDefaultBudget, floor + floor / 4);
+  const int64_t beside = product_bytes(request);
+  const int64_t budget = request.memory_budget < 0 ? std::max(kDefaultBudget, floor + floor / 4)
+                                                   : request.memory_budget - beside;
   double best = std::numeric_limits<double>::infinity();
   int64_t least = INT64_MAX;
-  for_each_candidate(request, traits, budget, [&](const Plan& candidate, int scale) {
+  for_each_candidate(request, traits, budget, [&](const Plan& candidate) {
     const int64_t bytes = layout(request, traits, candidate).total;
-    const double time = cost(request, candidate, scale);
+    const double time = predicted_cost(request, traits, candidate);
     if (bytes <= budget && time < best) {
       best = time;
       *plan = candidate;
@@ -397,9 +318,12 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
     return "memory_budget=" + megabytes(request.memory_budget) + " is too small for " +
            std::to_string(request.tokens) + " tokens, " + std::to_string(request.features) +
            " features and " + std::to_string(request.vocab) +
-           " classes on a GPU: the least that works is " + megabytes(least);
+           " classes on a GPU: the least that works is " + megabytes(least + beside);
   }
-  count_work(request, traits, plan);
+  count_work(request, fresh_tokens(request, *plan), plan);
+  plan->workspace_bytes = layout(request, traits, *plan).total;
+  plan->predicted_flops = 2 * predicted_cost(request, traits, *plan);
+  plan->library_bytes = beside;
   return "";
 }
 

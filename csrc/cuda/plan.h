@@ -30,7 +30,8 @@ PlanTraits plan_traits(const Problem& problem, const PlanRequest& request,
                        const Selection& kernels);
 
 /// Byte offsets of everything in the workspace. What a step needs only while it runs shares memory
-/// with the other steps' under token chunks, as in core/planner.h.
+/// with the other steps' under token chunks, as in core/planner.h; under vocab slices so do maxima of
+/// kept scores, once these are gradients, and what the sweeps over slices need.
 struct Layout {
   int64_t scalars = 0;       // CallScalars
   int64_t token_arrays = 0;  // kTokenArrays arrays of 8-byte numbers [N]
@@ -61,6 +62,10 @@ int64_t classes_per_range(const PlanRequest& request, const PlanTraits& traits, 
 /// Bytes of one kept score, and tokens whose scores fit a row of grad_weight.
 int64_t kept_score_bytes(const PlanRequest& request, const PlanTraits& traits);
 int64_t tokens_in_gradient_row(const PlanRequest& request, const PlanTraits& traits);
+
+/// The predicted time of a plan, as multiply-adds of products that fill the GPU: those of its own
+/// products, of tiles that stay empty, and what passes in the time of its launches and memory traffic.
+double predicted_cost(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 
 /// Returns an empty string and fills `plan`, or says why no plan fits and the least budget that does.
 std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan);

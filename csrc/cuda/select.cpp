@@ -17,9 +17,8 @@ struct FamilyRow {
   bool by_default;
 };
 constexpr FamilyRow kFamilies[] = {
-    {Family::kGeneric, "generic", true, true, true},
-    {Family::kSm80, "sm80", true, true, true},
-    {Family::kSm90, "sm90", true, true, true},
+    {Family::kGeneric, "generic", true, true, true}, {Family::kSm80, "sm80", true, true, true},
+    {Family::kSm90, "sm90", true, true, true},       {Family::kSm90x2, "sm90x2", true, true, false},
     {Family::kSm90rs, "sm90rs", false, true, false},
 };
 

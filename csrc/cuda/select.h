@@ -9,10 +9,10 @@
 
 namespace memeff::cuda {
 
-/// A family of kernels. The generic ones leave matrix products to torch (cuBLAS). sm90rs are the
-/// products of sm90, straight from kept scores where these can be used so. What each can do is a row
-/// of the table in select.cpp.
-enum class Family { kGeneric, kSm80, kSm90, kSm90rs };
+/// A family of kernels. The generic ones leave matrix products to torch (cuBLAS). sm90x2 are those of
+/// sm90 in clusters of two thread blocks; sm90rs the products of sm90, straight from kept scores
+/// where these can be used so. What each can do is a row of the table in select.cpp.
+enum class Family { kGeneric, kSm80, kSm90, kSm90x2, kSm90rs };
 
 /// What was measured on one GPU at one shape: the fastest families, whole calls compared.
 struct MeasuredChoice {
@@ -37,7 +37,7 @@ struct Selection {
 
 struct Gpu {
   int capability = 0;  // compute capability, 10 major + minor: 75, 80, 86, 89, 90, 100, 120
-  std::string name;    // as the CUDA runtime has it; "" where nobody knows
+  std::string name{};  // as the CUDA runtime has it; "" where nobody knows
 };
 
 /// The table of measured choices: measured_choices.inc, which scripts/verify_gpu.py writes.

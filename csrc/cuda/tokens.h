@@ -39,8 +39,7 @@ struct TokenArrays {
   double* maximum = nullptr;
   int64_t* argmax = nullptr;
   // The arrays of Coefficients (launch.h), of A: target_rest for index targets, target_coefficient
-  // for class probabilities, weighted with label smoothing; the others may be null. A null shift:
-  // no coefficients at all.
+  // for class probabilities, weighted with label smoothing; the others may be null.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
   void* entropy_coefficient = nullptr;  // A; of token statistics with a gradient of the entropy
@@ -49,8 +48,9 @@ struct TokenArrays {
   TokenStatistics wanted;
   // Whether the gradients of the logits leave `weighted` out: it is then added to their products.
   bool weighted_apart = false;
-  float* target_gradient = nullptr;  // of stored scores: dz_y times dz/du (without logit_scale for
-                                     // 16-bit inputs, whose output_scale has it)
+  // Of stored scores: dz_y times dz/du (without logit_scale for 16-bit inputs, whose output_scale has
+  // it); null: no scores are stored.
+  float* target_gradient = nullptr;
 };
 constexpr int64_t kNoTarget = -1;
 constexpr int64_t kBadTarget = -2;
@@ -61,21 +61,26 @@ constexpr int64_t kBadTarget = -2;
 Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* stream);
 
 /// Merges `ranges` partial statistics of tokens [begin, end), whose arrays start at `begin`: lse
-/// and the other statistics, then the coefficients and target_gradient.
+/// and the other statistics, then the coefficients and target_gradient. Of a caller's token
+/// statistics not these: they wait for restore_statistics, with upstream gradients.
 Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                         int64_t end, const PartialStatistics& partials, int64_t ranges,
                         void* stream);
 
-/// lse of all tokens from problem.lse instead (the backward op), then the coefficients.
-Status restore_statistics(const Problem& problem, const TokenArrays& tokens, void* stream);
+/// lse of tokens [begin, end) from problem.lse instead, then the coefficients, and target_gradient
+/// where merge_statistics has left target_logit: the backward op, or a caller's token statistics
+/// whose upstream gradients have become known.
+Status restore_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                          int64_t end, void* stream);
 
 /// problem.loss, lse, statistics_out, argmax from the statistics of all tokens. Without statistics
 /// the lse of tokens left out is 0. tokens.lse may be problem.lse.
 Status write_loss(const Problem& problem, const TokenArrays& tokens, void* stream);
 
 /// The caller's token statistics (problem.token_statistics: one target per token or none, no top) in
-/// place of a loss.
-Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, void* stream);
+/// place of a loss; of tokens [begin, end).
+Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                              int64_t end, void* stream);
 
 /// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where
 /// each token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target

@@ -64,10 +64,10 @@ class Backend {
   /// Writes what remains: the bias gradient, zeros for tokens left out or when none takes part.
   virtual void finish_gradients() = 0;
 
-  /// Storage for scores: rows of grad_weight, the workspace's chunk, or its slice.
+  /// Storage for scores: rows of grad_weight, the workspace's chunk, or its slice (of so many tokens).
   virtual ScoreBlock block_in_gradient() = 0;
   virtual ScoreBlock block_in_workspace() = 0;
-  virtual ScoreBlock slice_block() = 0;
+  virtual ScoreBlock slice_block(int64_t tokens) = 0;
   /// The part of a block that starts `classes` classes and `tokens` tokens further on.
   virtual ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const = 0;
 };

@@ -105,7 +105,8 @@ class Run {
   }
 
   void score_chunk(const Chunk& chunk) {
-    for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
+    const int64_t size = plan_.score_block > 0 ? plan_.score_block : plan_.token_block;
+    for_each_block(chunk.tokens, size, [&](Range tokens) {
       if (chunk.kept) {
         const ScoreBlock block = part(chunk, all_classes_, tokens);
         backend_.scores(tokens, &block);
@@ -164,7 +165,7 @@ class Run {
       block = part(chunk, classes, tokens);
       if (fresh_scores) backend_.to_gradient(classes, tokens, block, add_bias);
     } else {
-      block = backend_.slice_block();
+      block = backend_.slice_block(tokens.size());
       backend_.fresh_gradient(classes, tokens, block, add_bias);
     }
     return block;
@@ -195,11 +196,13 @@ class Run {
   }
 
   void sweep_tokens(const std::vector<Chunk>& chunks, bool add_bias) {
+    const int64_t size = plan_.input_sweep_block > 0 ? plan_.input_sweep_block : plan_.token_block;
+    const int64_t slice = plan_.input_sweep_slice > 0 ? plan_.input_sweep_slice : plan_.slice_vocab;
     for (const Chunk& chunk : chunks) {
       if (chunk.kept) continue;
-      for_each_block(chunk.tokens, plan_.token_block, [&](Range tokens) {
-        for_each_block(all_classes_, plan_.slice_vocab, [&](Range classes) {
-          const ScoreBlock block = backend_.slice_block();
+      for_each_block(chunk.tokens, size, [&](Range tokens) {
+        for_each_block(all_classes_, slice, [&](Range classes) {
+          const ScoreBlock block = backend_.slice_block(tokens.size());
           backend_.fresh_gradient(classes, tokens, block, add_bias);
           backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
         });

@@ -1,11 +1,13 @@
 """What a result must say about where it came from."""
 
 import datetime
+import itertools
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def describe_environment(threads: int, device: str) -> dict[str, Any]:
         machine |= describe_gpu(torch.device(device))
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(sys.argv),
         "machine": machine,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,6 +43,16 @@ def describe_environment(threads: int, device: str) -> dict[str, Any]:
         "commit": commit(),
         "peers": {name: version for name in PEERS if (version := installed_version(name))},
     }
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command to repeat a measurement; where its results were written to is nobody's business
+    (--json FILE, --json=FILE)."""
+    kept = [Path(argv[0]).name]
+    for before, argument in itertools.pairwise(argv):
+        if "--json" not in (before, argument.partition("=")[0]):
+            kept.append(argument)
+    return shlex.join(kept)
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def linear_distillation_loss(
         counted = mask.bool()
     size = choose_chunk_size(
         lead.numel(),
-        len(student_weight),
+        student_weight,
         2 * max(4, student_input.element_size()),  # two heads
         _arguments.parse_chunk_size(chunk_size, None),
         _arguments.parse_memory_budget(memory_budget),
@@ -83,7 +83,6 @@ def linear_distillation_loss(
         teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         upcast=True,
-        chunks=1,
     )
 
     def divergence(student_logits: Tensor, teacher_rows: Tensor, counted: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ void test_pack_transposed() {
 }
 
 void test_interleave_rows() {
-  for (const int64_t width : {kTokenTile, kPanel}) {
+  for (const int64_t width : {kMicroRows, kPanel}) {
     for (const int64_t inner : {1, 2, 5, 20}) {
       for (int64_t columns = 1; columns <= width; ++columns) {
         for (const bool listed : {false, true}) {
@@ -137,12 +137,12 @@ void test_product(int64_t rows, int64_t inner, int64_t columns) {
   }
   GuardedBuffer copy(rows * copy_stride(inner) * 2);
   kKernels.copy_rows(a.data(), a.stride, rows, inner, copy.as<uint16_t>());
-  const int64_t group_stride = pairs * 2 * kTokenTile;
-  GuardedBuffer packed_a(ceil_div(rows, kTokenTile) * group_stride * 2);
+  const int64_t group_stride = pairs * 2 * kMicroRows;
+  GuardedBuffer packed_a(ceil_div(rows, kMicroRows) * group_stride * 2);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t k = 0; k < 2 * pairs; ++k) {
-      packed_a.as<uint16_t>()[i / kTokenTile * group_stride +
-                              (k / 2 * kTokenTile + i % kTokenTile) * 2 + k % 2] =
+      packed_a.as<uint16_t>()[i / kMicroRows * group_stride +
+                              (k / 2 * kMicroRows + i % kMicroRows) * 2 + k % 2] =
           k < inner ? a.at(i, k) : 0;
     }
   }
@@ -184,7 +184,7 @@ void test_product(int64_t rows, int64_t inner, int64_t columns) {
 }
 
 void test_products() {
-  for (int64_t rows = 1; rows <= kTokenTile; ++rows) {
+  for (int64_t rows = 1; rows <= kMicroRows; ++rows) {
     for (const int64_t inner : {1, 2, 3, 34}) test_product(rows, inner, kPanel);
   }
   test_product(15, 33, 40);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/gemm.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 
@@ -23,11 +24,12 @@ struct Case {
 
 std::string name_of(const Case& c) {
   const PlanRequest& r = c.request;
-  return test::describe(
-      "N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ", static_cast<int>(r.dtype), " ",
-      cuda::name_of(c.traits.kernels), " gradients ", r.grad_input, r.grad_weight, r.grad_bias,
-      " known ", r.statistics_known, " accumulation ", static_cast<int>(r.accumulation),
-      " chunk_size ", r.chunk_size, " skips ", c.traits.skips, " budget ", r.memory_budget);
+  return test::describe("N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ",
+                        static_cast<int>(r.dtype), " ", cuda::name_of(c.traits.kernels),
+                        " gradients ", r.grad_input, r.grad_weight, r.grad_bias, " known ",
+                        r.statistics_known, " accumulation ", static_cast<int>(r.accumulation),
+                        " chunk_size ", r.chunk_size, " skips ", c.traits.skips, " upcasts ",
+                        r.gpu_upcasts, " budget ", r.memory_budget);
 }
 
 Case make_case(int64_t tokens, int64_t features, int64_t vocab, Selection kernels,
@@ -53,13 +55,17 @@ std::vector<Case> all_cases() {
       for (const DType dtype : {DType::kBFloat16, DType::kFloat32})
         for (int wanted = 0; wanted < 8; ++wanted)
           for (int known = 0; known < 2; ++known)
-            for (const bool skips : {false, true}) {
+            for (const bool special : {false, true}) {
               if (dtype == DType::kFloat32 && kernels.stores_16_bits()) continue;
-              if (skips && kernels.products == Family::kGeneric) continue;
+              const bool skips = special && kernels.products != Family::kGeneric;
+              const bool upcasts =
+                  special && !kernels.stores_16_bits() && dtype == DType::kBFloat16;
+              if (special && !skips && !upcasts) continue;
               if (known == 1 && wanted == 0) continue;
               Case c = make_case(shape[0], shape[1], shape[2], kernels, dtype);
               c.request.grad_input = (wanted & 1) != 0, c.request.grad_weight = (wanted & 2) != 0;
               c.request.grad_bias = (wanted & 4) != 0, c.request.statistics_known = known == 1;
+              c.request.gpu_upcasts = upcasts;
               c.traits.skips = skips, c.traits.partials = 2 + wanted % 3;
               cases.push_back(c);
             }
@@ -75,11 +81,15 @@ Plan plan_of(const Case& c) {
 void check_plan(const Case& c, const Plan& plan) {
   const PlanRequest& r = c.request;
   CHECK_EQ(layout(r, c.traits, plan).total, plan.workspace_bytes);
-  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes <= r.memory_budget);
+  if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
+  CHECK_EQ(plan.library_bytes > 0, r.gpu_upcasts && r.tokens > 0);
   CHECK(plan.token_block > 0 && plan.slice_vocab > 0 && plan.input_block > 0);
   // Tiles of kept scores are counted from the start of a chunk and of a slice.
-  CHECK_EQ(plan.token_block % cuda::kTokenTile, 0);
-  CHECK_EQ(plan.slice_vocab % cuda::kStoredTile, 0);
+  for (const int64_t block :
+       {plan.token_block, plan.score_block, plan.input_block, plan.input_sweep_block})
+    CHECK_EQ(block % cuda::kTokenTile, 0);
+  for (const int64_t slice : {plan.slice_vocab, plan.input_sweep_slice})
+    CHECK_EQ(slice % cuda::kStoredTile, 0);
   CHECK(plan.stored_in_gradient <= tokens_in_gradient_row(r, c.traits));
   const bool gradient = r.grad_input || r.grad_weight || r.grad_bias;
   CHECK_EQ(gradient, plan.kind != PlanKind::kStatistics);
@@ -96,20 +106,21 @@ void check_plan(const Case& c, const Plan& plan) {
 }
 
 void more_memory_never_hurts(Case c) {
-  double flops = 1e300;
+  double cost = 1e300;
   for (int64_t budget = kMiB; budget <= int64_t{8} << 30; budget *= 4) {
     c.request.memory_budget = budget;
     test::context() = name_of(c);
     Plan plan;
     const std::string problem = make_plan(c.request, c.traits, &plan);
     if (!problem.empty()) {
-      CHECK_EQ(flops, 1e300);  // what fitted a smaller budget still fits
+      CHECK_EQ(cost, 1e300);  // what fitted a smaller budget still fits
       CHECK(problem.find("memory_budget=") == 0);
       continue;
     }
     check_plan(c, plan);
-    CHECK(plan.flops <= flops * 1.001);
-    flops = plan.flops;
+    // Chunks are as large as the budget allows, which may fit tiles a little worse.
+    CHECK(predicted_cost(c.request, c.traits, plan) <= cost * 1.02);
+    cost = predicted_cost(c.request, c.traits, plan);
   }
 }
 
@@ -128,21 +139,68 @@ void names_the_least_budget_that_works(Case c) {
   CHECK(!make_plan(c.request, c.traits, &plan).empty());
 }
 
-// The memory that design goals ask for, at the FLOPs that they allow.
+// The memory that design goals ask for, at the FLOPs that they allow, in products that are large
+// enough for a GPU: what tiles in flight stay empty, launches and memory traffic add is limited.
 void keeps_the_promises_for_large_heads() {
-  const Selection fused = {Family::kSm90, Family::kSm90};
   const struct {
     int64_t tokens, budget;
-    double ndv;
-  } goals[] = {{4096, 32, 6}, {8192, 512, 6.75}, {8192, 256, 7}, {8192, 32, 8}};
+    Family products;
+    double ndv, predicted_ndv;
+  } goals[] = {
+      {4096, 32, Family::kSm90, 6, 6.8},        {8192, 512, Family::kSm90, 6.75, 7.7},
+      {8192, 256, Family::kSm90, 7, 8},         {8192, 96, Family::kSm90, 7, 8.5},
+      {8192, 32, Family::kSm90, 8, 9},          {16384, 32, Family::kSm90, 9, 10},
+      {8192, 512, Family::kGeneric, 6.75, 7.7}, {8192, 32, Family::kGeneric, 8, 10},
+  };
   for (const auto& goal : goals) {
-    Case c = make_case(goal.tokens, 4096, 128256, fused);
+    Case c = make_case(goal.tokens, 4096, 128256, {Family::kSm90, goal.products});
     c.request.memory_budget = goal.budget * kMiB;
     test::context() = name_of(c);
     const Plan plan = plan_of(c);
     check_plan(c, plan);
-    CHECK(plan.flops <= goal.ndv * 1.001 * goal.tokens * 4096.0 * 128256.0);
+    const double ndv = static_cast<double>(goal.tokens) * 4096.0 * 128256.0;
+    CHECK(plan.flops <= goal.ndv * 1.001 * ndv);
+    CHECK(plan.predicted_flops <= goal.predicted_ndv * ndv);
+    CHECK(plan.predicted_flops >= plan.flops);
   }
+}
+
+// Kept scores are gradients before the sweeps over slices begin, if these are for both gradients.
+void maxima_make_room_for_the_sweeps() {
+  Case c = make_case(8192, 4096, 128256, {Family::kSm90, Family::kSm90});
+  c.request.memory_budget = 32 * kMiB;
+  test::context() = name_of(c);
+  const Plan plan = plan_of(c);
+  CHECK(plan.stored_in_gradient > 0 && plan.separate_sweeps);
+  const cuda::Layout with_input = layout(c.request, c.traits, plan);
+  CHECK(with_input.weight_sum < with_input.kept_maxima);
+  // They stay where the sweep itself turns scores into gradients, and where products read scores.
+  Case without_input = c, from_scores = c;
+  without_input.request.grad_input = false;
+  from_scores.traits.kernels.products = Family::kSm90rs;
+  const int64_t maxima = int64_t{4} * (128256 / 128) * plan.stored_in_gradient;
+  for (const Case& other : {without_input, from_scores}) {
+    test::context() = name_of(other);
+    const cuda::Layout at = layout(other.request, other.traits, plan);
+    for (const int64_t offset : {at.slice, at.weight_sum, at.partials, at.input_sum})
+      CHECK(offset == 0 || offset >= at.kept_maxima + maxima);
+  }
+}
+
+// bf16 before sm_80, in a budget as small as the smallest of the goals.
+void upcasts_in_small_pieces() {
+  CHECK(cuda::upcasts(DType::kBFloat16, {75}) && !cuda::upcasts(DType::kBFloat16, {80}));
+  CHECK(!cuda::upcasts(DType::kFloat16, {75}));
+  constexpr int64_t kHuge = int64_t{1} << 40;
+  CHECK_EQ(cuda::upcast_bytes(kHuge, kHuge, kHuge), 16 * kMiB);
+  CHECK_EQ(cuda::upcast_bytes(3, 5, 7), 2 * 512);
+  Case c = make_case(4096, 4096, 128256, {Family::kGeneric, Family::kGeneric});
+  c.request.gpu_upcasts = true;
+  c.request.memory_budget = 32 * kMiB;
+  test::context() = name_of(c);
+  const Plan plan = plan_of(c);
+  check_plan(c, plan);
+  CHECK_EQ(plan.library_bytes, 16 * kMiB);
 }
 
 void obeys_the_caller() {
@@ -169,6 +227,8 @@ int main() {
     more_memory_never_hurts(c);
   }
   keeps_the_promises_for_large_heads();
+  maxima_make_room_for_the_sweeps();
+  upcasts_in_small_pieces();
   obeys_the_caller();
   return test::result();
 }

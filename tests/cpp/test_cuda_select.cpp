@@ -99,14 +99,17 @@ void can_be_forced_where_possible() {
   CHECK_EQ(selected(p, 90, "generic,generic"), "generic,generic");
   CHECK_EQ(selected(p, 90, "generic,sm80"), "generic,generic");
   CHECK_EQ(selected(p, 90, "sm90,sm90rs"), "sm90,sm90rs");
+  CHECK_EQ(selected(p, 90, "sm90x2,sm90x2"), "sm90x2,sm90x2");
+  CHECK_EQ(selected(p, 80, "sm90x2,sm90x2"), "sm80,generic");
   CHECK_EQ(selected(p, 80, "sm90,sm90"), "sm80,generic");
   CHECK_EQ(selected(p, 80, "sm80,sm90rs"), "sm80,generic");
   CHECK_EQ(selected(problem(DType::kFloat32), 90, "sm90,sm90"), "generic,generic");
   CHECK(selected(p, 90, "sm85,sm80").find("expected one of generic, sm80, sm90") !=
         std::string::npos);
   CHECK(selected(p, 90, "sm90rs,sm90rs")
-            .find("expected one of generic, sm80, sm90 for scores, a "
-                  "comma, and one of generic, sm80, sm90, sm90rs") != std::string::npos);
+            .find("expected one of generic, sm80, sm90, sm90x2 for "
+                  "scores, a comma, and one of generic, sm80, sm90, sm90x2, sm90rs") !=
+        std::string::npos);
   CHECK(selected(p, 90, "sm80").find("MEMEFF_CUDA_KERNELS='sm80'") != std::string::npos);
 }
 

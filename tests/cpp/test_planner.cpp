@@ -97,7 +97,7 @@ std::vector<Region> regions_of(const PlanRequest& r, const Plan& plan) {
         steps(kInput));
     if (r.bf16_kernels) {
       add("input gradient", at.input_step.gradient_block,
-          round_up(slice, 2) * round_up(std::min(plan.token_block, r.tokens), kTokenTile) * 2,
+          round_up(slice, 2) * round_up(std::min(plan.token_block, r.tokens), kMicroRows) * 2,
           steps(kInput));
     }
   }

@@ -143,7 +143,7 @@ __global__ void share_tiles(const __grid_constant__ TensorMap map, uint32_t* out
   ptx::cluster_wait();
   for (int round = 0; round < 2; ++round) {
     if (t == 0) {
-      if (round == 1) ptx::mbarrier_wait_cluster(empty, 0);
+      if (round == 1) ptx::mbarrier_wait(empty, 0);
       ptx::mbarrier_arrive_expect_tx(full, 2 * 4 * kWordsOfTile);
       ptx::tma_load_2d_multicast(ptx::shared_address(tiles) + rank * 4 * kWordsOfTile, &map,
                                  kTileColumn + 16 * round, 8 * rank + kTileRow - 9 * round, full,
@@ -156,7 +156,7 @@ __global__ void share_tiles(const __grid_constant__ TensorMap map, uint32_t* out
     for (uint32_t block = 0; block < 2; ++block)
       ptx::mbarrier_arrive_cluster(ptx::map_shared(empty, block));
   }
-  ptx::mbarrier_wait_cluster(empty, 1);
+  ptx::mbarrier_wait(empty, 1);
 }
 
 bool launch_sharing(const Case& c, uint32_t* in, uint32_t* out) {

@@ -48,8 +48,8 @@ std::set<std::string> run_all(const bench::Shape& shape, DType dtype, int capabi
       const Status status = one.run();
       const bool clean = emulator::reports().empty();
       if (!status.ok() || !clean)
-        std::printf("%s, %s, %s: %s\n", one.kernel.c_str(), one.family.c_str(),
-                    one.variant.c_str(), status.ok() ? "reports" : status.message);
+        std::printf("%s, %s, %s: %s\n", one.kernel.c_str(), one.family.c_str(), one.variant.c_str(),
+                    status.ok() ? "reports" : status.message);
       CHECK(status.ok());
       CHECK(clean);
       CHECK(one.flops >= 0 && one.bytes > 0);
@@ -63,7 +63,7 @@ std::set<std::string> run_all(const bench::Shape& shape, DType dtype, int capabi
 
 int main() {
   emulator::config().printed_reports = 3;
-  const std::set<std::string> fused{"generic", "sm80", "sm90"};
+  const std::set<std::string> fused{"generic", "sm80", "sm90", "sm90x2", "sm90rs"};
   CHECK(run_all({136, 72, 400}, DType::kBFloat16, 90) == fused);
   CHECK(run_all({8, 16, 130}, DType::kFloat16, 90) == fused);
   CHECK(run_all({40, 24, 300}, DType::kFloat16, 75) == std::set<std::string>{"generic"});

@@ -57,7 +57,7 @@ __global__ void shared_product(const __grid_constant__ TensorMap a,
     for (int step = 0; step < kSteps; ++step) {
       const int s = step % kStages, parity = step / kStages % 2;
       const uint32_t tile = ptx::shared_address(tiles) + s * kStageBytes;
-      if (kFlaw != Flaw::kNoEmptyWait) ptx::mbarrier_wait_cluster(empty + 8 * s, parity ^ 1);
+      if (kFlaw != Flaw::kNoEmptyWait) ptx::mbarrier_wait(empty + 8 * s, parity ^ 1);
       const uint32_t not_announced = kFlaw == Flaw::kOwnBytesOnly ? kTileBytes / 2 : 0;
       ptx::mbarrier_arrive_expect_tx(full + 8 * s, kStageBytes - not_announced);
       ptx::tma_load_2d(tile, &a, step * kTileK, rank * 64, full + 8 * s);
@@ -65,7 +65,7 @@ __global__ void shared_product(const __grid_constant__ TensorMap a,
                                  rank * 32, full + 8 * s, 3);
     }
     for (int step = kSteps; kFlaw != Flaw::kExitEarly && step < kSteps + kStages; ++step)
-      ptx::mbarrier_wait_cluster(empty + 8 * (step % kStages), step / kStages % 2 ^ 1);
+      ptx::mbarrier_wait(empty + 8 * (step % kStages), step / kStages % 2 ^ 1);
     return;
   }
 
@@ -226,7 +226,7 @@ __global__ void arrive_in_other(int* out) {
   ptx::cluster_wait();
   if (rank == 0 && t == 0)
     ptx::mbarrier_arrive_cluster(ptx::map_shared(mbarrier, 1));  // planted: arrival
-  if (rank == 1 && kStay == Stay::kForArrival) ptx::mbarrier_wait_cluster(mbarrier, 0);
+  if (rank == 1 && kStay == Stay::kForArrival) ptx::mbarrier_wait(mbarrier, 0);
   if (kStay == Stay::kForBarrier) {
     ptx::cluster_arrive();
     ptx::cluster_wait();
@@ -325,7 +325,7 @@ __global__ void misuse(const __grid_constant__ TensorMap map) {
     ptx::tma_load_2d_multicast(to, &map, 0, 0, full, kMisuse == Misuse::kMask ? own | 4 : own);
   }
   ptx::mbarrier_wait(full, 0);
-  ptx::mbarrier_wait_cluster(met, 0);
+  ptx::mbarrier_wait(met, 0);
 }
 
 void test_misuse() {

@@ -93,7 +93,7 @@ void test_sizes() {
   none.reduction = Reduction::kSum;
   Experiment<float> sum(none, DType::kBFloat16);
   sum.forward();
-  CHECK(restore_statistics(sum.problem, sum.tokens, nullptr).ok());
+  CHECK(restore_statistics(sum.problem, sum.tokens, 0, 0, nullptr).ok());
   CHECK(sum.loss[0] == 0);
 }
 
@@ -298,12 +298,12 @@ void test_tiles() {
              .ok());
 }
 
-// Without arrays for coefficients, statistics alone; statistics without partials are refused.
+// Of a caller's token statistics, no coefficients; statistics without partials are refused.
 void test_statistics_alone() {
   Case c{5, 20, 4};
   c.statistics = true;
   Experiment<double> e(c, DType::kFloat64);
-  e.tokens.shift = nullptr;
+  e.tokens.for_statistics = true;
   e.forward();
   for (int64_t n = 0; n < c.tokens; ++n) {
     compare(e.token_lse[n], e.expected(n).lse, 1e-14, "lse alone", c);

@@ -403,7 +403,8 @@ struct Experiment {
     }
     scalars[0] = CallScalars{kNaN, kNaN, kNaN, kNaN, 0};
     CHECK(prepare_tokens(problem, tokens, nullptr).ok());
-    CHECK(restore_statistics(problem, tokens, nullptr).ok());
+    tokens.target_gradient = nullptr;  // no scores are stored
+    CHECK(restore_statistics(problem, tokens, 0, c.tokens, nullptr).ok());
     for (int64_t n = 0; n < c.tokens; ++n) {
       CHECK(token_lse[n] == lse[n]);
       check_coefficients(n, expected(n));

@@ -39,10 +39,33 @@ struct GradientArguments {
   Coefficients coefficients;
 };
 
-// Rows v to v + kBatch - 1 of the tokens that a thread owns.
+// What a thread needs for every row of the tokens that it owns.
+template <class T, int kTokens>
+struct Tokens {
+  int64_t first;
+  int count;
+  unsigned left_out;  // bit i: token i has no gradient, whatever its logits
+  TokenCoefficients<T> coefficients[kTokens];
+};
+
+// Class probabilities are rare: their coefficients are read again for every row, so that they occupy
+// no registers elsewhere.
+template <int kTokens, class T>
+MEMEFF_DEVICE void add_probabilities(T (&dz)[kTokens], int64_t v, T weight,
+                                     const Tokens<T, kTokens>& tokens,
+                                     const GradientArguments<T>& arguments) {
+  T coefficients[kTokens];
+  load(coefficients, static_cast<const T*>(arguments.coefficients.target) + tokens.first,
+       tokens.count);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i)
+    if (i < tokens.count)
+      dz[i] += coefficients[i] * weight * arguments.probabilities.at(tokens.first + i, v);
+}
+
+// Rows v to v + kBatch - 1 of those tokens.
 template <class G, int kTokens, class T>
-MEMEFF_DEVICE void convert_batch(int64_t v, int64_t token, int count,
-                                 const TokenCoefficients<T> (&c)[kTokens],
+MEMEFF_DEVICE void convert_batch(int64_t v, const Tokens<T, kTokens>& tokens,
                                  const GradientArguments<T>& arguments) {
   const auto& transform = arguments.transform;
   T* const row = arguments.products + v * arguments.stride;
@@ -50,27 +73,30 @@ MEMEFF_DEVICE void convert_batch(int64_t v, int64_t token, int count,
   G gradient[kBatch][kTokens];
 #pragma unroll
   for (int r = 0; r < kBatch; ++r)
-    if (v + r < arguments.block.classes) load(u[r], row + r * arguments.stride + token, count);
+    if (v + r < arguments.block.classes)
+      load(u[r], row + r * arguments.stride + tokens.first, tokens.count);
 #pragma unroll
   for (int r = 0; r < kBatch; ++r) {
     if (v + r >= arguments.block.classes) continue;
     const T bias = transform.bias_of(v + r);
     const T weight = transform.weight_of(v + r);
+    T from_target[kTokens] = {};
+    if (arguments.probabilities.data != nullptr)
+      add_probabilities(from_target, v + r, weight, tokens, arguments);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const T z = transform.logit(u[r][i], bias);
-      T dz = c[i].gradient(z, weight);
-      if (arguments.probabilities.data != nullptr && i < count)
-        dz += c[i].target * weight * arguments.probabilities.at(token + i, v + r);
+      const T dz = tokens.coefficients[i].gradient(z, weight) + from_target[i];
       // A token that is left out may have NaN logits, its gradient is zero.
-      gradient[r][i] = narrow<G>(c[i].all_zero() ? T(0) : dz * transform.slope(z));
+      gradient[r][i] = narrow<G>((tokens.left_out >> i & 1) != 0 ? T(0) : dz * transform.slope(z));
     }
   }
   if (sizeof(G) < sizeof(T)) __syncthreads();
 #pragma unroll
   for (int r = 0; r < kBatch; ++r)
     if (v + r < arguments.block.classes)
-      store(reinterpret_cast<G*>(row + r * arguments.stride) + token, gradient[r], count);
+      store(reinterpret_cast<G*>(row + r * arguments.stride) + tokens.first, gradient[r],
+            tokens.count);
 }
 
 template <class T, class G>
@@ -86,28 +112,32 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
   // All threads take part in every step and batch, because of the barriers.
   for (int64_t step = first_step; step < first_step + arguments.steps_per_block; ++step) {
-    const int64_t token = (step * blockDim.x + threadIdx.x) * kTokens;
-    const int count = count_left<kTokens>(token, block.tokens);
-    TokenCoefficients<T> c[kTokens];
-    load_coefficients(c, arguments.coefficients, token, count);
+    Tokens<T, kTokens> tokens;
+    tokens.first = (step * blockDim.x + threadIdx.x) * kTokens;
+    tokens.count = count_left<kTokens>(tokens.first, block.tokens);
+    load_coefficients(tokens.coefficients, arguments.coefficients, tokens.first, tokens.count);
+    tokens.left_out = 0;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+      tokens.left_out |= (tokens.coefficients[i].all_zero() ? 1u : 0u) << i;
     int target[kTokens];
-    load_targets(target, arguments.index, block, token, count);
+    load_targets(target, arguments.index, block, tokens.first, tokens.count);
 
     T target_gradient[kTokens];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (target[i] < begin || target[i] >= end) target[i] = -1;  // not in my rows
       if (target[i] < 0) continue;
-      const T u = arguments.products[target[i] * arguments.stride + token + i];
+      const T u = arguments.products[target[i] * arguments.stride + tokens.first + i];
       const T z = transform.logit(u, transform.bias_of(target[i]));
-      const T dz = c[i].target_gradient(z, transform.weight_of(target[i]));
-      target_gradient[i] = c[i].all_zero() ? T(0) : dz * transform.slope(z);
+      const T dz = tokens.coefficients[i].target_gradient(z, transform.weight_of(target[i]));
+      target_gradient[i] = tokens.coefficients[i].all_zero() ? T(0) : dz * transform.slope(z);
     }
-    for (int64_t v = begin; v < end; v += kBatch) convert_batch<G>(v, token, count, c, arguments);
+    for (int64_t v = begin; v < end; v += kBatch) convert_batch<G>(v, tokens, arguments);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i)
       if (target[i] >= 0)
-        reinterpret_cast<G*>(arguments.products + target[i] * arguments.stride)[token + i] =
+        reinterpret_cast<G*>(arguments.products + target[i] * arguments.stride)[tokens.first + i] =
             narrow<G>(target_gradient[i]);
   }
 }

@@ -87,9 +87,9 @@ constexpr int kStatisticsThreads = 256;
 
 template <class A>
 __global__ void __launch_bounds__(kStatisticsThreads)
-    write_token_statistics_kernel(Problem problem, TokenArrays tokens) {
-  const int64_t token = int64_t{blockIdx.x} * kStatisticsThreads + threadIdx.x;
-  if (token >= problem.tokens) return;
+    write_token_statistics_kernel(Problem problem, TokenArrays tokens, int64_t begin, int64_t end) {
+  const int64_t token = begin + int64_t{blockIdx.x} * kStatisticsThreads + threadIdx.x;
+  if (token >= end) return;
   const TokenStatistics& wanted = tokens.wanted;
   const int64_t target = tokens.target[token];
   const bool left_out = target == kNoTarget && wanted.skip_ignored;
@@ -108,14 +108,16 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 
 }  // namespace
 
-Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, void* stream) {
-  if (problem.tokens == 0) return {};
+Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                              int64_t end, void* stream) {
+  if (begin == end) return {};
   const bool in_double = accumulation_dtype(problem.dtype) == DType::kFloat64;
   const auto write =
       in_double ? write_token_statistics_kernel<double> : write_token_statistics_kernel<float>;
   const auto blocks =
-      static_cast<unsigned>((problem.tokens + kStatisticsThreads - 1) / kStatisticsThreads);
-  MEMEFF_LAUNCH(write, dim3(blocks), dim3(kStatisticsThreads), 0, stream, problem, tokens);
+      static_cast<unsigned>((end - begin + kStatisticsThreads - 1) / kStatisticsThreads);
+  MEMEFF_LAUNCH(write, dim3(blocks), dim3(kStatisticsThreads), 0, stream, problem, tokens, begin,
+                end);
   return launch_status();
 }
 

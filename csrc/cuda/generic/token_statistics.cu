@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kScalarThreads)
   }
   if (scales_sums(problem)) {
     // With every token left out gradients are 0, not 0/0, as in torch.
-    scalars.output_scale = counted > 0.0 || tokens.for_statistics ? problem.logit_scale / scalars.denominator : 0.0;
+    scalars.output_scale =
+        counted > 0.0 || tokens.for_statistics ? problem.logit_scale / scalars.denominator : 0.0;
     if (problem.grad_loss != nullptr && problem.reduction != Reduction::kNone)
       scalars.output_scale *= problem.grad_loss[0];
     scalars.output_scale_float = static_cast<float>(scalars.output_scale);
@@ -186,6 +187,19 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
         static_cast<A>(softmax - factors.target * target_mass);
   if (tokens.weighted != nullptr)
     static_cast<A*>(tokens.weighted)[token] = static_cast<A>(-factors.weighted);
+  if (tokens.target_gradient == nullptr || tokens.target_logit == nullptr) return;
+
+  // The whole entry of the target's class: 1 - p keeps its digits only up here, in fp64.
+  const double logit = static_cast<const A*>(tokens.target_logit)[token];
+  const double weighted_part = tokens.weighted_apart ? 0.0 : factors.weighted;
+  const double p = exp(logit - lse);
+  double gradient = factors.softmax * p - (factors.target + weighted_part) * target_mass;
+  if (factors.entropy != 0.0 && p != 0.0) gradient += factors.entropy * p * logit;
+  if (problem.softcap > 0.0) {
+    const double tanh = logit / problem.softcap;
+    gradient *= 1.0 - tanh * tanh;
+  }
+  tokens.target_gradient[token] = static_cast<float>(gradient);
 }
 
 // ---- merging ----
@@ -308,21 +322,10 @@ __global__ void __launch_bounds__(kMergedTokens* kMergingWarps)
     const bool any = maximum.value > A(-INFINITY);
     tokens.argmax[token] = any ? partials.argmax[maximum.range * stride + column] : 0;
   }
-  if (tokens.shift == nullptr) return;
+  if (tokens.for_statistics) return;
   if (problem.probabilities == nullptr) target_mass = tokens.target_mass[token];
   const Factors factors = factors_of(problem, tokens, token, lse, target_mass);
   store_coefficients<A>(problem, tokens, token, lse, target_mass, factors);
-  if (tokens.target_gradient == nullptr) return;
-
-  // The whole entry of the target's class: 1 - p keeps its digits only up here, in fp64.
-  const double logit = static_cast<const A*>(tokens.target_logit)[token];
-  const double weighted = tokens.weighted_apart ? 0.0 : factors.weighted;
-  double gradient = factors.softmax * exp(logit - lse) - (factors.target + weighted) * target_mass;
-  if (problem.softcap > 0.0) {
-    const double tanh = logit / problem.softcap;
-    gradient *= 1.0 - tanh * tanh;
-  }
-  tokens.target_gradient[token] = static_cast<float>(gradient);
 }
 
 // ---- restoring ----
@@ -347,9 +350,9 @@ __global__ void __launch_bounds__(kMassThreads)
 
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    restore_statistics_kernel(Problem problem, TokenArrays tokens) {
-  const int64_t token = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (token >= problem.tokens) return;
+    restore_statistics_kernel(Problem problem, TokenArrays tokens, int64_t begin, int64_t end) {
+  const int64_t token = begin + int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (token >= end) return;
   const double lse = problem.lse[token], target_mass = tokens.target_mass[token];
   tokens.lse[token] = lse;
   const Factors factors = factors_of(problem, tokens, token, lse, target_mass);
@@ -416,15 +419,16 @@ Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64
   return launch_status();
 }
 
-Status restore_statistics(const Problem& problem, const TokenArrays& tokens, void* stream) {
-  if (problem.tokens == 0) return {};
+Status restore_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                          int64_t end, void* stream) {
+  if (begin == end) return {};
   if (problem.probabilities != nullptr)
     MEMEFF_LAUNCH(probability_mass_kernel, dim3(static_cast<unsigned>(problem.tokens)),
                   dim3(kMassThreads), 0, stream, problem, tokens);
   const auto restore =
       in_double(problem) ? restore_statistics_kernel<double> : restore_statistics_kernel<float>;
-  MEMEFF_LAUNCH(restore, dim3(blocks_of(problem.tokens, kThreads)), dim3(kThreads), 0, stream,
-                problem, tokens);
+  MEMEFF_LAUNCH(restore, dim3(blocks_of(end - begin, kThreads)), dim3(kThreads), 0, stream, problem,
+                tokens, begin, end);
   return launch_status();
 }
 

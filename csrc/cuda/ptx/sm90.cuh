@@ -124,10 +124,12 @@ MEMEFF_DEVICE void mbarrier_arrive(uint32_t mbarrier) {
 #endif
 }
 
+// In another block of the cluster. Orders the thread's plain accesses for threads of its own block
+// only, which is enough to hand over what TMA and wgmma access: for the other block, ptxas would put
+// a MEMBAR of the whole GPU before each arrival and an invalidation of L1 after each wait.
 MEMEFF_DEVICE void mbarrier_arrive_cluster(uint32_t mapped_mbarrier) {
 #if defined(__CUDACC__)
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped_mbarrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped_mbarrier) : "memory");
 #else
   emulator::mbarrier_arrive_cluster(mapped_mbarrier);
 #endif
@@ -176,21 +178,6 @@ MEMEFF_DEVICE void mbarrier_wait(uint32_t mbarrier, int parity) {
       "{\n.reg .pred p;\n"
       "wait_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-      "@!p bra.uni wait_%=;\n}" ::"r"(mbarrier),
-      "r"(parity)
-      : "memory");
-#else
-  emulator::mbarrier_wait(mbarrier, parity);
-#endif
-}
-
-// The same where threads of other blocks arrive.
-MEMEFF_DEVICE void mbarrier_wait_cluster(uint32_t mbarrier, int parity) {
-#if defined(__CUDACC__)
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "wait_%=:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
       "@!p bra.uni wait_%=;\n}" ::"r"(mbarrier),
       "r"(parity)
       : "memory");

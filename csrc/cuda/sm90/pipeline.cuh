@@ -177,10 +177,7 @@ MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int 
 template <int kCluster>
 MEMEFF_DEVICE void wait_until_empty(const Ring<kCluster>& ring) {
   // On a fresh mbarrier parity 1 counts as over: the first round finds every stage empty.
-  if constexpr (kCluster == 1)
-    ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
-  else
-    ptx::mbarrier_wait_cluster(ring.empty(ring.stage), ring.parity ^ 1);
+  ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);
 }
 
 // The producer's thread: the next stage gets k [first_k, first_k + 64) of rows first_m of A and

@@ -25,6 +25,7 @@ SOURCES = (
     "csrc/cuda/call_memory.cpp",
     "csrc/cuda/cuda_backend.cpp",
     "csrc/cuda/gemm_torch.cpp",
+    "csrc/cuda/layout.cpp",
     "csrc/cuda/plan.cpp",
     "csrc/cuda/select.cpp",
     "csrc/driver/driver.cpp",

@@ -91,7 +91,7 @@ class EmulatedDevice : public CudaLikeDevice {
       const TokenStatistics& s = *p.token_statistics;
       buffers.output(s.logprob, p.tokens * sum_size, "logprob", sum_size);
       buffers.output(s.entropy, p.tokens * 8, "entropy", 8);
-      buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
+      if (s.known_entropy != s.entropy) buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
       buffers.output(s.max_logit, p.tokens * sum_size, "max_logit", sum_size);
       buffers.output(s.argmax, p.tokens * 8, "argmax", 8);
       buffers.input(s.grad_logprob, p.tokens * 8, "grad_logprob", 8);
@@ -116,8 +116,8 @@ class EmulatedDevice : public CudaLikeDevice {
     buffers.output(to.mutable_data_ptr(), static_cast<int64_t>(to.nbytes()), "scaled gradient",
                    size, !from.is_same(to));
     const Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
-                                                     dtype_of(from, "gradient"), from.numel(),
-                                                     factor.const_data_ptr<double>(), nullptr);
+                                               dtype_of(from, "gradient"), from.numel(),
+                                               factor.const_data_ptr<double>(), nullptr);
     TORCH_CHECK(status.ok(), status.message);
   }
 

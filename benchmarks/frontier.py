@@ -1,0 +1,148 @@
+"""Time against memory, predicted: what memeff.plan makes of memory budgets on GPUs. Needs no GPU.
+
+    python benchmarks/frontier.py                          the table, on stdout
+    python benchmarks/frontier.py --plot docs/frontier.png
+
+A forward and backward pass in bfloat16. Times are the planner's own predictions (FLOPs, tiles that
+stay empty, launches, memory traffic: predicted_cost in csrc/cuda/plan.cpp) at the rates of
+predict_cuda.py. Nothing here is a measurement of memeff. The peers' places are their own figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from predict_cuda import GPUS, Gpu
+
+import memeff
+
+MIB = 2**20
+FEATURES, VOCAB = 4096, 128256
+TOKENS = (4096, 8192, 16384)
+CAPABILITIES = {"A100 80GB": (8, 0), "H100 SXM": (9, 0), "H200": (9, 0)}
+DRAWN = [gpu for gpu in GPUS if gpu.name in CAPABILITIES]
+BUDGETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+PRODUCTS = {"own": "own products", "cublas": "cuBLAS"}
+
+# On an H200, at this shape: (who, tokens, ms, MiB over the gradients). Liger's pull request 1472,
+# Triton kernels in chunks, 1066 MiB of gradients taken off. (QuACK 0.6.1, 17.33 ms at 4096 tokens,
+# says nothing about its memory.)
+PEERS = (
+    ("1 chunk", 8192, 53.04, 1128.66 - 1066),
+    ("8 chunks", 8192, 37.75, 1568.04 - 1066),
+    ("16 chunks", 8192, 35.07, 2068.04 - 1066),
+)
+# What memeff is meant to reach on an H200: (tokens, ms, MiB over the gradients).
+GOALS = ((8192, 34.0, 512), (8192, 36.0, 256), (8192, 45.0, 32))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A plan under a budget in MiB, and its predicted milliseconds."""
+
+    budget: int
+    plan: memeff.Plan
+    ms: float
+
+    @property
+    def mib(self) -> float:
+        return self.plan.workspace_bytes / MIB
+
+
+def floor_ms(gpu: Gpu, tokens: int) -> float:
+    """Of the three bare products."""
+    return 6.0 * tokens * FEATURES * VOCAB / gpu.tflops / 1e9
+
+
+def frontier(gpu: Gpu, tokens: int, products: str) -> list[Point]:
+    """One point per budget; `products`: a key of PRODUCTS, who multiplies the gradients."""
+    capability = CAPABILITIES[gpu.name]
+    family = "sm90" if capability == (9, 0) else "sm80"
+    os.environ["MEMEFF_CUDA_KERNELS"] = f"{family},{family if products == 'own' else 'generic'}"
+    points = []
+    for budget in BUDGETS:
+        plan = memeff.plan(
+            tokens, FEATURES, VOCAB, "bfloat16", backend="cuda", memory_budget=budget * MIB,
+            compute_capability=capability,
+        )  # fmt: skip
+        points.append(Point(budget, plan, plan.predicted_flops / gpu.tflops / 1e9))
+    return points
+
+
+def table(gpu: Gpu, tokens: int) -> list[str]:
+    """Markdown, a row for every budget that changes a plan."""
+    columns = [frontier(gpu, tokens, products) for products in PRODUCTS]
+    head = [f"{name}: MiB taken | N D V | ms | x floor" for name in PRODUCTS.values()]
+    lines = [
+        f"{gpu.name}, {tokens} tokens; three bare products: {floor_ms(gpu, tokens):.1f} ms",
+        "",
+        f"| budget, MiB | {' | '.join(head)} |",
+        "| --- |" + " --- |" * 4 * len(PRODUCTS),
+    ]
+    before: list[str] = []
+    for points in zip(*columns, strict=True):
+        cells = []
+        for point in points:
+            ndv = 6 * point.plan.flops / point.plan.floor_flops
+            ratio = point.ms / floor_ms(gpu, tokens)
+            cells += [f"{point.mib:.0f}", f"{ndv:.2f}", f"{point.ms:.1f}", f"{ratio:.2f}"]
+        if cells != before:
+            lines.append(f"| {points[0].budget} | {' | '.join(cells)} |")
+        before = cells
+    return lines
+
+
+def draw(path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(TOKENS), figsize=(11, 4.4), layout="constrained")
+    for axis, tokens in zip(axes, TOKENS, strict=True):
+        for i, gpu in enumerate(DRAWN):
+            for products, style in zip(PRODUCTS, ("-", ":"), strict=True):
+                points = frontier(gpu, tokens, products)
+                label = f"{gpu.name}, {PRODUCTS[products]}"
+                memory, times = [p.mib for p in points], [p.ms for p in points]
+                axis.step(memory, times, style, where="post", color=f"C{i}", label=label)
+        for who, at, ms, mib in PEERS:
+            if at == tokens:
+                axis.plot(mib, ms, "k^", label="Liger on an H200, measured by Liger")
+                axis.annotate(who, (mib, ms), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        for at, ms, mib in GOALS:
+            if at == tokens:
+                axis.plot(mib, ms, "r*", label="goal on an H200")
+        axis.set(title=f"{tokens} tokens", xscale="log", xlabel="workspace, MiB", ylim=(0, None))
+        axis.set_xticks((32, 128, 512, 2048), ("32", "128", "512", "2048"))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ms")
+    handles: dict[str, object] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    what = f"forward + backward, bfloat16, {FEATURES} features, {VOCAB} classes"
+    figure.suptitle(f"PREDICTED, not measured: {what}", fontsize=10)
+    figure.savefig(path, dpi=80)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--plot", metavar="PATH", help="draw instead (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    if options.plot:
+        draw(options.plot)
+        return
+    for gpu in DRAWN:
+        for tokens in TOKENS:
+            print("\n".join(table(gpu, tokens)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+// The workspace of a plan.
+#include "cuda/plan_sizes.h"
+
+#include <algorithm>
+
+#include "core/tiling.h"
+#include "cuda/launch.h"
+#include "cuda/tokens.h"
+
+namespace memeff::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 256;  // what kernels and TMA like best
+constexpr int64_t kRow = 8;          // tokens to which rows of blocks are padded: 16 bytes
+// Enough for the GPU to be busy with the scores of one token tile row after row.
+constexpr int64_t kWantedBlocks = 4 * kTilesInFlight;
+
+class Cursor {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t at = offset_;
+    offset_ += round_up(bytes, kAlignment);
+    end_ = std::max(end_, offset_);
+    return at;
+  }
+  int64_t offset() const { return offset_; }
+  int64_t end() const { return end_; }
+  void move_to(int64_t offset) { offset_ = offset; }
+
+ private:
+  int64_t offset_ = 0, end_ = 0;
+};
+
+int64_t tiles(int64_t classes) { return ceil_div(classes, kStoredTile); }
+int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
+
+/// Whether all kept scores have become gradients, and their maxima are of no more use, before the
+/// sweeps over slices begin: the driver computes grad_input from kept scores first. Products from
+/// scores as they are need them to the end.
+bool maxima_end_early(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  return t.kernels.stores_16_bits() && plan.kind == PlanKind::kVocabSlices && r.grad_input &&
+         t.kernels.products != Family::kSm90rs;
+}
+
+/// Scores that are computed slice by slice because they are not kept.
+bool needs_slice(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  if (fresh_tokens(r, plan) > 0) return true;
+  return !t.kernels.stores_16_bits() && kept_tokens(r, plan) < r.tokens &&
+         plan.kind != PlanKind::kTokenChunks;
+}
+
+}  // namespace
+
+int64_t score_block(const Plan& plan) {
+  return plan.score_block > 0 ? plan.score_block : plan.token_block;
+}
+
+bool writes_gradients(const PlanTraits& t) {
+  return t.kernels.products != Family::kGeneric && !t.smoothing_apart;
+}
+
+int64_t kept_tokens(const PlanRequest& r, const Plan& plan) {
+  const int64_t rest = std::max<int64_t>(0, r.tokens - plan.stored_in_gradient);
+  const int64_t chunk = std::min(rest, plan.chunk_tokens);
+  if (plan.kind == PlanKind::kTokenChunks) return std::max(plan.stored_in_gradient, chunk);
+  return plan.stored_in_gradient + plan.stored_chunks * chunk;
+}
+
+int64_t fresh_tokens(const PlanRequest& r, const Plan& plan) {
+  if (plan.kind != PlanKind::kVocabSlices) return 0;
+  return r.statistics_known ? r.tokens : r.tokens - kept_tokens(r, plan);
+}
+
+int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  if (!r.grad_input || !is_16_bit(r.dtype)) return 0;
+  int64_t rows = 0;
+  if (!writes_gradients(t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
+  if (plan.kind == PlanKind::kVocabSlices) {
+    const bool all_at_once = r.grad_weight && !plan.separate_sweeps;
+    const int64_t fresh = fresh_tokens(r, plan);
+    const int64_t block = plan.input_sweep_block > 0 ? plan.input_sweep_block : plan.token_block;
+    if (fresh > 0) rows = std::max(rows, all_at_once ? fresh : block);
+  }
+  return std::min(rows, r.tokens);
+}
+
+int64_t summed_beside_scores(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  const bool sums = r.grad_input && is_16_bit(r.dtype) && !writes_gradients(t);
+  return sums && kept_tokens(r, plan) > 0 ? std::min(plan.input_block, r.tokens) : 0;
+}
+
+bool one_weight_product(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  if (!writes_gradients(t)) return false;
+  if (plan.kind == PlanKind::kTokenChunks) return plan.weight_block >= kept_tokens(r, plan);
+  const bool all_fresh = fresh_tokens(r, plan) == r.tokens;
+  const bool all_in_gradient = plan.stored_in_gradient == r.tokens;
+  return (all_fresh || all_in_gradient) && plan.token_block >= r.tokens;
+}
+
+int64_t kept_score_bytes(const PlanRequest& r, const PlanTraits& t) {
+  return t.kernels.stores_16_bits() ? 2 : accumulation_size(r);
+}
+
+int64_t tokens_in_gradient_row(const PlanRequest& r, const PlanTraits& t) {
+  // None if a row is no whole number of scores: the rows of scores and of gradients must coincide.
+  const int64_t bytes = r.features * size_of(r.dtype);
+  return bytes % kept_score_bytes(r, t) == 0 ? bytes / kept_score_bytes(r, t) : 0;
+}
+
+int64_t classes_per_range(const PlanRequest& r, const PlanTraits& t, const Plan& plan, bool kept) {
+  if (!t.kernels.stores_16_bits()) return kGenericRange;
+  if (kept) return kStoredTile;
+  // Two stored tiles are the largest tile of any family.
+  constexpr int64_t kStep = 2 * kStoredTile;
+  const int64_t rows = token_tiles(std::min(score_block(plan), std::max<int64_t>(1, r.tokens)));
+  const int64_t ranges = std::max<int64_t>(1, ceil_div(kWantedBlocks, rows));
+  return round_up(ceil_div(std::max<int64_t>(1, r.vocab), ranges), kStep);
+}
+
+Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  const int64_t sum_bytes = accumulation_size(r);
+  const bool fused = t.kernels.stores_16_bits();
+  const int64_t kept = kept_tokens(r, plan);
+  const int64_t block = round_up(std::min(score_block(plan), std::max<int64_t>(1, r.tokens)), kRow);
+
+  Cursor cursor;
+  Layout at;
+  at.scalars = cursor.take(sizeof(CallScalars));
+  at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
+  at.bias = cursor.take(r.vocab * sum_bytes);
+  at.class_weight = cursor.take(r.vocab * sum_bytes);
+  at.bias_sum = cursor.take(r.vocab * sum_bytes);
+  if (t.skips) at.tiles = cursor.take(tiles(r.vocab) * (token_tiles(kept) + 2));
+  const int64_t chunk = std::min(plan.chunk_tokens, r.tokens - plan.stored_in_gradient);
+  if (chunk > 0) at.scores = cursor.take(r.vocab * round_up(chunk, kRow) * kept_score_bytes(r, t));
+  if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight)
+    at.remainder = cursor.take(r.vocab * r.features * 2);
+  if (t.smoothing_apart) at.row_sums = cursor.take(2 * r.features * 4);
+  const auto take_maxima = [&] {
+    if (fused) at.kept_maxima = cursor.take(tiles(r.vocab) * round_up(kept, kRow) * 4);
+  };
+  const auto take_slice = [&] {
+    if (!needs_slice(r, t, plan)) return;
+    const int64_t most = plan.kind == PlanKind::kVocabSlices ? fresh_tokens(r, plan) : r.tokens;
+    const int64_t blocks[2] = {std::min(plan.token_block, most),
+                               std::min(plan.input_sweep_block, most)};
+    const int64_t slices[2] = {plan.slice_vocab, plan.input_sweep_slice};
+    const auto larger = [](int64_t x, int64_t y) { return std::max(x, y); };
+    at.slice = cursor.take(
+        larger(slices[0] * round_up(blocks[0], kRow), slices[1] * round_up(blocks[1], kRow)) *
+        (fused ? 2 : sum_bytes));
+    if (t.skips)
+      at.slice_tiles = cursor.take(larger(tiles(slices[0]) * token_tiles(blocks[0]),
+                                          tiles(slices[1]) * token_tiles(blocks[1])));
+  };
+  const bool early = maxima_end_early(r, t, plan);
+  if (!early) take_maxima(), take_slice();
+
+  // First the statistics, then the sums of grad_input that kept scores make.
+  const int64_t steps = cursor.offset();
+  if (!r.statistics_known) {
+    const auto bytes = [&](bool is_kept) {
+      const int64_t ranges = ceil_div(r.vocab, classes_per_range(r, t, plan, is_kept));
+      const int64_t arrays = t.partials - (fused && is_kept ? 1 : 0);  // the maxima are kept
+      return ranges * block * (arrays * sum_bytes + (t.argmax ? 4 : 0)) +
+             (t.partials + 1) * kAlignment;
+    };
+    const bool some_kept = kept > 0, some_not = plan.kind != PlanKind::kTokenChunks &&
+                                                kept < std::max<int64_t>(1, r.tokens);
+    at.partials = cursor.take(
+        std::max(some_kept ? bytes(true) : 0, some_not || !some_kept ? bytes(false) : 0));
+  }
+  if (early) {
+    const int64_t sums = summed_beside_scores(r, t, plan) * r.features * 4;
+    cursor.move_to(std::max(cursor.offset(), steps + round_up(sums, kAlignment)));
+    take_maxima();
+  }
+
+  // Then the sweeps, or the rest of a chunk.
+  cursor.move_to(steps);
+  const int64_t sums = summed_tokens(r, t, plan);
+  if (sums > 0) at.input_sum = cursor.take(sums * r.features * 4);
+  const int64_t input_end = cursor.offset();
+  if (plan.kind == PlanKind::kTokenChunks || plan.separate_sweeps) cursor.move_to(steps);
+  if (r.grad_weight) {
+    if (!one_weight_product(r, t, plan)) {
+      at.weight_sum = cursor.take(plan.slice_vocab * r.features * sum_bytes);
+    } else if (plan.stored_in_gradient > 0) {
+      at.weight_copy = cursor.take(plan.slice_vocab * round_up(plan.stored_in_gradient, kRow) * 2);
+    }
+  }
+  if (early) {
+    cursor.move_to(std::max(cursor.offset(), input_end));
+    take_slice();
+  }
+  at.total = cursor.end();
+  return at;
+}
+
+}  // namespace memeff::cuda

@@ -1,0 +1,35 @@
+// What of a plan takes memory and work: shared by its layout (layout.cpp) and the search (plan.cpp).
+#pragma once
+
+#include "core/dtype.h"
+#include "cuda/plan.h"
+
+namespace memeff::cuda {
+
+constexpr int64_t kGenericRange = 512;   // classes per partial statistics of stored products
+constexpr int64_t kTilesInFlight = 132;  // of 128 x 256, on an H100 or H200; see predicted_cost
+
+inline int64_t accumulation_size(const PlanRequest& r) {
+  return size_of(accumulation_dtype(r.dtype));
+}
+
+/// Tokens whose statistics are computed together.
+int64_t score_block(const Plan& plan);
+
+/// Whether a product may write a gradient by itself, without fp32 sums in between.
+bool writes_gradients(const PlanTraits& traits);
+
+/// Tokens whose scores are kept: at a time under token chunks, in all under vocab slices.
+int64_t kept_tokens(const PlanRequest& request, const Plan& plan);
+/// Tokens under vocab slices whose gradients are computed from scores made again.
+int64_t fresh_tokens(const PlanRequest& request, const Plan& plan);
+
+/// Rows of grad_input that are summed in the workspace; those of them that are while scores are kept.
+int64_t summed_tokens(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
+int64_t summed_beside_scores(const PlanRequest& request, const PlanTraits& traits,
+                             const Plan& plan);
+
+/// Whether one product writes a slice of grad_weight, so that no sums are needed.
+bool one_weight_product(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
+
+}  // namespace memeff::cuda

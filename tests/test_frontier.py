@@ -1,0 +1,36 @@
+"""benchmarks/frontier.py: the table of docs/kernels.md is what the planner predicts today."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import pytest
+
+from buildtools.sources import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import frontier
+
+
+@pytest.mark.parametrize("tokens", frontier.TOKENS)
+def test_the_page_shows_what_is_predicted(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "")  # frontier() sets it
+    (h200,) = (gpu for gpu in frontier.DRAWN if gpu.name == "H200")
+    title, _, *rows = frontier.table(h200, tokens)
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert "\n".join([f"**{title}**", "", *rows]) in page
+
+
+@pytest.mark.parametrize("gpu", frontier.DRAWN, ids=lambda gpu: gpu.name)
+def test_more_memory_is_not_slower(gpu: frontier.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "")
+    for tokens in frontier.TOKENS:
+        for products in frontier.PRODUCTS:
+            points = frontier.frontier(gpu, tokens, products)
+            assert all(point.mib <= point.budget for point in points)
+            # Chunks are as large as the budget allows, which may fit tiles a little worse.
+            for less, more in itertools.pairwise(points):
+                assert more.ms <= 1.02 * less.ms
+            assert points[-1].ms > frontier.floor_ms(gpu, tokens)
