@@ -54,7 +54,7 @@ emulate:
 	cmake -S tests/emulator -B build/emulator \
 	  $(addprefix -DPython3_EXECUTABLE=,$(wildcard $(BIN)/python))
 	cmake --build build/emulator --parallel 2
-	ctest --test-dir build/emulator --output-on-failure
+	ctest --test-dir build/emulator --parallel 2 --output-on-failure
 
 # Needs nvcc, no GPU; some minutes.
 ptxas:

@@ -64,11 +64,10 @@ struct PartialStatistics {
 };
 
 /// The gradient with respect to z, per token (arrays [tokens] of A):
-///   dz_v = p_v (softmax + entropy (z_v - shift)) + target [v == y] + weighted w_v
-///   p_v = exp(z_v - shift)
+///   dz_v = p_v (softmax + entropy z_v) + target [v == y] + weighted w_v     p_v = exp(z_v - shift)
 /// or, with class probabilities q,  ... + target w_v q_v. A token whose coefficients are all zero
 /// gets zeros, whatever its logits. For index targets the entry of y is computed as
-///   softmax expm1(z_y - shift) + target_rest + p_y entropy (z_y - shift) + weighted w_y
+///   softmax expm1(z_y - shift) + target_rest + p_y entropy z_y + weighted w_y
 /// whose digits survive a softmax close to 1; target_rest = softmax + target, made in fp64.
 ///
 /// The gradient with respect to u is dz times dz/du, of which kernels apply 1 - (z / softcap)^2

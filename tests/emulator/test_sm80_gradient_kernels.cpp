@@ -70,13 +70,12 @@ double wanted_gradient(LinearCase<T>& c, TokenCoefficients& coefficients,
   if (softmax == 0 && entropy == 0 && weighted == 0 && rest == 0) return 0;
   const double z = c.logit(n, v), p = std::exp(z - coefficients.shift[n]);
   double dz = p * softmax + weighted * c.class_weight(v);
-  if (p > 0) dz += p * entropy * (z - coefficients.shift[n]);
+  if (p > 0) dz += p * entropy * z;
   if (options.target && c.target_of(n) == v) dz += rest - softmax;
   const double t = c.shape.softcap == 0 ? 0 : z / c.shape.softcap;
   const double wanted = dz * (1 - t * t);
   // Errors of z: of its sum in fp32, enlarged by exp and by the slope.
-  const double size =
-      p > 0 ? p * (std::abs(softmax) + std::abs(entropy * (z - coefficients.shift[n]))) : 0;
+  const double size = p > 0 ? p * (std::abs(softmax) + std::abs(entropy * z)) : 0;
   const double error =
       std::isinf(z) ? 0 : 4e-6 * (1 + std::abs(z)) * (size + (t == 0 ? 0 : std::abs(dz)));
   *tolerance = error + std::abs(wanted) * (rounding<T>() + 1e-6) + kSmallestHalf;

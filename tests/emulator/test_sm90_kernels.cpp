@@ -323,9 +323,9 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
       const double z = linear.z[n][v], p = std::exp(z - shift.at(0, n));
       const double w = c.options ? linear.weight.at(0, c.first_class + v) : 1.0;
       double wanted = p * softmax.at(0, n) + weighted.at(0, n) * w;
-      if (p > 0) wanted += p * entropy.at(0, n) * (z - shift.at(0, n));
+      if (p > 0) wanted += p * entropy.at(0, n) * z;
       double terms = std::abs(p * softmax.at(0, n)) + std::abs(weighted.at(0, n) * w);
-      if (p > 0) terms += std::abs(p * entropy.at(0, n) * (z - shift.at(0, n)));
+      if (p > 0) terms += std::abs(p * entropy.at(0, n) * z);
       if (v == linear.target_of(n)) {
         wanted += rest.at(0, n) - softmax.at(0, n);
         terms += std::abs(rest.at(0, n)) + std::abs(softmax.at(0, n));

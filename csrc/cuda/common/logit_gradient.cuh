@@ -24,23 +24,22 @@ struct TokenCoefficients {
   }
 
  private:
-  // p log p tends to 0 as z tends to -inf
+  // p z tends to 0 as z tends to -inf
   MEMEFF_DEVICE A entropy_term(A z) const {
-    return entropy == A(0) || z == A(-INFINITY) ? A(0) : entropy * (z - shift);
+    return entropy == A(0) || z == A(-INFINITY) ? A(0) : entropy * z;
   }
 };
 
 // What becomes of the scores E = exp(z - max) of a token and a tile of classes (StoredScores).
 struct StoredFactors {
   float softmax, entropy, weighted;  // the first two times exp(max - shift)
-  float max, log_scale;              // log_scale: max - shift, so that log p = log E + log_scale
+  float max;
   bool left_out;
 };
 MEMEFF_DEVICE StoredFactors stored_factors(const TokenCoefficients<float>& c, float max) {
   const bool left_out = c.all_zero();
-  const float log_scale = max - c.shift, scale = exponential(log_scale);
-  return {
-      left_out ? 0.f : scale * c.softmax, scale * c.entropy, c.weighted, max, log_scale, left_out};
+  const float scale = exponential(max - c.shift);
+  return {left_out ? 0.f : scale * c.softmax, scale * c.entropy, c.weighted, max, left_out};
 }
 
 // p_v softmax. No E exceeds 1; one that is not a number comes from a row whose lse and factor are

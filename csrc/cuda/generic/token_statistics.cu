@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kScalarThreads)
 
 // ---- coefficients ----
 
-// Factors of p_v and p_v log p_v, of the target and of w_v in the gradient, the latter two to be
+// Factors of p_v and p_v z_v, of the target and of w_v in the gradient, the latter two to be
 // subtracted.
 struct Factors {
   double softmax = 0.0, target = 0.0, weighted = 0.0, entropy = 0.0;
@@ -125,7 +125,7 @@ struct Factors {
 
 // Of token statistics, from the caller's upstream gradients (core/problem.h).
 MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenArrays& tokens,
-                                            int64_t token) {
+                                            int64_t token, double lse) {
   const TokenStatistics& wanted = tokens.wanted;
   const int64_t target = tokens.target[token];
   Factors factors;
@@ -137,7 +137,7 @@ MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenA
   if (wanted.grad_lse != nullptr) factors.softmax += g * wanted.grad_lse[token];
   if (wanted.grad_entropy != nullptr) {
     factors.entropy = -g * wanted.grad_entropy[token];
-    factors.softmax += factors.entropy * wanted.known_entropy[token];
+    factors.softmax += g * wanted.grad_entropy[token] * (lse - wanted.known_entropy[token]);
   }
   factors.target = -logprob;
   if (target == kBadTarget) factors.softmax = factors.target = NAN;
@@ -146,7 +146,7 @@ MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenA
 
 MEMEFF_DEVICE Factors factors_of(const Problem& problem, const TokenArrays& tokens, int64_t token,
                                  double lse, double target_mass) {
-  if (tokens.for_statistics) return factors_of_statistics(problem, tokens, token);
+  if (tokens.for_statistics) return factors_of_statistics(problem, tokens, token, lse);
   Factors factors;
   if (problem.target != nullptr && tokens.target[token] == kNoTarget) return factors;
   double g = problem.token_weight == nullptr ? 1.0 : problem.token_weight[token];
@@ -172,21 +172,14 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
                                       const Factors& factors) {
   const A shift = static_cast<A>(lse);
   // Kernels compute exp(z - shift). What rounding lse changes in it is undone here.
-  const double rounding = static_cast<double>(shift) - lse;
-  const double undone = isfinite(lse) ? exp(rounding) : 1.0;
-  double softmax = factors.softmax * undone;
-  if (tokens.entropy_coefficient != nullptr) {
-    const A coefficient = static_cast<A>(factors.entropy * undone);
-    static_cast<A*>(tokens.entropy_coefficient)[token] = coefficient;
-    // log p + H, which cancel, get one coefficient, the rounded one; log p is z - lse, not z - shift.
-    if (factors.entropy != 0.0) {
-      const double rounded = static_cast<double>(coefficient);
-      const double known = tokens.wanted.known_entropy[token];
-      softmax += rounded * (known + rounding) - factors.entropy * undone * known;
-    }
-  }
+  const double softmax =
+      isfinite(lse) ? factors.softmax * exp(static_cast<double>(shift) - lse) : factors.softmax;
   static_cast<A*>(tokens.shift)[token] = shift;
   static_cast<A*>(tokens.softmax)[token] = static_cast<A>(softmax);
+  if (tokens.entropy_coefficient != nullptr) {
+    const double undone = isfinite(lse) ? exp(static_cast<double>(shift) - lse) : 1.0;
+    static_cast<A*>(tokens.entropy_coefficient)[token] = static_cast<A>(factors.entropy * undone);
+  }
   if (problem.probabilities != nullptr)
     static_cast<A*>(tokens.target_coefficient)[token] = static_cast<A>(-factors.target);
   else
@@ -201,7 +194,7 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
   const double weighted_part = tokens.weighted_apart ? 0.0 : factors.weighted;
   const double p = exp(logit - lse);
   double gradient = factors.softmax * p - (factors.target + weighted_part) * target_mass;
-  if (factors.entropy != 0.0 && p != 0.0) gradient += factors.entropy * p * (logit - lse);
+  if (factors.entropy != 0.0 && p != 0.0) gradient += factors.entropy * p * logit;
   if (problem.softcap > 0.0) {
     const double tanh = logit / problem.softcap;
     gradient *= 1.0 - tanh * tanh;

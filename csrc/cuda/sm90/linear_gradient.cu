@@ -1,6 +1,6 @@
 // The gradient with respect to the products u = x W^T, from products computed again, on sm_90a.
 //
-//   dz_v = p_v (softmax + entropy (z_v - shift)) + weighted w_v,   p_v = exp(z_v - shift)   (Coefficients)
+//   dz_v = p_v (softmax + entropy z_v) + weighted w_v,   p_v = exp(z_v - shift)   (Coefficients)
 //   du_v = dz_v (1 - (z_v / softcap)^2)                                          [classes, tokens]
 //
 // x [tokens, features], W [classes, features]; the gradient has their type. One coefficient of each
@@ -67,7 +67,7 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
       const float p = fast_exp(value - c.shift);
       mass += p;
       float dz = p * c.softmax;
-      if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * (value - c.shift);
+      if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * value;
       if (c.weighted != 0.f && class_offset(k) < scores.classes - first)
         dz += c.weighted * transform.weight_of(first + class_offset(k));
       if (transform.softcap != 0.f) dz *= transform.slope(value);
