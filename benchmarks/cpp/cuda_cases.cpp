@@ -305,7 +305,7 @@ class Maker {
         sums.accumulate = true;
         product("fp32 sums, added", 8, sums);
         if (of_input || dtype_ != DType::kBFloat16) return;
-        rounded.remainder = remainder_, rounded.remainder_stride = d_;
+        rounded.split.remainder = remainder_, rounded.split.remainder_stride = d_;
         rounded.update = WeightUpdate::kSplitNext;
         product("split sums, added", 8, rounded);
       });
@@ -386,7 +386,7 @@ class Maker {
     add("update_rows", "generic", "rounded", 0, 6 * elements,
         [update, stream = stream_] { return update_rows(update, stream); });
     if (dtype_ == DType::kBFloat16) {
-      update.remainder = remainder_, update.remainder_stride = d_;
+      update.split.remainder = remainder_, update.split.remainder_stride = d_;
       update.update = WeightUpdate::kSplitNext;
       add("update_rows", "generic", "split sums, added", 0, 12 * elements,
           [update, stream = stream_] { return update_rows(update, stream); });

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/compact_sum.h"
+
 namespace memeff {
 
 /// Vocabulary rows that share one maximum per token (and one partial sum of exponentials).
@@ -28,8 +30,6 @@ constexpr int64_t copy_stride(int64_t inner) { return (ceil_div(inner, 32) / 2 *
 constexpr int64_t kTaskRows = 8 * kMicroRows;
 constexpr int64_t kTaskColumns = 512;
 
-/// Columns of a gradient whose compact sums share an exponent (cpu/compact_sum.h).
-constexpr int64_t kCompactBlock = 64;
 static_assert(kTaskColumns % kCompactBlock == 0, "a task holds whole blocks");
 
 }  // namespace memeff

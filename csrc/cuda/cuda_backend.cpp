@@ -194,8 +194,8 @@ class CudaBackend : public Backend {
     RowUpdate update = row_update(classes.size());
     update.sums = memory_.weight_sum();
     update.gradient = memory_.grad_weight_row(classes.begin);
-    update.remainder = memory_.remainder_row(classes.begin);
-    update.remainder_stride = problem_.features;
+    update.split.remainder = memory_.remainder_row(classes.begin);
+    update.split.remainder_stride = problem_.features;
     update.update = how;
     if (!handwritten_) {
       gemm({block.data, problem_.dtype, classes.size(), tokens.size(),
@@ -210,8 +210,7 @@ class CudaBackend : public Backend {
     if (at_once) {
       output.gradient = update.gradient;
       output.gradient_stride = problem_.features;
-      output.remainder = update.remainder;
-      output.remainder_stride = problem_.features;
+      output.split = update.split;
       output.update = how;
       output.scale = memory_.output_scale();
       if (memory_.in_gradient(block)) move_out_of_gradient(classes, tokens, &operands);

@@ -121,15 +121,25 @@ Status stored_gradient(const Block& block, const StoredScores& scores, DType gra
 Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
                          void* sums, void* stream);
 
+/// What split sums (kSplit*, core/weight_update.h) of a 16-bit gradient keep beside it. One is given:
+/// `remainder` [rows, columns], the lower halves of fp32 sums (bf16 only), or `exponents` of compact
+/// sums (core/compact_sum.h) [rows, ceil(columns / kCompactBlock)]. For sm90 the latter and their rows
+/// start at multiples of 4 bytes.
+struct SplitSums {
+  uint16_t* remainder = nullptr;
+  int64_t remainder_stride = 0;
+  uint8_t* exponents = nullptr;
+  int64_t exponents_stride = 0;
+};
+
 /// Rows of sums [rows, columns] of A into a gradient of type `dtype`, scaled by *scale (A, on the
-/// device; null: 1). `remainder` holds the lower halves of kSplit sums (bf16 only), [rows, columns].
+/// device; null: 1).
 struct RowUpdate {
   const void* sums = nullptr;
   int64_t sums_stride = 0;
   void* gradient = nullptr;
   int64_t gradient_stride = 0;
-  uint16_t* remainder = nullptr;
-  int64_t remainder_stride = 0;
+  SplitSums split;
   DType dtype = DType::kFloat32;
   int64_t rows = 0, columns = 0;
   WeightUpdate update = WeightUpdate::kWrite;
@@ -192,8 +202,7 @@ struct ProductOutput {
   bool accumulate = false;
   void* gradient = nullptr;
   int64_t gradient_stride = 0;
-  uint16_t* remainder = nullptr;
-  int64_t remainder_stride = 0;
+  SplitSums split;
   WeightUpdate update = WeightUpdate::kWrite;
   const float* scale = nullptr;
 };

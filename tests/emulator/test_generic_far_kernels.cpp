@@ -160,8 +160,8 @@ void test_rows() {
     RowUpdate update;
     update.sums = is_far ? far_sums.data() : near_sums.data();
     update.gradient = is_far ? far.data() : near.data();
-    update.remainder = static_cast<uint16_t*>(is_far ? far_low.data() : near_low.data());
-    update.sums_stride = update.gradient_stride = update.remainder_stride =
+    update.split.remainder = static_cast<uint16_t*>(is_far ? far_low.data() : near_low.data());
+    update.sums_stride = update.gradient_stride = update.split.remainder_stride =
         is_far ? kFarStride : kColumns;
     update.dtype = DType::kBFloat16, update.update = WeightUpdate::kSplitNext;
     update.rows = kRows, update.columns = kColumns;

@@ -232,7 +232,8 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
     RowUpdate rows_of;
     rows_of.sums = sums.data(), rows_of.sums_stride = sums_stride;
     rows_of.gradient = gradient.data(), rows_of.gradient_stride = gradient_stride;
-    if (split) rows_of.remainder = remainder.data(), rows_of.remainder_stride = remainder_stride;
+    if (split)
+      rows_of.split.remainder = remainder.data(), rows_of.split.remainder_stride = remainder_stride;
     rows_of.dtype = dtype, rows_of.rows = rows, rows_of.columns = columns;
     rows_of.update = update, rows_of.scale = scaled ? scale.data() : nullptr;
     CHECK(update_rows(rows_of, nullptr).ok());

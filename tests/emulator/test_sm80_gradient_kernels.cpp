@@ -369,8 +369,8 @@ void check_split(ProductCase<__nv_bfloat16>& c, int64_t padding, int64_t offset)
   ProductOutput output;
   output.gradient = gradient.data();
   output.gradient_stride = gradient.stride;
-  output.remainder = reinterpret_cast<uint16_t*>(remainder.data());
-  output.remainder_stride = remainder.stride;
+  output.split.remainder = reinterpret_cast<uint16_t*>(remainder.data());
+  output.split.remainder_stride = remainder.stride;
   output.scale = scale.data();  // of no effect before the last
   const WeightUpdate updates[] = {WeightUpdate::kSplitFirst, WeightUpdate::kSplitNext,
                                   WeightUpdate::kSplitLast};

@@ -459,8 +459,8 @@ void test_product(const ProductCase& c, bool of_weight) {
 
   Matrix<uint16_t> remainder(rows, c.features, c.padding);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    output.remainder = remainder.data;
-    output.remainder_stride = remainder.stride;
+    output.split.remainder = remainder.data;
+    output.split.remainder_stride = remainder.stride;
     for (const WeightUpdate update :
          {WeightUpdate::kSplitFirst, WeightUpdate::kSplitNext, WeightUpdate::kSplitLast}) {
       output.update = update;

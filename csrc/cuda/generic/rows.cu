@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(kThreads)
        at.count);
   G* const gradient =
       static_cast<G*>(update.gradient) + at.row * update.gradient_stride + at.column;
-  uint16_t* const remainder = update.remainder == nullptr
-                                  ? nullptr
-                                  : update.remainder + at.row * update.remainder_stride + at.column;
+  uint16_t* const remainder =
+      update.split.remainder == nullptr
+          ? nullptr
+          : update.split.remainder + at.row * update.split.remainder_stride + at.column;
   update_gradient(update.update, sums, scale, gradient, remainder, at.count);
 }
 
@@ -126,7 +127,7 @@ Status update_rows(const RowUpdate& update, void* stream) {
   if (update.rows == 0 || update.columns == 0) return {};
   if (update.update != WeightUpdate::kWrite && update.update != WeightUpdate::kAddNative) {
     if (update.dtype != DType::kBFloat16) return {"update_rows: split sums are bfloat16"};
-    if (update.remainder == nullptr) return {"update_rows: split sums need a remainder"};
+    if (update.split.remainder == nullptr) return {"update_rows: split sums need a remainder"};
   }
   return dispatch(update.dtype, [&](auto* type) {
     const RowGrid grid(update.rows, update.columns);

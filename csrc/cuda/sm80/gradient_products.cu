@@ -85,7 +85,7 @@ MEMEFF_DEVICE void put(float (&sums)[kChunk], const ProductOutput& to, int64_t r
                        int count, float scale) {
   if (to.sums == nullptr) {
     T* gradient = static_cast<T*>(to.gradient) + row * to.gradient_stride + column;
-    uint16_t* remainder = to.remainder + row * to.remainder_stride + column;
+    uint16_t* remainder = to.split.remainder + row * to.split.remainder_stride + column;
     return update_gradient(to.update, sums, scale, gradient, remainder, count);
   }
   float* target = to.sums + row * to.sums_stride + column;
@@ -214,7 +214,7 @@ Status product(int64_t classes, int64_t tokens, const GradientOperands& operands
     return {"gradient product: sums or gradient must be given"};
   if (split && operands.dtype != DType::kBFloat16)
     return {"gradient product: split sums need bfloat16"};
-  if (split && output.remainder == nullptr)
+  if (split && output.split.remainder == nullptr)
     return {"gradient product: split sums need a remainder"};
   switch (operands.dtype) {
     case DType::kBFloat16:

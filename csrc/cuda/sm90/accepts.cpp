@@ -22,8 +22,8 @@ bool accepts(const LinearOperands& operands, const void* block, int64_t block_st
 
 bool accepts(const GradientOperands& operands, const ProductOutput& output) {
   // Split sums are read and written in pairs.
-  const bool pairs = reinterpret_cast<uintptr_t>(output.remainder) % 4 == 0 &&
-                     output.remainder_stride % 2 == 0 && operands.features % 2 == 0;
+  const bool pairs = reinterpret_cast<uintptr_t>(output.split.remainder) % 4 == 0 &&
+                     output.split.remainder_stride % 2 == 0 && operands.features % 2 == 0;
   return is_16_bit(operands.dtype) && operands.features > 0 &&
          is_tensor(operands.gradient, operands.gradient_stride, 2) &&
          is_tensor(operands.other, operands.other_stride, 2) &&

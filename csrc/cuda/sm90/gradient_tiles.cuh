@@ -70,8 +70,7 @@ struct Destination {
   int rows, columns;
   void* gradient;
   int64_t gradient_stride;
-  uint16_t* remainder;
-  int64_t remainder_stride;
+  SplitSums split;
   WeightUpdate update;
   const float* scale;
 };
@@ -82,7 +81,7 @@ MEMEFF_DEVICE void update_row(const float* c, const Destination& to, int64_t row
                               float scale) {
   if (row >= to.rows) return;
   T* const gradient = static_cast<T*>(to.gradient) + row * to.gradient_stride;
-  uint16_t* const remainder = to.remainder + row * to.remainder_stride;
+  uint16_t* const remainder = to.split.remainder + row * to.split.remainder_stride;
 #pragma unroll
   for (int j = 0; j < kTileN / 8; ++j) {
     const int at = column + 8 * j;
@@ -130,11 +129,16 @@ template <class T>
 Status make_destination(int64_t rows, int64_t columns, const ProductOutput& output, Destination* to,
                         TensorMap* map) {
   if (output.sums == nullptr && is_split(output.update) &&
-      (output.remainder == nullptr || !std::is_same_v<T, __nv_bfloat16>))
+      (output.split.remainder == nullptr || !std::is_same_v<T, __nv_bfloat16>))
     return {"split sums are those of bfloat16 gradients and need a remainder"};
-  *to = {Leaves::kByUpdate,       static_cast<int>(rows), static_cast<int>(columns),
-         output.gradient,         output.gradient_stride, output.remainder,
-         output.remainder_stride, output.update,          output.scale};
+  *to = {Leaves::kByUpdate,
+         static_cast<int>(rows),
+         static_cast<int>(columns),
+         output.gradient,
+         output.gradient_stride,
+         output.split,
+         output.update,
+         output.scale};
   TensorMapLayout box;
   box.columns = static_cast<uint64_t>(columns);
   box.rows = static_cast<uint64_t>(rows);
