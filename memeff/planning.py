@@ -35,7 +35,8 @@ class Plan:
     """What computes: "avx512_bf16" or "blas" (torch's products) on the CPU; on a GPU the families
     of kernels for scores and for products of gradients: "sm90,generic" (generic: cuBLAS)."""
     kernels_reason: str
-    """Why these: "default"; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the
+    """Why these: "default"; "predicted", where handwritten products are expected to win in the memory
+    that is allowed; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the
     table of measured choices; or "MEMEFF_CUDA_KERNELS", the environment variable."""
     tokens_per_chunk: int
     num_chunks: int
@@ -44,8 +45,11 @@ class Plan:
     stored_in_gradient: int
     """Tokens whose scores are kept in the memory of the weight gradient until it is written."""
     accumulation: str
-    """How the weight gradient adds up: "exact" (one product), "float32", "compact" (a bfloat16
-    gradient's 16 bits with exponents in common: 32 times finer than bfloat16) or "native"."""
+    """How the weight gradient adds up: "exact" (one product), "float32", "compact" (a 16-bit
+    gradient's own bits with exponents in common: 32 times finer than bfloat16) or "native"."""
+    input_accumulation: str
+    """How the input's gradient adds up where slices of the vocabulary contribute to it: "float32",
+    or "compact", in its own memory, on GPUs."""
     workspace_bytes: int
     """Allocated beyond the gradients; ``memory_budget`` bounds it together with library_bytes."""
     library_bytes: int
@@ -71,6 +75,7 @@ class Plan:
             f"{self.num_slices} of {self.vocab_per_slice} classes",
             "kept": f"scores of {self.stored_in_gradient} tokens, in the weight gradient's memory",
             "accumulation": self.accumulation,
+            "of the input": self.input_accumulation,
             "workspace": _mebibytes(self.workspace_bytes),
             "library": f"{_mebibytes(self.library_bytes)} at most, inside torch's products",
             "gradients": _mebibytes(self.floor_bytes),
@@ -79,6 +84,8 @@ class Plan:
         }
         if self.backend == "cuda":
             lines["kernels"] += f" ({self.kernels_reason})"
+        if self.input_accumulation != "compact":
+            del lines["of the input"]
         if not self.stored_in_gradient:
             del lines["kept"]
         if not self.library_bytes:

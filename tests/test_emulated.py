@@ -111,6 +111,63 @@ def test_chunks(chunk_size: int, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("reduction", "wanted"),
+    [
+        ("mean", ("token_chunks", "compact", "float32")),
+        ("mean", ("vocab_slices", "compact", "compact")),
+        ("mean", ("vocab_slices", "exact", "compact")),
+        ("none", ("vocab_slices", "compact", "compact")),
+        ("none", ("vocab_slices", "exact", "compact")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [
+        ("generic,generic", torch.bfloat16),
+        ("sm80,generic", torch.float16),
+        ("sm80,sm80", torch.bfloat16),
+        ("sm90,sm90", torch.float16),
+        ("sm90x2,sm90x2", torch.bfloat16),
+        ("sm90,sm90rs", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_compact_sums(
+    kernels: str,
+    dtype: torch.dtype,
+    reduction: str,
+    wanted: tuple[str, str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gradients that add up in their own memory: grad_weight over chunks of tokens or the parts of a
+    slice, grad_input over slices. The smallest budget with such a plan, and more than one slice."""
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+    case = Case((300,), 24, 700, dtype, reduction, ignored=0.1)
+
+    def plan(kib: int) -> tuple[str, str, str] | None:
+        try:
+            made = memeff.plan(
+                300, 24, 700, dtype, reduction=reduction, backend="cuda", memory_budget=kib << 10
+            )
+        except ValueError:
+            return None  # too small a budget
+        one_slice = made.kind == "vocab_slices" and made.num_slices == 1
+        return None if one_slice else (made.kind, made.accumulation, made.input_accumulation)
+
+    # fp16 keeps no scores. Where cuBLAS multiplies, the sums of a slice are there anyway.
+    can_be = not (dtype == torch.float16 and wanted[0] == "token_chunks")
+    if kernels.endswith("generic"):
+        can_be &= wanted[:2] != ("vocab_slices", "compact")
+    elif reduction == "mean" and dtype != torch.float16:
+        can_be &= wanted[:2] != ("vocab_slices", "exact")
+    budgets = [kib for kib in range(40, 700, 4) if plan(kib) == wanted]
+    assert bool(budgets) == can_be
+    if budgets:
+        check_emulated(case, memory_budget=budgets[0] << 10)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_smallest_budget(reduction: str, bias: bool, dtype: torch.dtype) -> None:

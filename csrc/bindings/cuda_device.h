@@ -21,10 +21,10 @@ class CudaLikeDevice : public Device {
  public:
   std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
     std::string error;
-    const cuda::Selection kernels = select(problem, &error);
+    cuda::Selection kernels = select(problem, &error);
     if (!error.empty()) return error;
     request->gpu_upcasts = cuda::upcasts(problem.dtype, cuda::current_gpu());
-    return cuda::make_plan(*request, cuda::plan_traits(problem, *request, kernels), plan);
+    return cuda::choose_plan(problem, *request, &kernels, plan);
   }
 
  protected:
@@ -35,7 +35,7 @@ class CudaLikeDevice : public Device {
     const cuda::CudaContext context{&problem,
                                     &request,
                                     &plan,
-                                    select(problem, &error),
+                                    cuda::kernels_of_plan(select(problem, &error), plan),
                                     static_cast<char*>(workspace.mutable_data_ptr()),
                                     stream};
     use_workspace(workspace, [&] {

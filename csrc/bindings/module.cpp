@@ -168,11 +168,13 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     const cuda::Selection selection = cuda::select_kernels(problem, card, cuda::forced_kernels(),
                                                            cuda::measured_choices(), &error);
     if (!error.empty()) throw py::value_error(error);
-    kernels = cuda::name_of(selection);
-    reason = cuda::reason_of(selection);
     request.gpu_upcasts = cuda::upcasts(problem.dtype, card);
-    planner = [selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
-      return cuda::make_plan(*completed, cuda::plan_traits(planned, *completed, selection), chosen);
+    planner = [&, selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
+      cuda::Selection chosen_kernels = selection;
+      const std::string objection = cuda::choose_plan(planned, *completed, &chosen_kernels, chosen);
+      kernels = cuda::name_of(chosen_kernels);
+      reason = cuda::reason_of(chosen_kernels);
+      return objection;
     };
   } else {
     throw py::value_error("backend='" + backend + "': expected 'cpu' or 'cuda'");
@@ -189,6 +191,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["num_slices"] = chosen.num_slices;
   result["stored_in_gradient"] = chosen.stored_in_gradient;
   result["accumulation"] = name_of(chosen.accumulation);
+  result["input_accumulation"] = chosen.compact_input_sums ? "compact" : "float32";
   result["workspace_bytes"] = chosen.workspace_bytes;
   result["library_bytes"] = chosen.library_bytes;
   result["floor_bytes"] = chosen.floor_bytes;

@@ -21,6 +21,8 @@ namespace memeff {
 
 /// Columns of a gradient whose compact sums share an exponent.
 constexpr int64_t kCompactBlock = 64;
+/// Bytes between the exponents of rows on a GPU: those of 256 columns are read as one word.
+constexpr int64_t compact_exponent_stride(int64_t columns) { return (columns + 255) / 256 * 4; }
 
 constexpr int kCompactShift = 23 - 12;
 constexpr uint32_t kCompactOffset = 0x3d000000u;  // 2^-5 in fp32

@@ -35,8 +35,9 @@ enum class GradAccumulation {
 enum class Accumulation {
   kExact,    // each element written once
   kFloat32,  // as above
-  kCompact,  // 16 bits per element that share exponents: 32 times finer than bf16
-  kNative,   // as above
+  kCompact,  // 16 bits per element that share exponents: 32 times finer than bf16; chunks of tokens, or
+             // under vocab slices (GPU) the parts of a slice
+  kNative,  // as above
 };
 
 struct PlanRequest {
@@ -74,6 +75,11 @@ struct Plan {
   int64_t input_block = 0;       // tokens
   int64_t input_slice = 0;       // vocabulary rows
   bool separate_sweeps = false;  // vocab slices: one sweep for grad_input, one for grad_weight
+  // Vocab slices: grad_input adds up over slices in compact sums, rather than in fp32 sums of all tokens
+  // whose scores are not kept.
+  bool compact_input_sums = false;
+  bool own_products = false;          // GPU: handwritten products of gradients are predicted to win
+  bool products_from_scores = false;  // kept scores go into the products of gradients as they are
   // Tokens and vocabulary rows that pass together in the sweep for grad_input; 0: as in the other.
   int64_t input_sweep_block = 0;
   int64_t input_sweep_slice = 0;

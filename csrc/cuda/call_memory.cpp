@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/compact_sum.h"
 #include "core/tiling.h"
 
 namespace memeff::cuda {
@@ -215,12 +216,34 @@ GradientOperands CallMemory::gradient_operands(const ScoreBlock& block, const Ma
   return operands;
 }
 
+SplitSums CallMemory::split_sums_of_weight(int64_t label) const {
+  SplitSums split;
+  if (plan_.accumulation == Accumulation::kCompact) {
+    split.exponents_stride = compact_exponent_stride(problem_.features);
+    // Slices take turns.
+    const int64_t row = plan_.kind == PlanKind::kTokenChunks ? label : 0;
+    split.exponents = place<uint8_t>(layout_.exponents) + row * split.exponents_stride;
+  } else {
+    split.remainder_stride = problem_.features;
+    split.remainder = place<uint16_t>(layout_.remainder) + label * split.remainder_stride;
+  }
+  return split;
+}
+
+SplitSums CallMemory::split_sums_of_input(int64_t token) const {
+  SplitSums split;
+  split.exponents_stride = compact_exponent_stride(problem_.features);
+  split.exponents = place<uint8_t>(layout_.input_exponents) +
+                    (token - kept_under_slices()) * split.exponents_stride;
+  return split;
+}
+
 void* CallMemory::input_sum(Range tokens) const {
   if (!is_16_bit(problem_.dtype)) return grad_input_row(tokens.begin);
   const bool of_all = plan_.kind == PlanKind::kVocabSlices && problem_.grad_weight != nullptr &&
-                      !plan_.separate_sweeps;
-  const int64_t kept = plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
+                      !plan_.separate_sweeps && !plan_.compact_input_sums;
   // Blocks of kept tokens are finished one by one, before the sums of all others begin.
+  const int64_t kept = kept_under_slices();
   const int64_t row = of_all && tokens.begin >= kept ? tokens.begin - kept : 0;
   return place<float>(layout_.input_sum) + row * problem_.features;
 }

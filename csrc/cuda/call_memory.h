@@ -77,9 +77,10 @@ class CallMemory {
   void* grad_weight_row(int64_t label) const {
     return at(problem_.grad_weight, label * problem_.features);
   }
-  uint16_t* remainder_row(int64_t label) const {
-    return place<uint16_t>(layout_.remainder) + label * problem_.features;
-  }
+  /// Beside the sums of grad_weight from class `label` on, and of grad_input from `token` on, a token
+  /// whose scores are not kept.
+  SplitSums split_sums_of_weight(int64_t label) const;
+  SplitSums split_sums_of_input(int64_t token) const;
   /// Sums of grad_input from tokens.begin on: the gradient itself when it has full precision.
   void* input_sum(Range tokens) const;
   void* weight_sum() const { return place<char>(layout_.weight_sum); }
@@ -112,6 +113,10 @@ class CallMemory {
   Matrix rows(const void* matrix, int64_t stride, Range range) const {
     const void* first = at(matrix, range.begin * stride);
     return {first, problem_.dtype, range.size(), problem_.features, stride, 1};
+  }
+  /// Tokens whose scores are kept under vocab slices come first.
+  int64_t kept_under_slices() const {
+    return plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
   }
   void place_token_arrays();
   void add_kept(ScoreBlock* block, int64_t before, int64_t count) const;

@@ -52,9 +52,8 @@ class CudaBackend : public Backend {
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
     convert_class_arrays();
-    // The gradient of the bias is summed from gradients in memory. The terms are those of any block.
-    multiplies_scores_ = traits_.kernels.products == Family::kSm90rs &&
-                         problem_.grad_bias == nullptr && sm90::accepts(score_gradient({}, {}));
+    // The terms are those of any block.
+    multiplies_scores_ = plan_.products_from_scores && sm90::accepts(score_gradient({}, {}));
   }
 
   int64_t select_tokens() override {
@@ -151,24 +150,31 @@ class CudaBackend : public Backend {
   }
 
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override {
-    const bool last = classes.end == problem_.vocab;
+    const bool last = classes.end == problem_.vocab, alone = first && last;
     const Matrix weight = memory_.weight_rows(classes);
+    // Kept scores take one product.
+    const bool compact = plan_.compact_input_sums && !alone;
+    RowUpdate update = input_update(tokens);
+    if (compact) {
+      update.split = memory_.split_sums_of_input(tokens.begin);
+      update.update = split_update(first, last);
+    }
+    const bool at_once = handwritten_ && !apart_ && (alone || compact);
+    wrote_grad_input_ = at_once || compact;
     if (!handwritten_) {
       const int64_t stride = memory_.gradient_stride(block);
-      gemm({block.data, problem_.dtype, tokens.size(), classes.size(), 1, stride}, weight, !first,
-           memory_.input_sum(tokens), problem_.features);
+      gemm({block.data, problem_.dtype, tokens.size(), classes.size(), 1, stride}, weight,
+           !first && !compact, memory_.input_sum(tokens), problem_.features);
+      if (compact) check(update_rows(update, stream_));
       return;
     }
     ProductOutput output;
-    wrote_grad_input_ = first && last && !apart_;
-    if (wrote_grad_input_) {
-      output.gradient = memory_.grad_input_row(tokens.begin);
-      output.gradient_stride = problem_.features;
-      output.scale = memory_.output_scale();
+    if (at_once) {
+      output = written_by_product(update);
     } else {
       output.sums = static_cast<float*>(memory_.input_sum(tokens));
       output.sums_stride = problem_.features;
-      output.accumulate = !first || apart_;
+      output.accumulate = (!first && !compact) || (first && apart_);
       if (first && apart_) start_with_smoothing(tokens);
     }
     const GradientOperands operands = memory_.gradient_operands(block, weight);
@@ -177,15 +183,13 @@ class CudaBackend : public Backend {
                                     shape, operands, score_gradient(tokens, block), output, stream_)
                               : products_.grad_input_product(shape.classes, shape.tokens, operands,
                                                              output, stream_));
+    if (compact && !at_once) check(update_rows(update, stream_));
   }
 
   void finish_grad_input(Range tokens) override {
     // fp32 and fp64 gradients are their own sums.
     if (!is_16_bit(problem_.dtype) || wrote_grad_input_) return;
-    RowUpdate update = row_update(tokens.size());
-    update.sums = memory_.input_sum(tokens);
-    update.gradient = memory_.grad_input_row(tokens.begin);
-    check(update_rows(update, stream_));
+    check(update_rows(input_update(tokens), stream_));
   }
 
   void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first, bool last,
@@ -194,9 +198,11 @@ class CudaBackend : public Backend {
     RowUpdate update = row_update(classes.size());
     update.sums = memory_.weight_sum();
     update.gradient = memory_.grad_weight_row(classes.begin);
-    update.split.remainder = memory_.remainder_row(classes.begin);
-    update.split.remainder_stride = problem_.features;
-    update.update = how;
+    // Under vocab slices the parts of a slice may add up in the gradient's own memory.
+    const bool parts = plan_.kind == PlanKind::kVocabSlices &&
+                       plan_.accumulation == Accumulation::kCompact && !(first && last);
+    update.split = memory_.split_sums_of_weight(classes.begin);
+    update.update = parts ? split_update(first, last) : how;
     if (!handwritten_) {
       gemm({block.data, problem_.dtype, classes.size(), tokens.size(),
             memory_.gradient_stride(block), 1},
@@ -204,15 +210,11 @@ class CudaBackend : public Backend {
       if (last) check(update_rows(update, stream_));
       return;
     }
-    const bool at_once = first && last && !apart_;
+    const bool at_once = ((first && last) || parts) && !apart_;
     GradientOperands operands = memory_.gradient_operands(block, input);
     ProductOutput output;
     if (at_once) {
-      output.gradient = update.gradient;
-      output.gradient_stride = problem_.features;
-      output.split = update.split;
-      output.update = how;
-      output.scale = memory_.output_scale();
+      output = written_by_product(update);
       if (memory_.in_gradient(block)) move_out_of_gradient(classes, tokens, &operands);
     } else {
       output.sums = static_cast<float*>(memory_.weight_sum());
@@ -302,6 +304,29 @@ class CudaBackend : public Backend {
     update.columns = update.sums_stride = update.gradient_stride = problem_.features;
     update.scale = memory_.output_scale();
     return update;
+  }
+
+  /// Of one of several terms that add up in split sums.
+  static WeightUpdate split_update(bool first, bool last) {
+    return first  ? WeightUpdate::kSplitFirst
+           : last ? WeightUpdate::kSplitLast
+                  : WeightUpdate::kSplitNext;
+  }
+  RowUpdate input_update(Range tokens) const {
+    RowUpdate update = row_update(tokens.size());
+    update.sums = memory_.input_sum(tokens);
+    update.gradient = memory_.grad_input_row(tokens.begin);
+    return update;
+  }
+  /// The same update in a product's epilogue.
+  static ProductOutput written_by_product(const RowUpdate& update) {
+    ProductOutput output;
+    output.gradient = update.gradient;
+    output.gradient_stride = update.gradient_stride;
+    output.split = update.split;
+    output.update = update.update;
+    output.scale = static_cast<const float*>(update.scale);
+    return output;
   }
 
   /// Gradients, or scores, that lie where their product will be written.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/compact_sum.h"
 #include "core/tiling.h"
 #include "cuda/launch.h"
 #include "cuda/tokens.h"
@@ -35,11 +36,16 @@ int64_t tiles(int64_t classes) { return ceil_div(classes, kStoredTile); }
 int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
 
 /// Whether all kept scores have become gradients, and their maxima are of no more use, before the
-/// sweeps over slices begin: the driver computes grad_input from kept scores first. Products from
+/// sweeps over slices begin: the driver computes grad_input from kept scores first. Products of
 /// scores as they are need them to the end.
 bool maxima_end_early(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   return t.kernels.stores_16_bits() && plan.kind == PlanKind::kVocabSlices && r.grad_input &&
-         t.kernels.products != Family::kSm90rs;
+         !plan.products_from_scores;
+}
+
+/// Classes whose compact sums exist at a time.
+int64_t summed_classes(const PlanRequest& r, const Plan& plan) {
+  return plan.kind == PlanKind::kTokenChunks ? r.vocab : std::min(r.vocab, plan.slice_vocab);
 }
 
 /// Scores that are computed slice by slice because they are not kept.
@@ -79,7 +85,11 @@ int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& pla
     const bool all_at_once = r.grad_weight && !plan.separate_sweeps;
     const int64_t fresh = fresh_tokens(r, plan);
     const int64_t block = plan.input_sweep_block > 0 ? plan.input_sweep_block : plan.token_block;
-    if (fresh > 0) rows = std::max(rows, all_at_once ? fresh : block);
+    if (plan.compact_input_sums) {
+      if (!writes_gradients(t)) rows = std::max(rows, std::min(plan.token_block, fresh));
+    } else if (fresh > 0) {
+      rows = std::max(rows, all_at_once ? fresh : block);
+    }
   }
   return std::min(rows, r.tokens);
 }
@@ -92,6 +102,7 @@ int64_t summed_beside_scores(const PlanRequest& r, const PlanTraits& t, const Pl
 bool one_weight_product(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (!writes_gradients(t)) return false;
   if (plan.kind == PlanKind::kTokenChunks) return plan.weight_block >= kept_tokens(r, plan);
+  if (plan.accumulation == Accumulation::kCompact) return true;
   const bool all_fresh = fresh_tokens(r, plan) == r.tokens;
   const bool all_in_gradient = plan.stored_in_gradient == r.tokens;
   return (all_fresh || all_in_gradient) && plan.token_block >= r.tokens;
@@ -135,6 +146,10 @@ Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (chunk > 0) at.scores = cursor.take(r.vocab * round_up(chunk, kRow) * kept_score_bytes(r, t));
   if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight)
     at.remainder = cursor.take(r.vocab * r.features * 2);
+  if (plan.accumulation == Accumulation::kCompact && r.grad_weight)
+    at.exponents = cursor.take(summed_classes(r, plan) * compact_exponent_stride(r.features));
+  if (plan.compact_input_sums)
+    at.input_exponents = cursor.take(fresh_tokens(r, plan) * compact_exponent_stride(r.features));
   if (t.smoothing_apart) at.row_sums = cursor.take(2 * r.features * 4);
   const auto take_maxima = [&] {
     if (fused) at.kept_maxima = cursor.take(tiles(r.vocab) * round_up(kept, kRow) * 4);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <limits>
 
 #include "core/tiling.h"
@@ -15,13 +16,16 @@ namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 
-// Preferred sizes; each scale of blocks() halves them, each width takes a quarter of slice bytes.
+// Preferred sizes; each scale of blocks() halves them, each width halves slice bytes.
 constexpr int64_t kTokenBlock = 2048;  // of fused scores: partial statistics of 16 MiB at V = 128K
 constexpr int64_t kSliceTokenBlock = 8192;  // of vocab slices: few slices, large products
 constexpr int64_t kGenericTokenBlock = 1024;
 constexpr int64_t kSliceBytes = 64 * kMiB;  // of a slice's gradients, or of its sums
 constexpr int64_t kMostSlice = 16384;
-constexpr int kScales = 7, kWidths = 4;
+constexpr int kScales = 7, kWidths = 7;
+// Rounding errors of compact sums add up: 256 terms still leave the error of a gradient within 6 % of
+// that of its final rounding.
+constexpr int64_t kMostCompactTerms = 256;
 
 // What predicted_cost assumes of a GPU: an H100's or H200's size. Others have about as many tiles in
 // flight, or fewer: 216 smaller ones on an A100, 80 on a T4.
@@ -32,6 +36,10 @@ constexpr double kMultiplyAddsPerByte = 80;
 constexpr double kMultiplyAddsPerLaunch = 1.4e9;
 // Sums that are added to again and again stay in the L2 cache up to about this size.
 constexpr int64_t kCachedBytes = 24 * kMiB;
+
+// The speed of handwritten products beside cuBLAS's, assumed until a GPU has measured it: 660 of 750
+// TFLOP/s on an H100 (docs/kernels-sm90.md); three quarters of it for mma.sync.
+constexpr double kSpeedOfSm90 = 0.88, kSpeedOfSm80 = 0.75;
 
 // Without a budget the workspace stays below this or a quarter more than the gradients themselves.
 constexpr int64_t kDefaultBudget = 512 * kMiB;
@@ -56,7 +64,7 @@ Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale,
   const int64_t row =
       std::max({plan.token_block * score_bytes, r.features * int64_t{4}, int64_t{1}});
   const int64_t step = fused ? kStoredTile : kGenericRange;
-  const int64_t slice = width + 1 == kWidths ? step : (kSliceBytes >> 2 * width) / row;
+  const int64_t slice = width + 1 == kWidths ? step : (kSliceBytes >> width) / row;
   plan.slice_vocab = std::min(std::clamp(slice, step, kMostSlice) / step * step,
                               round_up(std::max<int64_t>(1, r.vocab), step));
   plan.input_slice = r.vocab;
@@ -143,73 +151,119 @@ int64_t largest_chunk(const PlanRequest& r, const PlanTraits& t, int64_t budget,
   return low;
 }
 
-/// Calls visit(plan) for plans that may suit the request, whether or not they fit; chunks are as
-/// large as the budget allows, or as small as can be.
-template <class Visit>
-void for_each_candidate(const PlanRequest& r, const PlanTraits& t, int64_t budget,
-                        const Visit& visit) {
-  const auto consider = [&](const Plan& plan) {
-    visit(plan);
-    if (!t.kernels.stores_16_bits() || summed_beside_scores(r, t, plan) == 0) return;
-    Plan smaller = plan;
-    smaller.input_block = std::max(kTokenTile, plan.input_block / 2);
-    visit(smaller);
-  };
-  const auto largest = [&](const Plan& plan, int64_t least, int64_t most) {
-    return largest_chunk(r, t, budget, least, most, plan);
-  };
-  const bool gradient = r.grad_input || r.grad_weight || r.grad_bias;
-  for (int size = 0; size < kScales * kWidths; ++size) {
-    const int scale = size / kWidths, width = size % kWidths;
-    if (!gradient) {
-      consider(blocks(r, t, PlanKind::kStatistics, scale, width));
-      continue;
-    }
-    const int64_t stored = first_chunk(r, t);
-    const int64_t rest = r.tokens - stored;
-    const int64_t most = rest <= 0 ? 0 : r.chunk_size > 0 ? std::min(r.chunk_size, rest) : rest;
-    const int64_t least = r.chunk_size > 0 ? most : std::min(most, kTokenTile);
-    if (!r.statistics_known) {
-      Plan plan = blocks(r, t, PlanKind::kTokenChunks, scale, width);
-      plan.stored_in_gradient = stored;
-      if (!r.grad_weight || rest <= 0) {
-        if (rest > 0) plan.chunk_tokens = std::max(least, largest(plan, least, most));
-        finish(r, t, &plan);
-        consider(plan);
-      } else {
-        if (stored == 0 && most == rest) {  // a single chunk needs no sums across chunks
-          Plan one = plan;
-          one.chunk_tokens = most;
-          finish(r, t, &one);
-          consider(one);
-        }
-        const bool native = r.accumulation == GradAccumulation::kNative;
-        plan.accumulation = native ? Accumulation::kNative : Accumulation::kFloat32;
-        plan.chunk_tokens = std::max(least, largest(plan, least, most));
-        finish(r, t, &plan);
-        consider(plan);
-      }
-      if (r.accumulation == GradAccumulation::kNative) continue;
-    }
-    if (!r.grad_weight && !r.statistics_known) continue;
-    Plan plan = blocks(r, t, PlanKind::kVocabSlices, scale, width);
-    plan.stored_in_gradient = stored;
-    finish(r, t, &plan);
-    consider(plan);
-    if (!r.statistics_known && rest > 0 && r.chunk_size == 0) {
-      Plan more = plan;
-      more.stored_chunks = 1;
-      more.chunk_tokens = largest(more, std::min(rest, kTokenTile), rest);
-      finish(r, t, &more);
-      if (more.chunk_tokens > 0) consider(more);
-      // A few less, so that the others make whole rounds of tiles.
-      more.chunk_tokens = rest - round_up(rest - more.chunk_tokens, 8 * kTokenTile);
-      finish(r, t, &more);
-      if (more.chunk_tokens > 0) consider(more);
-    }
-    if (r.grad_input && r.grad_weight) consider(in_separate_sweeps(r, t, plan));
+/// Plans that may suit a request, whether or not they fit; chunks are as large as the budget allows,
+/// or as small as can be.
+class Candidates {
+ public:
+  using Visit = std::function<void(const Plan&)>;
+  Candidates(const PlanRequest& r, const PlanTraits& t, int64_t budget, const Visit& visit)
+      : r_(r), t_(t), budget_(budget), visit_(visit) {
+    stored_ = first_chunk(r, t);
+    rest_ = r.tokens - stored_;
+    most_ = rest_ <= 0 ? 0 : r.chunk_size > 0 ? std::min(r.chunk_size, rest_) : rest_;
+    least_ = r.chunk_size > 0 ? most_ : std::min(most_, kTokenTile);
+    compact_ = r.accumulation == GradAccumulation::kAuto && is_16_bit(r.dtype);
   }
-}
+
+  void visit_all() const {
+    const bool may_multiply_scores = t_.kernels.products == Family::kSm90rs && !r_.grad_bias;
+    for (int scale = 0; scale < kScales; ++scale)
+      for (int width = 0; width < kWidths; ++width)
+        for (int from_scores = 0; from_scores <= (may_multiply_scores ? 1 : 0); ++from_scores)
+          visit_size(scale, width, from_scores == 1);
+  }
+
+ private:
+  void visit_size(int scale, int width, bool from_scores) const {
+    const auto base = [&](PlanKind kind) {
+      Plan plan = blocks(r_, t_, kind, scale, width);
+      plan.products_from_scores = from_scores;
+      if (kind != PlanKind::kStatistics) plan.stored_in_gradient = stored_;
+      return plan;
+    };
+    if (!r_.grad_input && !r_.grad_weight && !r_.grad_bias)
+      return consider(base(PlanKind::kStatistics));
+    if (!r_.statistics_known) token_chunks(base(PlanKind::kTokenChunks));
+    const bool slices =
+        r_.statistics_known || (r_.grad_weight && r_.accumulation != GradAccumulation::kNative);
+    if (slices) vocab_slices(base(PlanKind::kVocabSlices));
+  }
+
+  void token_chunks(Plan plan) const {
+    if (!r_.grad_weight || rest_ <= 0) {
+      if (rest_ > 0) plan.chunk_tokens = largest_chunk_of(plan);
+      return consider(plan);
+    }
+    if (stored_ == 0 && most_ == rest_) {  // a single chunk needs no sums across chunks
+      Plan one = plan;
+      one.chunk_tokens = most_;
+      consider(one);
+    }
+    const bool native = r_.accumulation == GradAccumulation::kNative;
+    plan.accumulation = native ? Accumulation::kNative : Accumulation::kFloat32;
+    several_chunks(plan);
+    if (!compact_) return;
+    plan.accumulation = Accumulation::kCompact;
+    several_chunks(plan);
+  }
+
+  void several_chunks(Plan plan) const {
+    plan.chunk_tokens = largest_chunk_of(plan);
+    const int64_t chunks = ceil_div(rest_, plan.chunk_tokens);
+    if (plan.accumulation == Accumulation::kCompact && chunks > kMostCompactTerms) return;
+    consider(plan);
+    if (r_.chunk_size > 0) return;
+    // As many chunks, of about the same size.
+    plan.chunk_tokens = std::min(plan.chunk_tokens, round_up(ceil_div(rest_, chunks), kTokenTile));
+    consider(plan);
+  }
+
+  void vocab_slices(Plan plan) const {
+    slices_with_more_scores(plan);
+    if (!r_.grad_input || !r_.grad_weight) return;
+    consider(in_separate_sweeps(r_, t_, plan));
+    if (!compact_ || fresh_tokens(r_, plan) == 0) return;
+    plan.compact_input_sums = ceil_div(r_.vocab, plan.slice_vocab) <= kMostCompactTerms;
+    if (plan.compact_input_sums) slices_with_more_scores(plan);
+    // Parts of a slice of grad_weight that add up in its own memory. All scores that lie there must
+    // leave it at once.
+    if (!writes_gradients(t_) || plan.token_block < stored_) return;
+    plan.accumulation = Accumulation::kCompact;
+    slices_with_more_scores(plan);
+  }
+
+  /// And with the scores of more tokens kept than those in the gradient.
+  void slices_with_more_scores(Plan plan) const {
+    consider(plan);
+    if (r_.statistics_known || rest_ <= 0 || r_.chunk_size > 0) return;
+    plan.stored_chunks = 1;
+    plan.chunk_tokens = largest_chunk(r_, t_, budget_, std::min(rest_, kTokenTile), rest_, plan);
+    if (plan.chunk_tokens > 0) consider(plan);
+    // A few less, so that the others make whole rounds of tiles.
+    plan.chunk_tokens = rest_ - round_up(rest_ - plan.chunk_tokens, 8 * kTokenTile);
+    if (plan.chunk_tokens > 0) consider(plan);
+  }
+
+  int64_t largest_chunk_of(const Plan& plan) const {
+    return std::max(least_, largest_chunk(r_, t_, budget_, least_, most_, plan));
+  }
+
+  void consider(Plan plan) const {
+    finish(r_, t_, &plan);
+    visit_(plan);
+    if (!t_.kernels.stores_16_bits() || summed_beside_scores(r_, t_, plan) == 0) return;
+    plan.input_block = std::max(kTokenTile, plan.input_block / 2);
+    visit_(plan);
+  }
+
+  const PlanRequest& r_;
+  const PlanTraits& t_;
+  const int64_t budget_;
+  const Visit& visit_;
+  int64_t stored_, rest_;  // tokens whose scores lie in the gradient, all others
+  int64_t least_, most_;   // tokens of a chunk of these
+  bool compact_;           // the caller leaves to us how gradients add up
+};
 
 }  // namespace
 
@@ -222,7 +276,7 @@ double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& pla
 
   int64_t block = plan.token_block, slice = plan.slice_vocab;
   if (plan.kind != PlanKind::kStatistics) {
-    if (t.kernels.products != Family::kSm90rs)  // scores become gradients
+    if (!plan.products_from_scores)  // scores become gradients
       bytes += kept * v * (t.kernels.stores_16_bits() ? 4 : 8);
     cost += product_cost(fresh, block, v, slice, d);
   }
@@ -238,7 +292,10 @@ double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& pla
     cost += product_cost(v, slice, d, d, n, products);
     // The gradient, and sums where there are more of them than the cache holds.
     const bool direct = one_weight_product(r, t, plan);
-    bytes += v * d * (direct ? 8 * passes - 6 : 16 * passes - 6);
+    // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
+    bytes +=
+        v * d * (plan.accumulation == Accumulation::kFloat32 ? 8 * passes - 6 : 4 * passes - 2);
+    if (!direct) bytes += v * d * 8 * passes;
     if (!direct && slice * d * 4 > kCachedBytes) bytes += v * d * 8 * (products - passes);
     if (direct) bytes += plan.stored_in_gradient * v * 4;  // moved out of the gradient
   }
@@ -251,6 +308,7 @@ double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& pla
     cost +=
         product_cost(kept, plan.input_block, d, d, v) + product_cost(fresh, block, d, d, v, slices);
     if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) bytes += 8 * slices * fresh * d;
+    if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) bytes += 4 * slices * fresh * d;
   }
   // Who fixes the size of chunks wants chunks.
   if (r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices)
@@ -300,7 +358,7 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
                                                    : request.memory_budget - beside;
   double best = std::numeric_limits<double>::infinity();
   int64_t least = INT64_MAX;
-  for_each_candidate(request, traits, budget, [&](const Plan& candidate) {
+  const auto visit = [&](const Plan& candidate) {
     const int64_t bytes = layout(request, traits, candidate).total;
     const double time = predicted_cost(request, traits, candidate);
     if (bytes <= budget && time < best) {
@@ -313,7 +371,8 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
       if (request.memory_budget < 0 && best == std::numeric_limits<double>::infinity())
         *plan = candidate;
     }
-  });
+  };
+  Candidates(request, traits, budget, visit).visit_all();
   if (best == std::numeric_limits<double>::infinity() && request.memory_budget >= 0) {
     return "memory_budget=" + megabytes(request.memory_budget) + " is too small for " +
            std::to_string(request.tokens) + " tokens, " + std::to_string(request.features) +
@@ -325,6 +384,36 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
   plan->predicted_flops = 2 * predicted_cost(request, traits, *plan);
   plan->library_bytes = beside;
   return "";
+}
+
+std::string choose_plan(const Problem& problem, const PlanRequest& request, Selection* kernels,
+                        Plan* plan) {
+  const std::string objection = make_plan(request, plan_traits(problem, request, *kernels), plan);
+  const bool by_rule = !kernels->forced && kernels->measured == nullptr;
+  if (!by_rule || !kernels->stores_16_bits() || kernels->products != Family::kGeneric)
+    return objection;
+  Selection own_kernels = *kernels;
+  own_kernels.products = kernels->scores;
+  own_kernels.predicted = true;
+  Plan own;
+  if (!make_plan(request, plan_traits(problem, request, own_kernels), &own).empty())
+    return objection;
+  const double product = 2.0 * static_cast<double>(request.tokens) *
+                         static_cast<double>(request.features) * static_cast<double>(request.vocab);
+  const int products = (request.grad_input ? 1 : 0) + (request.grad_weight ? 1 : 0);
+  const double speed = kernels->scores == Family::kSm80 ? kSpeedOfSm80 : kSpeedOfSm90;
+  own.predicted_flops += products * product * (1 / speed - 1);
+  if (objection.empty() && own.predicted_flops >= plan->predicted_flops) return objection;
+  own.own_products = true;
+  *plan = own;
+  *kernels = own_kernels;
+  return "";
+}
+
+Selection kernels_of_plan(const Selection& selection, const Plan& plan) {
+  Selection kernels = selection;
+  if (plan.own_products) kernels.products = kernels.scores;
+  return kernels;
 }
 
 }  // namespace memeff::cuda

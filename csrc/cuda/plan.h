@@ -33,22 +33,24 @@ PlanTraits plan_traits(const Problem& problem, const PlanRequest& request,
 /// with the other steps' under token chunks, as in core/planner.h; under vocab slices so do maxima of
 /// kept scores, once these are gradients, and what the sweeps over slices need.
 struct Layout {
-  int64_t scalars = 0;       // CallScalars
-  int64_t token_arrays = 0;  // kTokenArrays arrays of 8-byte numbers [N]
-  int64_t bias = 0;          // A [V]
-  int64_t class_weight = 0;  // A [V]
-  int64_t bias_sum = 0;      // A [V]
-  int64_t kept_maxima = 0;   // [tiles, kept tokens] fp32, of stored scores
-  int64_t tiles = 0;         // [tiles, kept token tiles] bytes: which may not be skipped
-  int64_t scores = 0;        // scores of the chunk [V, chunk_tokens]
-  int64_t remainder = 0;     // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
-  int64_t slice = 0;         // scores or gradients of one slice [slice_vocab, token_block]
-  int64_t slice_tiles = 0;   // their tiles
-  int64_t partials = 0;      // partial statistics of a token block, one array after another
-  int64_t row_sums = 0;      // of smoothing apart: sum_v w_v W[v] and sum_n weighted_n x[n], [2, D]
-  int64_t input_sum = 0;     // fp32 sums of grad_input
-  int64_t weight_copy = 0;   // gradients of a slice, moved out of grad_weight [slice, weight_block]
-  int64_t weight_sum = 0;    // sums of a slice of grad_weight [slice_vocab, D] of A
+  int64_t scalars = 0;          // CallScalars
+  int64_t token_arrays = 0;     // kTokenArrays arrays of 8-byte numbers [N]
+  int64_t bias = 0;             // A [V]
+  int64_t class_weight = 0;     // A [V]
+  int64_t bias_sum = 0;         // A [V]
+  int64_t kept_maxima = 0;      // [tiles, kept tokens] fp32, of stored scores
+  int64_t tiles = 0;            // [tiles, kept token tiles] bytes: which may not be skipped
+  int64_t scores = 0;           // scores of the chunk [V, chunk_tokens]
+  int64_t remainder = 0;        // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
+  int64_t exponents = 0;        // of compact sums of grad_weight [V or slice_vocab, exponents of D]
+  int64_t input_exponents = 0;  // of those of grad_input, rows of tokens whose scores are not kept
+  int64_t slice = 0;            // scores or gradients of one slice [slice_vocab, token_block]
+  int64_t slice_tiles = 0;      // their tiles
+  int64_t partials = 0;         // partial statistics of a token block, one array after another
+  int64_t row_sums = 0;         // smoothing apart: sum_v w_v W[v], sum_n weighted_n x[n], [2, D]
+  int64_t input_sum = 0;        // fp32 sums of grad_input
+  int64_t weight_copy = 0;      // gradients moved out of grad_weight [slice_vocab, weight_block]
+  int64_t weight_sum = 0;       // sums of a slice of grad_weight [slice_vocab, D] of A
   int64_t total = 0;
 };
 constexpr int kTokenArrays = 17;
@@ -66,6 +68,15 @@ int64_t tokens_in_gradient_row(const PlanRequest& request, const PlanTraits& tra
 /// The predicted time of a plan, as multiply-adds of products that fill the GPU: those of its own
 /// products, of tiles that stay empty, and what passes in the time of its launches and memory traffic.
 double predicted_cost(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
+
+/// make_plan for the problem on these kernels. Where they are the rule by default, with cuBLAS for the
+/// products of gradients, and the handwritten products are predicted to be faster in the memory that
+/// is allowed (they need no fp32 sums beside the gradients), replaces them in `kernels` and sets
+/// plan->own_products.
+std::string choose_plan(const Problem& problem, const PlanRequest& request, Selection* kernels,
+                        Plan* plan);
+/// The kernels of a plan that choose_plan made, from the same selection.
+Selection kernels_of_plan(const Selection& selection, const Plan& plan);
 
 /// Returns an empty string and fills `plan`, or says why no plan fits and the least budget that does.
 std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan);

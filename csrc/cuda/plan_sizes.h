@@ -29,7 +29,8 @@ int64_t summed_tokens(const PlanRequest& request, const PlanTraits& traits, cons
 int64_t summed_beside_scores(const PlanRequest& request, const PlanTraits& traits,
                              const Plan& plan);
 
-/// Whether one product writes a slice of grad_weight, so that no sums are needed.
+/// Whether products write grad_weight by themselves, slice by slice: one product the whole slice, or
+/// several that add up in its own memory. No other sums are needed then.
 bool one_weight_product(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 
 }  // namespace memeff::cuda

@@ -155,7 +155,7 @@ std::string name_of(const Selection& selection) {
 
 std::string reason_of(const Selection& selection) {
   if (selection.forced) return "MEMEFF_CUDA_KERNELS";
-  if (selection.measured == nullptr) return "default";
+  if (selection.measured == nullptr) return selection.predicted ? "predicted" : "default";
   const MeasuredChoice& row = *selection.measured;
   return std::string("measured on ") + row.gpu + " at " + std::to_string(row.tokens) + "x" +
          std::to_string(row.features) + "x" + std::to_string(row.vocab);

@@ -27,9 +27,11 @@ struct MeasuredChoice {
 struct Selection {
   Family scores = Family::kGeneric;    // x W^T with statistics or gradients in its epilogue
   Family products = Family::kGeneric;  // grad_input and grad_weight from gradients of the logits
-  // Why these: asked for; else the measurement that was followed; else null, the rule by default.
+  // Why these: asked for; else the measurement that was followed; else predicted to win in the
+  // memory that the call may take (choose_plan); else the rule by default.
   bool forced = false;
   const MeasuredChoice* measured = nullptr;
+  bool predicted = false;
 
   /// Whether scores are kept in 16 bits (StoredScores) rather than as products of type A.
   bool stores_16_bits() const { return scores != Family::kGeneric; }
@@ -53,7 +55,7 @@ const std::vector<MeasuredChoice>& measured_choices();
 ///      problem. Rows of a GPU of the same name come first; then the nearest shape, by the sum of
 ///      the three |log2(ratio)|; then the first;
 ///   3. the newest family that the problem and the GPU allow for the scores; for the products
-///      cuBLAS, or with skip_mass the same family.
+///      cuBLAS, or with skip_mass the same family. choose_plan (plan.h) may prefer the latter.
 ///
 /// A name that means nothing is reported in `error`.
 Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::string& forced,
@@ -64,7 +66,7 @@ std::string forced_kernels();
 
 /// "scores,products", as in `forced`.
 std::string name_of(const Selection& selection);
-/// "default", "measured on NVIDIA H200 at 8192x4096x128256" or "MEMEFF_CUDA_KERNELS".
+/// "default", "predicted", "measured on NVIDIA H200 at 8192x4096x128256" or "MEMEFF_CUDA_KERNELS".
 std::string reason_of(const Selection& selection);
 
 }  // namespace memeff::cuda

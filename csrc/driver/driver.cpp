@@ -146,9 +146,9 @@ class Run {
 
   WeightUpdate update_of(size_t chunk, size_t chunks) const {
     if (chunks == 1) return WeightUpdate::kWrite;
-    const bool split = plan_.accumulation == Accumulation::kFloat32 ||
-                       plan_.accumulation == Accumulation::kCompact;
-    if (split && problem_.dtype == DType::kBFloat16) {
+    const bool halves =
+        plan_.accumulation == Accumulation::kFloat32 && problem_.dtype == DType::kBFloat16;
+    if (halves || plan_.accumulation == Accumulation::kCompact) {
       return chunk == 0            ? WeightUpdate::kSplitFirst
              : chunk + 1 == chunks ? WeightUpdate::kSplitLast
                                    : WeightUpdate::kSplitNext;

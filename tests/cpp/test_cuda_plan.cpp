@@ -1,6 +1,7 @@
 // Properties of the plans for a GPU. (That the parts of the workspace do not overlap is shown by the
 // emulated tests, which run the kernels in workspaces of exactly these sizes, filled with NaN.)
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -45,7 +46,8 @@ std::vector<Case> all_cases() {
   std::vector<Case> cases;
   const Selection selections[] = {{Family::kGeneric, Family::kGeneric},
                                   {Family::kSm80, Family::kGeneric},
-                                  {Family::kSm90, Family::kSm90}};
+                                  {Family::kSm90, Family::kSm90},
+                                  {Family::kSm90, Family::kSm90rs}};
   const int64_t shapes[][3] = {{0, 64, 100},          {1, 1, 1},
                                {7, 33, 1001},         {130, 64, 5000},
                                {4096, 64, 300},       {4096, 4096, 128256},
@@ -98,6 +100,21 @@ void check_plan(const Case& c, const Plan& plan) {
   CHECK(plan.flops >= plan.floor_flops);
   const int products = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
   CHECK(plan.flops <= (products + 2) * 2.0 * r.tokens * r.features * r.vocab);
+  const bool compact = plan.accumulation == Accumulation::kCompact || plan.compact_input_sums;
+  if (compact) CHECK(is_16_bit(r.dtype) && r.accumulation == GradAccumulation::kAuto);
+  // Of compact sums: terms that are rounded one after the other.
+  if (plan.accumulation == Accumulation::kCompact && plan.kind == PlanKind::kTokenChunks)
+    CHECK(r.grad_weight && plan.num_chunks <= 257);
+  if (plan.accumulation == Accumulation::kCompact && plan.kind == PlanKind::kVocabSlices) {
+    // All scores leave a slice of the gradient before the first sums are written there.
+    CHECK(plan.token_block >= plan.stored_in_gradient);
+    CHECK(c.traits.kernels.products != Family::kGeneric && !c.traits.smoothing_apart);
+  }
+  if (plan.compact_input_sums)
+    CHECK(r.grad_input && r.grad_weight && plan.kind == PlanKind::kVocabSlices &&
+          plan.num_slices <= 256 && !plan.separate_sweeps);
+  if (plan.products_from_scores)
+    CHECK(c.traits.kernels.products == Family::kSm90rs && !r.grad_bias);
   if (!c.traits.kernels.stores_16_bits()) {
     // Float products shrink in place within the tokens that are converted together.
     CHECK_EQ(plan.input_block, plan.token_block);
@@ -147,10 +164,12 @@ void keeps_the_promises_for_large_heads() {
     Family products;
     double ndv, predicted_ndv;
   } goals[] = {
-      {4096, 32, Family::kSm90, 6, 6.8},        {8192, 512, Family::kSm90, 6.75, 7.7},
-      {8192, 256, Family::kSm90, 7, 8},         {8192, 96, Family::kSm90, 7, 8.5},
-      {8192, 32, Family::kSm90, 8, 9},          {16384, 32, Family::kSm90, 9, 10},
-      {8192, 512, Family::kGeneric, 6.75, 7.7}, {8192, 32, Family::kGeneric, 8, 10},
+      {4096, 32, Family::kSm90, 6, 6.8},    {4096, 32, Family::kSm90rs, 6, 6.6},
+      {8192, 512, Family::kSm90, 6, 6.75},  {8192, 512, Family::kSm90rs, 6, 6.6},
+      {8192, 256, Family::kSm90, 6, 7.1},   {8192, 96, Family::kSm90, 7, 7.7},
+      {8192, 32, Family::kSm90, 7, 8.1},    {8192, 32, Family::kSm90rs, 7, 8.1},
+      {16384, 32, Family::kSm90, 7.5, 8.8}, {8192, 512, Family::kGeneric, 6, 7.4},
+      {8192, 256, Family::kGeneric, 7, 8},  {8192, 32, Family::kGeneric, 8, 10},
   };
   for (const auto& goal : goals) {
     Case c = make_case(goal.tokens, 4096, 128256, {Family::kSm90, goal.products});
@@ -171,20 +190,52 @@ void maxima_make_room_for_the_sweeps() {
   c.request.memory_budget = 32 * kMiB;
   test::context() = name_of(c);
   const Plan plan = plan_of(c);
-  CHECK(plan.stored_in_gradient > 0 && plan.separate_sweeps);
+  CHECK(plan.stored_in_gradient > 0 && plan.kind == PlanKind::kVocabSlices);
+  CHECK_EQ(plan.accumulation == Accumulation::kCompact, true);
   const cuda::Layout with_input = layout(c.request, c.traits, plan);
-  CHECK(with_input.weight_sum < with_input.kept_maxima);
+  CHECK(with_input.weight_copy < with_input.kept_maxima);
   // They stay where the sweep itself turns scores into gradients, and where products read scores.
   Case without_input = c, from_scores = c;
   without_input.request.grad_input = false;
   from_scores.traits.kernels.products = Family::kSm90rs;
+  Plan multiplies_scores = plan;
+  multiplies_scores.products_from_scores = true;
   const int64_t maxima = int64_t{4} * (128256 / 128) * plan.stored_in_gradient;
-  for (const Case& other : {without_input, from_scores}) {
+  for (const auto& [other, its_plan] :
+       {std::pair{without_input, plan}, std::pair{from_scores, multiplies_scores}}) {
     test::context() = name_of(other);
-    const cuda::Layout at = layout(other.request, other.traits, plan);
-    for (const int64_t offset : {at.slice, at.weight_sum, at.partials, at.input_sum})
+    const cuda::Layout at = layout(other.request, other.traits, its_plan);
+    for (const int64_t offset : {at.slice, at.weight_copy, at.partials})
       CHECK(offset == 0 || offset >= at.kept_maxima + maxima);
   }
+}
+
+// Until something is measured, the handwritten products where they are predicted to win.
+void chooses_products_by_the_memory() {
+  Problem problem;
+  problem.dtype = DType::kBFloat16;
+  const auto choose = [&](int64_t budget, Selection kernels) {
+    PlanRequest request = make_case(8192, 4096, 128256, kernels).request;
+    request.memory_budget = budget < 0 ? -1 : budget * kMiB;
+    Plan plan;
+    CHECK_EQ(choose_plan(problem, request, &kernels, &plan), "");
+    CHECK_EQ(plan.own_products, kernels.predicted);
+    if (plan.own_products) CHECK(kernels.products == kernels.scores);
+    // What a plan says of its bytes is said for the kernels that it was made for.
+    CHECK_EQ(layout(request, plan_traits(problem, request, kernels), plan).total,
+             plan.workspace_bytes);
+    return kernels.predicted;
+  };
+  const Selection by_rule{Family::kSm90, Family::kGeneric};
+  CHECK(choose(32, by_rule));
+  CHECK(!choose(-1, by_rule));
+  Selection forced = by_rule, measured = by_rule;
+  forced.forced = true;
+  const cuda::MeasuredChoice row;
+  measured.measured = &row;
+  for (const Selection& given : {forced, measured, Selection{Family::kGeneric, Family::kGeneric},
+                                 Selection{Family::kSm90, Family::kSm90}})
+    CHECK(!choose(32, given));
 }
 
 // bf16 before sm_80, in a budget as small as the smallest of the goals.
@@ -215,6 +266,17 @@ void obeys_the_caller() {
   c.request.accumulation = GradAccumulation::kNative;
   test::context() = name_of(c);
   CHECK(plan_of(c).accumulation == Accumulation::kNative);
+  // Many chunks: compact sums unless fp32 sums are asked for.
+  c.traits.kernels.products = Family::kSm80;
+  c.request.memory_budget = 40 * kMiB;
+  c.request.accumulation = GradAccumulation::kAuto;
+  test::context() = name_of(c);
+  const Plan compact = plan_of(c);
+  check_plan(c, compact);
+  CHECK(compact.accumulation == Accumulation::kCompact);
+  c.request.accumulation = GradAccumulation::kFloat32;
+  test::context() = name_of(c);
+  CHECK(plan_of(c).accumulation != Accumulation::kCompact && !plan_of(c).compact_input_sums);
 }
 
 }  // namespace
@@ -228,6 +290,7 @@ int main() {
   }
   keeps_the_promises_for_large_heads();
   maxima_make_room_for_the_sweeps();
+  chooses_products_by_the_memory();
   upcasts_in_small_pieces();
   obeys_the_caller();
   return test::result();
