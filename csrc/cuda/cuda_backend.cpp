@@ -11,7 +11,7 @@
 namespace memeff::cuda {
 namespace {
 
-void check(const Status& status) {
+void throw_unless_accepted(const Status& status) {
   if (!status.ok()) throw std::runtime_error(std::string("memeff: ") + status.message);
 }
 
@@ -171,6 +171,7 @@ class CudaBackend : public Backend {
     ProductOutput output;
     if (at_once) {
       output = written_by_product(update);
+      output.beside = runs_beside(tokens, &tokens_written_);
     } else {
       output.sums = static_cast<float*>(memory_.input_sum(tokens));
       output.sums_stride = problem_.features;
@@ -179,10 +180,12 @@ class CudaBackend : public Backend {
     }
     const GradientOperands operands = memory_.gradient_operands(block, weight);
     const Block shape{classes.begin, classes.size(), tokens.size()};
-    check(holds_scores(block) ? products_.grad_input_from_scores(
-                                    shape, operands, score_gradient(tokens, block), output, stream_)
-                              : products_.grad_input_product(shape.classes, shape.tokens, operands,
-                                                             output, stream_));
+    check_product(
+        holds_scores(block)
+            ? products_.grad_input_from_scores(shape, operands, score_gradient(tokens, block),
+                                               output, stream_)
+            : products_.grad_input_product(shape.classes, shape.tokens, operands, output, stream_),
+        at_once);
     if (compact && !at_once) check(update_rows(update, stream_));
   }
 
@@ -216,6 +219,7 @@ class CudaBackend : public Backend {
     if (at_once) {
       output = written_by_product(update);
       if (memory_.in_gradient(block)) move_out_of_gradient(classes, tokens, &operands);
+      output.beside = runs_beside(classes, &classes_written_);
     } else {
       output.sums = static_cast<float*>(memory_.weight_sum());
       output.sums_stride = problem_.features;
@@ -223,10 +227,12 @@ class CudaBackend : public Backend {
       if (apart_) add_smoothing(classes, tokens, !first, output.sums);
     }
     const Block shape{classes.begin, classes.size(), tokens.size()};
-    check(holds_scores(block) ? products_.grad_weight_from_scores(
-                                    shape, operands, score_gradient(tokens, block), output, stream_)
-                              : products_.grad_weight_product(shape.classes, shape.tokens, operands,
-                                                              output, stream_));
+    check_product(
+        holds_scores(block)
+            ? products_.grad_weight_from_scores(shape, operands, score_gradient(tokens, block),
+                                                output, stream_)
+            : products_.grad_weight_product(shape.classes, shape.tokens, operands, output, stream_),
+        at_once);
     if (last && !at_once) check(update_rows(update, stream_));
   }
 
@@ -247,6 +253,25 @@ class CudaBackend : public Backend {
   }
 
  private:
+  /// Of every launch but those of products that write gradients at once.
+  void check(const Status& status) {
+    throw_unless_accepted(status);
+    follows_writing_product_ = false;
+  }
+  void check_product(const Status& status, bool at_once) {
+    throw_unless_accepted(status);
+    follows_writing_product_ = at_once;
+  }
+  /// Whether the product that will write these rows may run beside those launched just before: they
+  /// write gradients at once, too, and other rows. What they read no product writes: scores leave
+  /// grad_weight by a copy, a launch in between. `written` is the end of the rows so far.
+  bool runs_beside(Range rows, int64_t* written) {
+    const bool beside = follows_writing_product_ && rows.begin >= *written;
+    if (!beside) tokens_written_ = classes_written_ = 0;
+    *written = rows.end;
+    return beside;
+  }
+
   /// Bias and class weights in the accumulation type; sums of grad_bias that start at zero.
   void convert_class_arrays() {
     terms_.logit_scale = problem_.logit_scale;
@@ -270,12 +295,12 @@ class CudaBackend : public Backend {
     gemm(memory_.weight_rows(classes), x_transposed, false, block.data, block.stride);
   }
 
-  void products_to_gradient(const Block& shape, Range tokens, const ScoreBlock& block) const {
+  void products_to_gradient(const Block& shape, Range tokens, const ScoreBlock& block) {
     check(block_gradient(shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
                          memory_.targets(tokens), memory_.coefficients(tokens), stream_));
   }
 
-  void add_to_bias(const Block& shape, const ScoreBlock& block) const {
+  void add_to_bias(const Block& shape, const ScoreBlock& block) {
     if (problem_.grad_bias == nullptr) return;
     check(add_bias_gradient(shape, block.data, memory_.gradient_stride(block), problem_.dtype,
                             memory_.bias_sum(), stream_));
@@ -330,7 +355,7 @@ class CudaBackend : public Backend {
   }
 
   /// Gradients, or scores, that lie where their product will be written.
-  void move_out_of_gradient(Range classes, Range tokens, GradientOperands* operands) const {
+  void move_out_of_gradient(Range classes, Range tokens, GradientOperands* operands) {
     const int64_t stride = round_up(tokens.size(), CallMemory::kRowPadding);
     check(copy_rows(operands->gradient, operands->gradient_stride, problem_.dtype,
                     memory_.weight_copy(), stride, problem_.dtype, classes.size(), tokens.size(),
@@ -354,7 +379,7 @@ class CudaBackend : public Backend {
   }
 
   /// Likewise of grad_weight: w_v sum_n weighted_n x[n].
-  void add_smoothing(Range classes, Range tokens, bool accumulate, float* sums) const {
+  void add_smoothing(Range classes, Range tokens, bool accumulate, float* sums) {
     const Matrix input = memory_.input_rows(tokens);
     check(weighted_row_sum(input.data, input.row_stride, problem_.dtype, tokens.size(),
                            problem_.features, memory_.weighted(tokens), memory_.input_row_sum(),
@@ -379,6 +404,9 @@ class CudaBackend : public Backend {
   LogitTerms terms_;
   bool multiplies_scores_ = false;  // kept scores go into the products as they are
   bool wrote_grad_input_ = false;
+  // Of the products that may run beside one another:
+  bool follows_writing_product_ = false;
+  int64_t tokens_written_ = 0, classes_written_ = 0;
   bool has_smoothing_row_ = false;
   // Of the last scores():
   PartialStatistics last_partials_;

@@ -205,6 +205,10 @@ struct ProductOutput {
   SplitSums split;
   WeightUpdate update = WeightUpdate::kWrite;
   const float* scale = nullptr;
+  // The product may run at the same time as the one launched before it in the stream (and as those
+  // beside which that one runs): none writes what another reads or writes. A product whose last tiles
+  // leave multiprocessors idle then shares them with this one. sm80 takes no notice.
+  bool beside = false;
 };
 
 /// Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores; then

@@ -30,10 +30,15 @@ constexpr int64_t kMostCompactTerms = 256;
 // What predicted_cost assumes of a GPU: an H100's or H200's size. Others have about as many tiles in
 // flight, or fewer: 216 smaller ones on an A100, 80 on a T4.
 constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's result
+// The part of a tile's epilogue that no tile's products hide, as so many more terms of its sums: some
+// 1250 cycles of 2048 multiply-adds for 32768 sums.
+constexpr int64_t kEpilogueDepth = 80;
 // Multiply-adds that a GPU with tensor cores does while it moves one byte: about 80 on H100 and H200,
 // 75 on A100, 100 on T4; and while it starts a kernel and waits for its last tiles, about 4 us.
 constexpr double kMultiplyAddsPerByte = 80;
 constexpr double kMultiplyAddsPerLaunch = 1.4e9;
+// While the last blocks of products that run beside one another end: half of their 75 us.
+constexpr double kMultiplyAddsPerLastBlocks = 1.3e10;
 // Sums that are added to again and again stay in the L2 cache up to about this size.
 constexpr int64_t kCachedBytes = 24 * kMiB;
 
@@ -106,10 +111,14 @@ Plan in_separate_sweeps(const PlanRequest& r, const PlanTraits& t, const Plan& p
   return separate;
 }
 
+/// Tiles of a product fill the GPU round by round; where it runs beside others (ProductOutput::beside)
+/// these fill its last round and the time of its launch.
+enum class Rounds { kWhole, kShared };
+
 /// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in
-/// parts, and each part `pieces` times. Tiles at the edges and the last tiles in flight count in full.
+/// parts, and each part `pieces` times. Tiles at the edges count in full, as do the last rounds.
 double product_cost(int64_t rows, int64_t row_part, int64_t columns, int64_t column_part,
-                    int64_t depth, int64_t pieces = 1) {
+                    int64_t depth, int64_t pieces = 1, Rounds rounds = Rounds::kWhole) {
   double cost = 0;
   // Parts of one size, and what is left over.
   const auto for_each_part = [](int64_t size, int64_t part, const auto& visit) {
@@ -120,10 +129,12 @@ double product_cost(int64_t rows, int64_t row_part, int64_t columns, int64_t col
   for_each_part(rows, row_part, [&](int64_t height, int64_t vertical) {
     for_each_part(columns, column_part, [&](int64_t width, int64_t horizontal) {
       const int64_t tiles = ceil_div(height, kTileRows) * ceil_div(width, kTileColumns);
-      const int64_t whole = round_up(tiles, kTilesInFlight) * kTileRows * kTileColumns;
-      cost += static_cast<double>(vertical * horizontal) *
-              (static_cast<double>(whole) * static_cast<double>(depth) +
-               static_cast<double>(pieces) * kMultiplyAddsPerLaunch);
+      const int64_t counted = rounds == Rounds::kWhole ? round_up(tiles, kTilesInFlight) : tiles;
+      const int64_t elements = counted * kTileRows * kTileColumns;
+      cost +=
+          static_cast<double>(vertical * horizontal) *
+          (static_cast<double>(elements) * static_cast<double>(depth + pieces * kEpilogueDepth) +
+           static_cast<double>(rounds == Rounds::kWhole ? pieces : 0) * kMultiplyAddsPerLaunch);
     });
   });
   return cost;
@@ -267,49 +278,95 @@ class Candidates {
 
 }  // namespace
 
+namespace {
+
+int64_t parts_of(int64_t tokens, int64_t part) {
+  return ceil_div(tokens, std::max<int64_t>(1, part));
+}
+
+bool is_sm90(Family products) {
+  return products == Family::kSm90 || products == Family::kSm90x2 || products == Family::kSm90rs;
+}
+
+/// Under token chunks, whether a chunk's products of gradients run beside one another. (Those of
+/// scores in the gradient cannot: a copy lies in between.)
+bool run_beside(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+  return r.grad_input && r.grad_weight && plan.kind == PlanKind::kTokenChunks && !t.skips &&
+         is_sm90(t.kernels.products) && one_weight_product(r, t, plan);
+}
+
+/// The products that make grad_weight, and the bytes that they move back and forth.
+double weight_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
+  const int64_t n = r.tokens, d = r.features, v = r.vocab, slice = plan.slice_vocab;
+  const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
+  const int64_t stored = plan.stored_in_gradient, rest = n - stored;
+  const bool direct = one_weight_product(r, t, plan);
+  double cost;
+  int64_t passes = 1, products;  // passes: terms that are added in the gradient or beside it
+  if (plan.kind == PlanKind::kTokenChunks) {
+    const int64_t blocks = parts_of(kept_tokens(r, plan), plan.weight_block);
+    const int64_t others = rest > 0 ? parts_of(rest, plan.chunk_tokens) : 0;
+    passes = std::max<int64_t>(1, (stored > 0 ? 1 : 0) + others);
+    products = passes * blocks;
+    const Rounds rounds = run_beside(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
+    cost = product_cost(v, slice, d, d, stored, stored > 0 ? blocks : 0) +
+           product_cost(v, slice, d, d, rest, others * blocks, rounds);
+    if (rounds == Rounds::kShared) cost += static_cast<double>(others) * kMultiplyAddsPerLastBlocks;
+  } else {
+    products = parts_of(kept, plan.token_block) + parts_of(fresh, plan.token_block);
+    cost = product_cost(v, slice, d, d, n, products);
+    if (direct) passes = std::max<int64_t>(1, products);
+  }
+  // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
+  const bool halves = plan.accumulation == Accumulation::kFloat32;
+  const int64_t moved = v * d * (halves ? 8 * passes - 6 : 4 * passes - 2);
+  // A product of sm90 moves them by TMA while it multiplies.
+  if (direct && is_sm90(t.kernels.products))
+    cost = std::max(cost, static_cast<double>(moved) * kMultiplyAddsPerByte);
+  else
+    *bytes += moved;
+  // Sums in the workspace, and parts of them where there are more than the cache holds.
+  if (!direct) *bytes += v * d * 8 * passes;
+  if (!direct && slice * d * 4 > kCachedBytes) *bytes += v * d * 8 * (products - passes);
+  if (direct) *bytes += stored * v * 4;  // moved out of the gradient
+  return cost;
+}
+
+/// Likewise of grad_input.
+double input_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
+  const int64_t d = r.features, v = r.vocab, stored = plan.stored_in_gradient;
+  const int64_t fresh = fresh_tokens(r, plan), kept = r.tokens - fresh;
+  if (plan.kind == PlanKind::kTokenChunks) {
+    const Rounds rounds = run_beside(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
+    return product_cost(stored, plan.input_block, d, d, v) +
+           product_cost(kept - stored, std::min(plan.chunk_tokens, plan.input_block), d, d, v, 1,
+                        rounds);
+  }
+  const bool separate = plan.separate_sweeps;
+  const int64_t slices = parts_of(v, separate ? plan.input_sweep_slice : plan.slice_vocab);
+  const int64_t block = separate ? plan.input_sweep_block : plan.token_block;
+  if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) *bytes += 8 * slices * fresh * d;
+  if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) *bytes += 4 * slices * fresh * d;
+  return product_cost(kept, plan.input_block, d, d, v) +
+         product_cost(fresh, block, d, d, v, slices);
+}
+
+}  // namespace
+
 double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   const int64_t n = r.tokens, d = r.features, v = r.vocab;
-  const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
-  const bool chunks = plan.kind == PlanKind::kTokenChunks;
+  const int64_t fresh = fresh_tokens(r, plan);
   int64_t bytes = 0;
   double cost = r.statistics_known ? 0 : product_cost(n, score_block(plan), v, v, d);
-
-  int64_t block = plan.token_block, slice = plan.slice_vocab;
   if (plan.kind != PlanKind::kStatistics) {
     if (!plan.products_from_scores)  // scores become gradients
-      bytes += kept * v * (t.kernels.stores_16_bits() ? 4 : 8);
-    cost += product_cost(fresh, block, v, slice, d);
+      bytes += (n - fresh) * v * (t.kernels.stores_16_bits() ? 4 : 8);
+    cost += product_cost(fresh, plan.token_block, v, plan.slice_vocab, d);
   }
-  if (r.grad_weight) {
-    const int64_t rest = n - plan.stored_in_gradient;
-    const auto parts = [](int64_t tokens, int64_t part) {
-      return ceil_div(tokens, std::max<int64_t>(1, part));
-    };
-    const int64_t passes =
-        chunks && rest > 0 ? (rest < n ? 1 : 0) + parts(rest, plan.chunk_tokens) : 1;
-    const int64_t products = chunks ? passes * parts(kept_tokens(r, plan), plan.weight_block)
-                                    : parts(kept, block) + parts(fresh, block);
-    cost += product_cost(v, slice, d, d, n, products);
-    // The gradient, and sums where there are more of them than the cache holds.
-    const bool direct = one_weight_product(r, t, plan);
-    // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
-    bytes +=
-        v * d * (plan.accumulation == Accumulation::kFloat32 ? 8 * passes - 6 : 4 * passes - 2);
-    if (!direct) bytes += v * d * 8 * passes;
-    if (!direct && slice * d * 4 > kCachedBytes) bytes += v * d * 8 * (products - passes);
-    if (direct) bytes += plan.stored_in_gradient * v * 4;  // moved out of the gradient
-  }
-  if (plan.separate_sweeps) {
-    block = plan.input_sweep_block, slice = plan.input_sweep_slice;
-    cost += product_cost(fresh, block, v, slice, d);
-  }
-  if (r.grad_input) {
-    const int64_t slices = slice > 0 ? ceil_div(v, slice) : 0;
-    cost +=
-        product_cost(kept, plan.input_block, d, d, v) + product_cost(fresh, block, d, d, v, slices);
-    if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) bytes += 8 * slices * fresh * d;
-    if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) bytes += 4 * slices * fresh * d;
-  }
+  if (plan.separate_sweeps)
+    cost += product_cost(fresh, plan.input_sweep_block, v, plan.input_sweep_slice, d);
+  if (r.grad_weight) cost += weight_cost(r, t, plan, &bytes);
+  if (r.grad_input) cost += input_cost(r, t, plan, &bytes);
   // Who fixes the size of chunks wants chunks.
   if (r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices)
     cost += 100.0 * static_cast<double>(n) * static_cast<double>(d) * static_cast<double>(v);

@@ -14,6 +14,10 @@ void cluster_wait();
 // The address in the cluster's shared memory of what lies at `address` in the block `rank`.
 std::uint32_t map_shared(std::uint32_t address, std::uint32_t rank);
 
+// ---- launches beside one another ----
+void launch_dependents();
+void wait_for_grid();
+
 // ---- mbarrier ----
 void mbarrier_init(std::uint32_t address, int count);
 void mbarrier_inval(std::uint32_t address);

@@ -1,6 +1,7 @@
 // Registered global buffers: exact bounds, read-only inputs, and races inside a cluster and between
 // clusters (without clusters: blocks). Clusters of a launch have no order, so any conflict between
-// two of them is a race; launches follow one another.
+// two of them is a race; so is one between launches of which one may run beside the other. All other
+// launches follow one another.
 #include "emulator/internal.h"
 
 #include <algorithm>
@@ -13,7 +14,7 @@ namespace {
 // The shadow of one granule. Two readers are remembered: enough to notice a write that overtakes a
 // read, at a cost that buffers of many megabytes can bear.
 struct Cell {
-  int launch = -1;
+  int launches = -1;
   int write_cluster = -1, read_cluster = -1;
   bool atomic_write = false, several_reading_clusters = false;
   Step write;
@@ -151,9 +152,9 @@ bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc
   const auto offset = static_cast<std::size_t>(p - buffer->data);
   for (std::size_t i = offset / buffer->granule; i <= (offset + bytes - 1) / buffer->granule; ++i) {
     Cell& cell = buffer->cells[i];
-    if (cell.launch != cluster->launch) {
+    if (cell.launches != cluster->launches) {
       cell = Cell{};
-      cell.launch = cluster->launch;
+      cell.launches = cluster->launches;
     }
     if (const char* other = conflict(cell, type)) {
       report(Defect::kGlobalRace, pc, "%s of byte %zu of buffer '%s', which was %s", verb(type),

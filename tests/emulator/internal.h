@@ -136,6 +136,7 @@ struct Block {
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
   std::vector<Thread> threads;
+  bool waited_for_grid = false;                           // griddepcontrol.wait
   Clock exits;                                            // what exited threads knew
   std::map<std::uint32_t, RemoteAccess> remote_accesses;  // by agent
   Barrier barriers[16];
@@ -163,8 +164,10 @@ struct ClusterBarrier {
 
 // Blocks that run at the same time. Without clusters, each block is one by itself.
 struct Cluster {
-  dim3 dim, grid;  // of a block, of the launch
-  int number = 0, launch = 0;
+  dim3 dim, grid;    // of a block, of the launch
+  int number = 0;    // among those of all launches that run beside one another
+  int launches = 0;  // the same for all of these, different for others
+  bool beside = false;
   bool abandoned = false;  // a defect after which running on would corrupt the test program
   const char* arguments = nullptr;  // readable: the launched closure, i.e. the kernel's arguments
   std::size_t argument_bytes = 0;

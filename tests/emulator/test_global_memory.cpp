@@ -1,7 +1,7 @@
 // Defects in the use of global memory, and launches that hardware would refuse.
 #include <vector>
 
-#include "cuda/ptx/sm80.cuh"
+#include "cuda/ptx/sm90.cuh"
 #include "emulator/check.h"
 
 using namespace memeff;
@@ -98,6 +98,25 @@ __global__ void second_launch(float* out) {
   if (i < 128) out[i] += out[255 - i];
 }
 
+// Launched beside one another: none may touch what another writes, each must outlast the one before.
+__global__ void first_of_several(float* out) {
+  ptx::launch_dependents();
+  out[threadIdx.x] = 1.f;
+}
+template <bool kMeets, bool kEndsFirst>
+__global__ void another(float* out, int first) {
+  out[first + threadIdx.x] = kMeets && threadIdx.x == 31 ? out[31] : 2.f;
+  if (!kEndsFirst) ptx::wait_for_grid();
+}
+template <bool kMeets, bool kEndsFirst>
+void launch_three() {
+  MEMEFF_LAUNCH(first_of_several, dim3(1), dim3(32), 0, nullptr, data);
+  for (const int first : {32, 64}) {
+    const auto kernel = another<kMeets, kEndsFirst>;
+    MEMEFF_LAUNCH_BESIDE(true, 1, kernel, dim3(1), dim3(32), 0, nullptr, data, first);
+  }
+}
+
 __global__ void nothing() {}
 __global__ void much_static_memory() {
   MEMEFF_SHARED_ARRAY(float, tile, 32 * 1024);
@@ -156,6 +175,10 @@ int main() {
       MEMEFF_LAUNCH(second_launch, dim3(2), dim3(128), 0, nullptr, data);
       for (int i = 0; i < 256; ++i) CHECK(data[i] == (i < 128 ? 2.f : 1.f));
     });
+    expect_clean("launches beside one another", [] { launch_three<false, false>(); });
+    EXPECT_DEFECT("they meet", kGlobalRace, nullptr, [] { launch_three<true, false>(); });
+    EXPECT_DEFECT("they do not wait", kInFlightAtExit, nullptr,
+                  [] { launch_three<false, true>(); });
     test_illegal_launches();
   }
   delete[] heap;

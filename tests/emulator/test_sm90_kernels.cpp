@@ -450,7 +450,9 @@ void test_product(const ProductCase& c, bool of_weight) {
   output.gradient = gradient.data;
   output.gradient_stride = gradient.stride;
   output.scale = scale.data;
+  output.beside = true;  // of the one that adds to the sums: other memory, more blocks
   CHECK(product(c.classes, c.tokens, operands, output).ok());
+  output.beside = false;
   const auto value = [&](int64_t row, int64_t d) { return to_double(gradient.at(row, d)); };
   expect(value, 0.37f, kRounding<T>);
   output.update = WeightUpdate::kAddNative;

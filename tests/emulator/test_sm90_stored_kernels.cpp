@@ -194,6 +194,7 @@ void test_product(const ScoreCase& c, bool of_weight) {
   ours.scale = theirs.scale = scale.data();
   for (const WeightUpdate update : {WeightUpdate::kWrite, WeightUpdate::kAddNative}) {
     ours.update = theirs.update = update;
+    ours.beside = theirs.beside = update == WeightUpdate::kWrite;  // of those that add to the sums
     run_both(ours, theirs);
     CHECK(same(rounded, other));
   }

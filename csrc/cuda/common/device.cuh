@@ -6,6 +6,9 @@
 //   MEMEFF_DYNAMIC_SHARED(name)       unsigned char* name: the launch's dynamic shared memory
 //   MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
 //   MEMEFF_LAUNCH_CLUSTERS(size, kernel, ...)   the same in clusters of `size` blocks along x
+//   MEMEFF_LAUNCH_BESIDE(beside, size, kernel, ...)   if `beside`, may start before the launch in front
+//                                     has ended, once all its blocks called launch_dependents; each
+//                                     block must then wait_for_grid before it ends
 //   MEMEFF_CHECK_ALIGNED(p, bytes)    nothing on a GPU, where a misaligned access traps by itself
 #pragma once
 
@@ -23,9 +26,11 @@
 #define MEMEFF_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define MEMEFF_LAUNCH_CLUSTERS(size, kernel, grid, block, shared_bytes, stream, ...)           \
-  ::memeff::cuda::launch_clusters((size), (kernel), (grid), (block), (shared_bytes), (stream), \
-                                  __VA_ARGS__)
+#define MEMEFF_LAUNCH_CLUSTERS(size, kernel, grid, block, shared_bytes, stream, ...) \
+  MEMEFF_LAUNCH_BESIDE(false, size, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define MEMEFF_LAUNCH_BESIDE(beside, size, kernel, grid, block, shared_bytes, stream, ...)     \
+  ::memeff::cuda::launch_clusters((beside), (size), (kernel), (grid), (block), (shared_bytes), \
+                                  (stream), __VA_ARGS__)
 
 #define MEMEFF_CHECK_ALIGNED(pointer, bytes) ((void)0)
 
@@ -67,30 +72,34 @@ static inline Status allow_shared_memory(Kernel kernel, int bytes) {
 // A launch in clusters, for as long as it is in scope.
 class ClusterLaunch {
  public:
-  ClusterLaunch(int size, dim3 grid, dim3 block, int shared_bytes, void* stream) {
-    attribute_.id = cudaLaunchAttributeClusterDimension;
-    attribute_.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+  ClusterLaunch(int size, dim3 grid, dim3 block, int shared_bytes, void* stream,
+                bool beside = false) {
+    attributes_[0].id = cudaLaunchAttributeClusterDimension;
+    attributes_[0].val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    attributes_[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[1].val.programmaticStreamSerializationAllowed = 1;
     config_.gridDim = grid;
     config_.blockDim = block;
     config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config_.stream = static_cast<cudaStream_t>(stream);
-    config_.attrs = &attribute_;
-    config_.numAttrs = 1;
+    config_.attrs = attributes_;
+    config_.numAttrs = beside ? 2 : 1;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
   ClusterLaunch& operator=(const ClusterLaunch&) = delete;
   const cudaLaunchConfig_t* config() const { return &config_; }
 
  private:
-  cudaLaunchAttribute attribute_{};
+  cudaLaunchAttribute attributes_[2]{};
   cudaLaunchConfig_t config_{};
 };
 
-// MEMEFF_LAUNCH_CLUSTERS. What goes wrong, launch_status reports.
+// MEMEFF_LAUNCH_BESIDE. What goes wrong, launch_status reports.
 template <class... Parameters, class... Arguments>
-static inline void launch_clusters(int size, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                   int shared_bytes, void* stream, const Arguments&... arguments) {
-  const ClusterLaunch launch(size, grid, block, shared_bytes, stream);
+static inline void launch_clusters(bool beside, int size, void (*kernel)(Parameters...), dim3 grid,
+                                   dim3 block, int shared_bytes, void* stream,
+                                   const Arguments&... arguments) {
+  const ClusterLaunch launch(size, grid, block, shared_bytes, stream, beside);
   (void)cudaLaunchKernelEx(launch.config(), kernel, arguments...);
 }
 

@@ -108,6 +108,25 @@ MEMEFF_DEVICE void mbarrier_inval(uint32_t mbarrier) {
 
 // Makes this thread's mbarrier_init visible to TMA; other threads see it after a barrier, those of
 // other blocks after one of the cluster.
+// ---- launches beside one another ----
+
+// From here on the stream's next grid may start, if it was launched beside this one.
+MEMEFF_DEVICE void launch_dependents() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#else
+  emulator::launch_dependents();
+#endif
+}
+// Waits until the grid beside which this one was launched has ended.
+MEMEFF_DEVICE void wait_for_grid() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#else
+  emulator::wait_for_grid();
+#endif
+}
+
 MEMEFF_DEVICE void fence_mbarrier_init() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN, kCluster>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
+  ptx::launch_dependents();
   auto ring = start_ring<kCluster>(shared_memory);
 
   if (is_producer()) {
@@ -63,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_tile<T>(c, to, &out, boxes, row * kTileM + consumer_group() * kGroupM, column * kTileN);
   }
   boxes.finish();
+  if (to.beside) ptx::wait_for_grid();
 #endif
 }
 
@@ -85,9 +87,10 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const M
   const auto kernel = gradient_product_kernel<T, kMajorOfG, kCluster>;
   unsigned blocks = 0;
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
+  if (output.beside) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
-  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, g,
-                         other, out, marks, to, order);
+  MEMEFF_LAUNCH_BESIDE(output.beside, kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes,
+                       stream, g, other, out, marks, to, order);
   return launch_status();
 }
 

@@ -12,6 +12,10 @@
 // do not depend on timing. Rounded results leave as boxes of 64 x 64. Updates that need the old
 // value (kAddNative, kSplit*) read and write two adjacent elements per thread and access: 16 bytes
 // of a row per quad, half sectors that L2 joins.
+//
+// A product may run beside the one before it (ProductOutput::beside). Its blocks then start on
+// whatever multiprocessors that one has left idle; they are more than fit at a time, of a few tiles
+// each, so that those that start late are few.
 #pragma once
 
 #include "cuda/common/weight_update.cuh"
@@ -73,6 +77,7 @@ struct Destination {
   SplitSums split;
   WeightUpdate update;
   const float* scale;
+  bool beside;  // of ProductOutput
 };
 
 // The thread's pairs of one row, c[0], c[1], c[4], c[5], ..., join the gradient.
@@ -131,14 +136,9 @@ Status make_destination(int64_t rows, int64_t columns, const ProductOutput& outp
   if (output.sums == nullptr && is_split(output.update) &&
       (output.split.remainder == nullptr || !std::is_same_v<T, __nv_bfloat16>))
     return {"split sums are those of bfloat16 gradients and need a remainder"};
-  *to = {Leaves::kByUpdate,
-         static_cast<int>(rows),
-         static_cast<int>(columns),
-         output.gradient,
-         output.gradient_stride,
-         output.split,
-         output.update,
-         output.scale};
+  *to = {Leaves::kByUpdate, static_cast<int>(rows), static_cast<int>(columns),
+         output.gradient,   output.gradient_stride, output.split,
+         output.update,     output.scale,           output.beside};
   TensorMapLayout box;
   box.columns = static_cast<uint64_t>(columns);
   box.rows = static_cast<uint64_t>(rows);

@@ -302,6 +302,17 @@ Status persistent_blocks(Kernel kernel, const TileOrder<kCluster>& order, unsign
   return {};
 }
 
+// For a product that shares multiprocessors with another: enough blocks that one computes about
+// kStepsPerBlock steps of k, some 75 us: the last ones end at about the same time, and starting them
+// costs little. At least as many as run at the same time.
+template <int kCluster>
+unsigned blocks_that_share(unsigned at_a_time, const TileOrder<kCluster>& order, int64_t k) {
+  constexpr int64_t kStepsPerBlock = 128;
+  const int64_t tiles = int64_t{order.rows} * order.columns;  // of a cluster
+  const int64_t each = std::max<int64_t>(1, kStepsPerBlock * kStepK / std::max<int64_t>(1, k));
+  return std::max(at_a_time, static_cast<unsigned>(kCluster * ((tiles + each - 1) / each)));
+}
+
 template <class T>
 constexpr TensorMapElement map_element() {
   return std::is_same_v<T, __nv_bfloat16> ? TensorMapElement::kBFloat16

@@ -366,6 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
+  ptx::launch_dependents();
   auto ring = start_ring<1>(shared_memory, /*fillers=*/2);
   auto* const factors = reinterpret_cast<StepFactors<kMajorOfG>*>(shared_memory + kScratchAt);
 
@@ -401,6 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_tile<T>(c, to, &out, boxes, row * kTileM + consumer_group() * kGroupM, column * kTileN);
   }
   boxes.finish();
+  if (to.beside) ptx::wait_for_grid();
 #endif
 }
 
@@ -422,9 +424,10 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const S
   const auto kernel = stored_product_kernel<T, kMajorOfG>;
   unsigned blocks = 0;
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
+  if (output.beside) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
-  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, e, other, out, scores,
-                marks, to, order);
+  MEMEFF_LAUNCH_BESIDE(output.beside, 1, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream,
+                       e, other, out, scores, marks, to, order);
   return launch_status();
 }
 
