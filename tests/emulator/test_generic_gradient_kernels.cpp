@@ -5,13 +5,12 @@
 
 #include "cuda/launch.h"
 #include "emulator/arrays.h"
+#include "emulator/compact_gradient.h"
 
 using namespace memeff;
 using namespace memeff::cuda;
 using emulator::Array;
-using emulator::BufferAccess;
 using emulator::compare;
-using emulator::GlobalBuffer;
 using emulator::unit_roundoff;
 
 namespace {
@@ -262,6 +261,38 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
   }
 }
 
+// Compact sums of chunks, with blocks of every magnitude, zeros, infinity and NaN among them.
+template <class T>
+void test_compact_update(int64_t rows, int64_t columns, int64_t padding, int64_t offset) {
+  std::mt19937 random{11};
+  std::normal_distribution<float> normal;
+  CompactGradient<T> compact(rows, columns, padding, offset);
+  GuardedMatrix<float> sums("sums", rows, columns, 5, offset, BufferAccess::kReadWrite);
+  GuardedArray<float> scale("scale", 1);
+  scale[0] = 0.3f;
+  for (const WeightUpdate update : {WeightUpdate::kSplitFirst, WeightUpdate::kSplitNext,
+                                    WeightUpdate::kSplitNext, WeightUpdate::kSplitLast}) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < columns; ++d) {
+        const int64_t block = d / kCompactBlock;
+        const int magnitude = static_cast<int>((r * 7 + block * 3) % 11) * 25 - 150;
+        sums.at(r, d) = (r + block) % 6 == 5 ? 0.f : std::ldexp(normal(random), magnitude);
+      }
+    if (update == WeightUpdate::kSplitNext) sums.at(rows - 1, columns - 1) = INFINITY;
+    if (update == WeightUpdate::kSplitNext) sums.at(0, 0) = NAN;
+    RowUpdate rows_of;
+    rows_of.sums = sums.data(), rows_of.sums_stride = sums.stride;
+    rows_of.gradient = compact.gradient.data();
+    rows_of.gradient_stride = compact.gradient.stride;
+    rows_of.split = compact.split();
+    rows_of.dtype = dtype_of<T>(), rows_of.rows = rows, rows_of.columns = columns;
+    rows_of.update = update, rows_of.scale = scale.data();
+    CHECK(update_rows(rows_of, nullptr).ok());
+    CHECK(compact.is_model_after(
+        update, [&](int64_t r, int64_t d) { return sums.at(r, d); }, scale[0]));
+  }
+}
+
 void test_copy(DType from_dtype, DType to_dtype, int64_t rows, int64_t columns, int64_t offset) {
   std::mt19937 random{9};
   std::normal_distribution<double> normal;
@@ -322,6 +353,8 @@ void test_rows() {
       for (const bool scaled : {false, true})
         test_update({WeightUpdate::kSplitFirst, WeightUpdate::kSplitNext, WeightUpdate::kSplitLast},
                     DType::kBFloat16, scaled, rows, columns, offset);
+      test_compact_update<__nv_bfloat16>(rows, columns, 3, offset);
+      test_compact_update<__half>(rows, columns, 8 - columns % 8, offset);
     }
   });
   // More elements than the grid covers at once; in one schedule, because of the time it takes.
@@ -335,6 +368,12 @@ void test_statuses() {
   update.rows = update.columns = 1, update.update = WeightUpdate::kSplitFirst;
   CHECK(!update_rows(update, nullptr).ok());
   update.dtype = DType::kBFloat16;
+  CHECK(!update_rows(update, nullptr).ok());
+  uint16_t remainder = 0;
+  update.dtype = DType::kFloat16, update.split.remainder = &remainder;
+  CHECK(!update_rows(update, nullptr).ok());
+  uint8_t exponent = 0;
+  update.dtype = DType::kFloat32, update.split = {}, update.split.exponents = &exponent;
   CHECK(!update_rows(update, nullptr).ok());
   CHECK(copy_rows(nullptr, 0, DType::kFloat32, nullptr, 0, DType::kFloat32, 0, 1, nullptr).ok());
   CHECK(!copy_rows(nullptr, 0, DType::kFloat32, nullptr, 0, DType::kBFloat16, 1, 1, nullptr).ok());

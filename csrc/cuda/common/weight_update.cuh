@@ -2,7 +2,8 @@
 #pragma once
 
 #include "core/weight_update.h"
-#include "cuda/common/vector_io.cuh"
+#include "cuda/common/compact_sum.cuh"
+#include "cuda/launch.h"
 
 namespace memeff::cuda {
 
@@ -22,7 +23,7 @@ MEMEFF_DEVICE void split_halves(float value, __nv_bfloat16& upper, uint16_t& low
 // The first `count` of the sums; `remainder` is used by split updates of bf16 gradients only. Split
 // sums stay unscaled and unrounded until kSplitLast.
 template <int kCount, class G>
-MEMEFF_DEVICE void update_gradient(WeightUpdate update, Accumulation<G> (&sums)[kCount],
+MEMEFF_DEVICE void update_adjacent(WeightUpdate update, Accumulation<G> (&sums)[kCount],
                                    Accumulation<G> scale, G* gradient, uint16_t* remainder,
                                    int count = kCount) {
   G values[kCount];
@@ -51,6 +52,59 @@ MEMEFF_DEVICE void update_gradient(WeightUpdate update, Accumulation<G> (&sums)[
     }
   }
   store(gradient, values, count);
+}
+
+// A split update by compact sums. The columns of a block lie in neighbouring lanes; all lanes of the
+// warp take part, with a count of 0 where they have no columns, and zeros behind the `count` sums.
+template <int kCount, class G>
+MEMEFF_DEVICE void update_compact(WeightUpdate update, float (&sums)[kCount], float scale,
+                                  G* gradient, uint8_t* block_exponent, int count) {
+  constexpr int kLanes = static_cast<int>(kCompactBlock) / kCount;
+  auto* const stored = reinterpret_cast<uint16_t*>(gradient);
+  uint16_t codes[kCount];
+  if (update != WeightUpdate::kSplitFirst) {
+    load(codes, stored, count);
+    with_codes(count == 0 ? kLeastCompactExponent : *block_exponent, [&](const auto& of_block) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] += of_block.value(uint32_t{codes[i]} << 16);
+    });
+  }
+  if (update == WeightUpdate::kSplitLast) {
+    G values[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = narrow<G>(sums[i] * scale);
+    store(gradient, values, count);
+    return;
+  }
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = max(largest, magnitude_bits(sums[i]));
+  const uint32_t exponent = compact_exponent<kLanes>(largest);
+  with_codes(exponent, [&](const auto& of_block) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) codes[i] = static_cast<uint16_t>(of_block.code(sums[i]) >> 16);
+  });
+  store(stored, codes, count);
+  __syncwarp();  // all have read the old exponent
+  if (threadIdx.x % kLanes == 0 && count > 0) *block_exponent = static_cast<uint8_t>(exponent);
+}
+
+// `sums` into the gradient's `row`, from `column` on, a multiple of kCount; as update_compact() says
+// where split sums are compact.
+template <int kCount, class G>
+MEMEFF_DEVICE void update_gradient(WeightUpdate update, Accumulation<G> (&sums)[kCount],
+                                   Accumulation<G> scale, G* gradient, int64_t stride,
+                                   const SplitSums& split, int64_t row, int64_t column, int count) {
+  G* const to = gradient + row * stride + column;
+  if constexpr (sizeof(G) == 2) {
+    const bool is_split = update != WeightUpdate::kWrite && update != WeightUpdate::kAddNative;
+    if (is_split && split.exponents != nullptr)
+      return update_compact(update, sums, scale, to,
+                            split.exponents + row * split.exponents_stride + column / kCompactBlock,
+                            count);
+  }
+  update_adjacent(update, sums, scale, to, split.remainder + row * split.remainder_stride + column,
+                  count);
 }
 
 }  // namespace memeff::cuda

@@ -7,8 +7,9 @@
 // Each thread handles kColumns adjacent elements of a row; a thread block of 256 threads is `lanes`
 // along a row by 256 / lanes rows. Everything is read once and written once; no shared memory.
 //
-// Numerics: in the accumulation type, one rounding to the gradient's type; none at all for split
-// sums (common/weight_update.cuh).
+// Numerics: in the accumulation type, one rounding to the gradient's type; split sums are not rounded
+// at all, or to the codes of compact sums, whose blocks of 64 columns 8 neighbouring lanes share
+// (common/weight_update.cuh).
 #include "core/tiling.h"
 #include "cuda/common/weight_update.cuh"
 #include "cuda/launch.h"
@@ -51,19 +52,14 @@ template <class G>
 __global__ void __launch_bounds__(kThreads)
     update_rows_kernel(RowUpdate update, int64_t blocks_per_row) {
   using A = Accumulation<G>;
+  // Threads that have no columns stay for the others' shuffles.
   const RowPosition at = row_position(blocks_per_row, update.rows, update.columns);
-  if (at.count == 0) return;
   const A scale = update.scale == nullptr ? A(1) : *static_cast<const A*>(update.scale);
   A sums[kColumns];
   load(sums, static_cast<const A*>(update.sums) + at.row * update.sums_stride + at.column,
        at.count);
-  G* const gradient =
-      static_cast<G*>(update.gradient) + at.row * update.gradient_stride + at.column;
-  uint16_t* const remainder =
-      update.split.remainder == nullptr
-          ? nullptr
-          : update.split.remainder + at.row * update.split.remainder_stride + at.column;
-  update_gradient(update.update, sums, scale, gradient, remainder, at.count);
+  update_gradient(update.update, sums, scale, static_cast<G*>(update.gradient),
+                  update.gradient_stride, update.split, at.row, at.column, at.count);
 }
 
 struct CopyArguments {
@@ -126,8 +122,11 @@ __global__ void __launch_bounds__(kThreads)
 Status update_rows(const RowUpdate& update, void* stream) {
   if (update.rows == 0 || update.columns == 0) return {};
   if (update.update != WeightUpdate::kWrite && update.update != WeightUpdate::kAddNative) {
-    if (update.dtype != DType::kBFloat16) return {"update_rows: split sums are bfloat16"};
-    if (update.split.remainder == nullptr) return {"update_rows: split sums need a remainder"};
+    const bool compact = update.split.exponents != nullptr;
+    if (!(compact ? is_16_bit(update.dtype) : update.dtype == DType::kBFloat16))
+      return {"update_rows: split sums are bfloat16, or compact ones of 16 bits"};
+    if (!compact && update.split.remainder == nullptr)
+      return {"update_rows: split sums need a remainder or exponents"};
   }
   return dispatch(update.dtype, [&](auto* type) {
     const RowGrid grid(update.rows, update.columns);

@@ -17,7 +17,8 @@
 // The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is
 // short for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, launch.h),
 // scaled and rounded, added, or split over the gradient and a remainder that together hold the
-// unscaled fp32 sum of several calls.
+// unscaled fp32 sum of several calls, or as the gradient's compact sum of several calls, whose blocks
+// of 64 columns 8 neighbouring lanes share.
 //
 // Shared memory: 48 KiB of pipeline, later 34 KiB for half of C; a bit per k tile. Two blocks of
 // 128 threads per SM. Per call 2 tokens features classes FLOPs; of its operands a block reads 256 k
@@ -79,15 +80,14 @@ struct Destination {
 constexpr int kStagedRow = kColumns + 8;
 static_assert(kWarpRows * kStagedRow * 4 <= kPipelineBytes);
 
-// 8 adjacent sums, the first `count` of which exist, to where they belong.
+// 8 adjacent sums, the first `count` of which exist, to where they belong; zeros behind these. The
+// whole warp calls it.
 template <class T>
 MEMEFF_DEVICE void put(float (&sums)[kChunk], const ProductOutput& to, int64_t row, int64_t column,
                        int count, float scale) {
-  if (to.sums == nullptr) {
-    T* gradient = static_cast<T*>(to.gradient) + row * to.gradient_stride + column;
-    uint16_t* remainder = to.split.remainder + row * to.split.remainder_stride + column;
-    return update_gradient(to.update, sums, scale, gradient, remainder, count);
-  }
+  if (to.sums == nullptr)
+    return update_gradient(to.update, sums, scale, static_cast<T*>(to.gradient), to.gradient_stride,
+                           to.split, row, column, count);
   float* target = to.sums + row * to.sums_stride + column;
   if (to.accumulate) {
     float before[kChunk];
@@ -116,10 +116,10 @@ MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t firs
 #pragma unroll 1
     for (int i = thread; i < kWarpRows * kChunksPerRow; i += kThreads) {
       const int row = i / kChunksPerRow, column = i % kChunksPerRow * kChunk;
-      const int count = count_left<kChunk>(first_column + column, to.columns);
-      if (count == 0 || first_row + half + row >= to.rows) continue;
+      const bool exists = first_row + half + row < to.rows;
+      const int count = exists ? count_left<kChunk>(first_column + column, to.columns) : 0;
       float sums[kChunk];
-      load(sums, staged + row * kStagedRow + column);
+      load(sums, staged + row * kStagedRow + column, count);
       put<T>(sums, to.output, first_row + half + row, first_column + column, count, scale);
     }
   }
@@ -212,10 +212,11 @@ Status product(int64_t classes, int64_t tokens, const GradientOperands& operands
                      output.update != WeightUpdate::kAddNative;
   if (output.sums == nullptr && output.gradient == nullptr)
     return {"gradient product: sums or gradient must be given"};
-  if (split && operands.dtype != DType::kBFloat16)
-    return {"gradient product: split sums need bfloat16"};
-  if (split && output.split.remainder == nullptr)
-    return {"gradient product: split sums need a remainder"};
+  const bool compact = output.split.exponents != nullptr;
+  if (split && !compact && operands.dtype != DType::kBFloat16)
+    return {"gradient product: split sums are bfloat16, or compact"};
+  if (split && !compact && output.split.remainder == nullptr)
+    return {"gradient product: split sums need a remainder or exponents"};
   switch (operands.dtype) {
     case DType::kBFloat16:
       return select<__nv_bfloat16, kContiguousA>(classes, tokens, operands, output, stream);

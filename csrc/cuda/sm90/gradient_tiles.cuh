@@ -91,7 +91,7 @@ MEMEFF_DEVICE void update_row(const float* c, const Destination& to, int64_t row
   for (int j = 0; j < kTileN / 8; ++j) {
     const int at = column + 8 * j;
     float pair[2] = {c[4 * j], c[4 * j + 1]};
-    if (at < to.columns) update_gradient(to.update, pair, scale, gradient + at, remainder + at);
+    if (at < to.columns) update_adjacent(to.update, pair, scale, gradient + at, remainder + at);
   }
 }
 

@@ -1,0 +1,108 @@
+// Gradient products into compact sums, every family, emulated: the bits that the scalar model makes of
+// the same products' fp32 sums, over several chunks, down to the final rounding.
+#include "emulator/compact_gradient.h"
+
+using namespace memeff;
+using namespace memeff::cuda;
+
+namespace {
+
+struct Family {
+  const char* name;
+  GradientProduct *grad_input_product, *grad_weight_product;
+};
+constexpr Family kFamilies[] = {{"sm80", sm80::grad_input_product, sm80::grad_weight_product}};
+
+struct ProductCase {
+  int64_t classes, tokens, features;
+  int64_t padding = 0;  // between rows of everything in 16 bits
+  bool marks = false;
+};
+
+// G and W or x of one chunk after another, and what launches make of them.
+template <class T>
+struct Chunks {
+  Chunks(const Family& family, const ProductCase& c, bool of_weight)
+      : c(c),
+        launch(of_weight ? family.grad_weight_product : family.grad_input_product),
+        random(53),
+        g("G", c.classes, c.tokens, (8 - c.tokens % 8) % 8, 0, BufferAccess::kReadOnly),
+        other("W or x", of_weight ? c.tokens : c.classes, c.features, c.padding, 0,
+              BufferAccess::kReadOnly),
+        tiles("tiles", tile_count(c.classes) * tile_count(c.tokens)),
+        sums("sums", of_weight ? c.classes : c.tokens, c.features, 0, 0, BufferAccess::kReadWrite) {
+  }
+  static int64_t tile_count(int64_t extent) { return (extent + 127) / 128; }
+
+  // Columns of very different sizes, as in hidden states; with `special`, inf and NaN in some rows.
+  void next(bool special) {
+    std::normal_distribution<float> normal;
+    for (int64_t v = 0; v < c.classes; ++v)
+      for (int64_t n = 0; n < c.tokens; ++n) g.at(v, n) = T(normal(random));
+    for (int64_t i = 0; i < other.rows; ++i)
+      for (int64_t d = 0; d < c.features; ++d)
+        other.at(i, d) = T(std::ldexp(normal(random), -static_cast<int>(d * 7 % 11)));
+    for (uint8_t& tile : tiles) tile = random() % 2;
+    if (!special) return;
+    other.at(other.rows - 1, 0) = T(INFINITY);
+    if (c.features > 64) other.at(0, c.features - 1) = T(NAN);
+  }
+  Status run(const ProductOutput& output) {
+    GradientOperands operands{g.data(),     g.stride,   other.data(),
+                              other.stride, c.features, dtype_of<T>()};
+    if (c.marks) operands.tiles = tiles.data(), operands.tiles_stride = tile_count(c.tokens);
+    return launch(c.classes, c.tokens, operands, output, nullptr);
+  }
+
+  ProductCase c;
+  GradientProduct* launch;
+  std::mt19937 random;
+  GuardedMatrix<T> g, other;
+  GuardedArray<uint8_t> tiles;
+  GuardedMatrix<float> sums;
+};
+
+template <class T>
+void test_product(const Family& family, const ProductCase& c, bool of_weight, bool special) {
+  Chunks<T> chunks(family, c, of_weight);
+  CompactGradient<T> compact(chunks.sums.rows, c.features, c.padding, 0);
+  GuardedArray<float> scale("scale", 1);
+  scale[0] = 0.37f;
+  ProductOutput sums, output;
+  sums.sums = chunks.sums.data();
+  sums.sums_stride = chunks.sums.stride;
+  output.gradient = compact.gradient.data();
+  output.gradient_stride = compact.gradient.stride;
+  output.split = compact.split();
+  output.scale = scale.data();
+  for (const WeightUpdate update : {WeightUpdate::kSplitFirst, WeightUpdate::kSplitNext,
+                                    WeightUpdate::kSplitNext, WeightUpdate::kSplitLast}) {
+    chunks.next(special && update == WeightUpdate::kSplitNext);
+    output.update = update;
+    CHECK(chunks.run(sums).ok() && chunks.run(output).ok());
+    CHECK(compact.is_model_after(
+        update, [&](int64_t row, int64_t column) { return chunks.sums.at(row, column); },
+        scale[0]));
+  }
+}
+
+void test_products(const Family& family) {
+  const bool thorough = emulator::config().schedule == emulator::Schedule::kInOrder;
+  for (const bool of_weight : {false, true}) {
+    test_product<__nv_bfloat16>(family, {136, 150, 200, 8}, of_weight, true);
+    if (!thorough) continue;
+    test_product<__half>(family, {150, 136, 328}, of_weight, false);
+    test_product<__half>(family, {20, 5, 72, 16, true}, of_weight, true);
+    test_product<__nv_bfloat16>(family, {300, 290, 264, 8, true}, of_weight, false);
+    test_product<__nv_bfloat16>(family, {3, 1, 8}, of_weight, false);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Family& family : kFamilies)
+    for_clean_schedules(family.name, [&] { test_products(family); });
+  CHECK(emulator::reports().empty());
+  return emulator::finish("test_sm_compact_sums");
+}
