@@ -138,8 +138,9 @@ def linear_cross_entropy(
             where torch's matrix products compute the scores.
         grad_accumulation: how the weight gradient is summed over chunks of tokens: "float32",
             "native" (its own dtype), or "auto": float32 wherever the memory budget allows, and for
-            bfloat16 in smaller ones 16-bit sums that are 32 times finer than bfloat16 (the plan
-            calls them "compact").
+            16-bit dtypes in smaller ones, or where it is faster on a GPU, 16-bit sums that are 32
+            times finer than bfloat16 (the plan calls them "compact"; GPUs sum the input's gradient
+            in the same way).
         skip_mass: e > 0 lets the gradients leave out tiles of the softmax without much probability:
             less than e per token in all, so that the error of a token's input gradient is less than
             e * max_v ||linear_weight[v]|| times its share of the loss. Saves time on GPUs where the
