@@ -446,8 +446,10 @@ std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan
 std::string choose_plan(const Problem& problem, const PlanRequest& request, Selection* kernels,
                         Plan* plan) {
   const std::string objection = make_plan(request, plan_traits(problem, request, *kernels), plan);
-  const bool by_rule = !kernels->forced && kernels->measured == nullptr;
-  if (!by_rule || !kernels->stores_16_bits() || kernels->products != Family::kGeneric)
+  // What was measured was measured without a budget.
+  const bool settled =
+      kernels->forced || (kernels->measured != nullptr && request.memory_budget < 0);
+  if (settled || !kernels->stores_16_bits() || kernels->products != Family::kGeneric)
     return objection;
   Selection own_kernels = *kernels;
   own_kernels.products = kernels->scores;

@@ -69,10 +69,10 @@ int64_t tokens_in_gradient_row(const PlanRequest& request, const PlanTraits& tra
 /// products, of tiles that stay empty, and what passes in the time of its launches and memory traffic.
 double predicted_cost(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 
-/// make_plan for the problem on these kernels. Where they are the rule by default, with cuBLAS for the
-/// products of gradients, and the handwritten products are predicted to be faster in the memory that
-/// is allowed (they need no fp32 sums beside the gradients), replaces them in `kernels` and sets
-/// plan->own_products.
+/// make_plan for the problem on these kernels. Where cuBLAS would compute the products of gradients,
+/// without anybody having asked for it or measured it under such a memory budget, and the handwritten
+/// products are predicted to be faster (they need no fp32 sums beside the gradients), replaces them in
+/// `kernels` and sets plan->own_products.
 std::string choose_plan(const Problem& problem, const PlanRequest& request, Selection* kernels,
                         Plan* plan);
 /// The kernels of a plan that choose_plan made, from the same selection.

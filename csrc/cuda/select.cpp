@@ -155,7 +155,8 @@ std::string name_of(const Selection& selection) {
 
 std::string reason_of(const Selection& selection) {
   if (selection.forced) return "MEMEFF_CUDA_KERNELS";
-  if (selection.measured == nullptr) return selection.predicted ? "predicted" : "default";
+  if (selection.predicted) return "predicted";
+  if (selection.measured == nullptr) return "default";
   const MeasuredChoice& row = *selection.measured;
   return std::string("measured on ") + row.gpu + " at " + std::to_string(row.tokens) + "x" +
          std::to_string(row.features) + "x" + std::to_string(row.vocab);

@@ -232,7 +232,8 @@ void chooses_products_by_the_memory() {
   forced.forced = true;
   const cuda::MeasuredChoice row;
   measured.measured = &row;
-  for (const Selection& given : {forced, measured, Selection{Family::kGeneric, Family::kGeneric},
+  CHECK(choose(32, measured) && !choose(-1, measured));
+  for (const Selection& given : {forced, Selection{Family::kGeneric, Family::kGeneric},
                                  Selection{Family::kSm90, Family::kSm90}})
     CHECK(!choose(32, given));
 }
