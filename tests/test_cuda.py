@@ -67,6 +67,22 @@ def test_chunks(chunk_size: int, dtype: torch.dtype, kernels: str) -> None:
     check(Case((1000,), 64, 3001, dtype, chunk_size=chunk_size), device="cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("budget", ["3MiB", "6MiB", "20MiB"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_sums_in_the_gradients_memory(
+    budget: str, dtype: torch.dtype, reduction: str, kernels: str
+) -> None:
+    """Compact sums, over slices in the small budgets, over chunks of tokens in the largest; and
+    products that run beside one another, which must not show in any bit."""
+    case = Case((2500,), 264, 9001, dtype, reduction, ignored=0.1)
+    check(case, device="cuda", memory_budget=budget)
+    inputs = on_gpu(case)
+    first, second = (run_memeff(case, inputs, memory_budget=budget) for _ in range(2))
+    for name in ("loss", "dx", "dw"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("budget", ["4MiB", "8MiB", "64MiB"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
