@@ -195,13 +195,16 @@ def plan(
 
 
 def _gpu(given: tuple[int, int] | None, device: torch.device) -> dict[str, int | str]:
-    """The GPU to plan for: its compute capability, 10 * major + minor, and its name."""
-    name = ""
+    """The GPU to plan for: its compute capability, 10 * major + minor; its name and number of
+    multiprocessors where they are known."""
+    name, multiprocessors = "", 0
     if given is None and torch.cuda.is_available():
         index = device if device.type == "cuda" else None
-        given, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+        properties = torch.cuda.get_device_properties(index)
+        given, name = (properties.major, properties.minor), properties.name
+        multiprocessors = properties.multi_processor_count
     major, minor = given or (9, 0)
-    return {"capability": 10 * major + minor, "gpu": name}
+    return {"capability": 10 * major + minor, "gpu": name, "multiprocessors": multiprocessors}
 
 
 def _mebibytes(size: int) -> str:

@@ -24,6 +24,7 @@ class CudaLikeDevice : public Device {
     cuda::Selection kernels = select(problem, &error);
     if (!error.empty()) return error;
     request->gpu_upcasts = cuda::upcasts(problem.dtype, cuda::current_gpu());
+    request->multiprocessors = cuda::multiprocessors_of(cuda::current_gpu());
     return cuda::choose_plan(problem, *request, &kernels, plan);
   }
 

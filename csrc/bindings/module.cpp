@@ -125,7 +125,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
               bool weight_grad, bool bias_grad, bool probabilities, double label_smoothing,
               double softcap, bool statistics, double skip_mass, int64_t memory_budget,
               int64_t chunk_size, const std::string& grad_accumulation, int capability,
-              const std::string& gpu) {
+              const std::string& gpu, int multiprocessors) {
   // No data: only what decides about kernels and partial sums.
   Problem problem;
   problem.tokens = tokens;
@@ -164,11 +164,12 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     };
   } else if (backend == "cuda") {
     std::string error;
-    const cuda::Gpu card{capability, gpu};
+    const cuda::Gpu card{capability, gpu, multiprocessors};
     const cuda::Selection selection = cuda::select_kernels(problem, card, cuda::forced_kernels(),
                                                            cuda::measured_choices(), &error);
     if (!error.empty()) throw py::value_error(error);
     request.gpu_upcasts = cuda::upcasts(problem.dtype, card);
+    request.multiprocessors = cuda::multiprocessors_of(card);
     planner = [&, selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
       cuda::Selection chosen_kernels = selection;
       const std::string objection = cuda::choose_plan(planned, *completed, &chosen_kernels, chosen);
@@ -215,5 +216,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              py::arg("weight_grad"), py::arg("bias_grad"), py::arg("probabilities"),
              py::arg("label_smoothing"), py::arg("softcap"), py::arg("statistics"),
              py::arg("skip_mass"), py::arg("memory_budget"), py::arg("chunk_size"),
-             py::arg("grad_accumulation"), py::arg("capability"), py::arg("gpu"));
+             py::arg("grad_accumulation"), py::arg("capability"), py::arg("gpu"),
+             py::arg("multiprocessors"));
 }

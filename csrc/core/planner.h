@@ -49,6 +49,7 @@ struct PlanRequest {
   bool compact_sums = false;  // the backend can keep sums of a bf16 grad_weight in this form
   bool cpu_blas = false;     // a BLAS computes the products; it packs operands in memory of its own
   bool gpu_upcasts = false;  // the GPU does not multiply the dtype: operands are upcast by torch
+  int64_t multiprocessors = 132;  // of the GPU
   bool grad_input = false;
   bool grad_weight = false;
   bool grad_bias = false;

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kAlignment = 256;  // what kernels and TMA like best
 constexpr int64_t kRow = 8;          // tokens to which rows of blocks are padded: 16 bytes
 // Enough for the GPU to be busy with the scores of one token tile row after row.
-constexpr int64_t kWantedBlocks = 4 * kTilesInFlight;
+constexpr int64_t kBlocksPerMultiprocessor = 4;
 
 class Cursor {
  public:
@@ -124,7 +124,8 @@ int64_t classes_per_range(const PlanRequest& r, const PlanTraits& t, const Plan&
   // Two stored tiles are the largest tile of any family.
   constexpr int64_t kStep = 2 * kStoredTile;
   const int64_t rows = token_tiles(std::min(score_block(plan), std::max<int64_t>(1, r.tokens)));
-  const int64_t ranges = std::max<int64_t>(1, ceil_div(kWantedBlocks, rows));
+  const int64_t ranges =
+      std::max<int64_t>(1, ceil_div(kBlocksPerMultiprocessor * r.multiprocessors, rows));
   return round_up(ceil_div(std::max<int64_t>(1, r.vocab), ranges), kStep);
 }
 

@@ -27,8 +27,8 @@ constexpr int kScales = 7, kWidths = 7;
 // that of its final rounding.
 constexpr int64_t kMostCompactTerms = 256;
 
-// What predicted_cost assumes of a GPU: an H100's or H200's size. Others have about as many tiles in
-// flight, or fewer: 216 smaller ones on an A100, 80 on a T4.
+// What predicted_cost assumes of a GPU: a multiprocessor has one tile of this size in flight, or two
+// of half of it.
 constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's result
 // The part of a tile's epilogue that no tile's products hide, as so many more terms of its sums: some
 // 1250 cycles of 2048 multiply-adds for 32768 sums.
@@ -117,8 +117,9 @@ enum class Rounds { kWhole, kShared };
 
 /// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in
 /// parts, and each part `pieces` times. Tiles at the edges count in full, as do the last rounds.
-double product_cost(int64_t rows, int64_t row_part, int64_t columns, int64_t column_part,
-                    int64_t depth, int64_t pieces = 1, Rounds rounds = Rounds::kWhole) {
+double product_cost(const PlanRequest& r, int64_t rows, int64_t row_part, int64_t columns,
+                    int64_t column_part, int64_t depth, int64_t pieces = 1,
+                    Rounds rounds = Rounds::kWhole) {
   double cost = 0;
   // Parts of one size, and what is left over.
   const auto for_each_part = [](int64_t size, int64_t part, const auto& visit) {
@@ -129,7 +130,7 @@ double product_cost(int64_t rows, int64_t row_part, int64_t columns, int64_t col
   for_each_part(rows, row_part, [&](int64_t height, int64_t vertical) {
     for_each_part(columns, column_part, [&](int64_t width, int64_t horizontal) {
       const int64_t tiles = ceil_div(height, kTileRows) * ceil_div(width, kTileColumns);
-      const int64_t counted = rounds == Rounds::kWhole ? round_up(tiles, kTilesInFlight) : tiles;
+      const int64_t counted = rounds == Rounds::kWhole ? round_up(tiles, r.multiprocessors) : tiles;
       const int64_t elements = counted * kTileRows * kTileColumns;
       cost +=
           static_cast<double>(vertical * horizontal) *
@@ -309,12 +310,12 @@ double weight_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, 
     passes = std::max<int64_t>(1, (stored > 0 ? 1 : 0) + others);
     products = passes * blocks;
     const Rounds rounds = run_beside(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
-    cost = product_cost(v, slice, d, d, stored, stored > 0 ? blocks : 0) +
-           product_cost(v, slice, d, d, rest, others * blocks, rounds);
+    cost = product_cost(r, v, slice, d, d, stored, stored > 0 ? blocks : 0) +
+           product_cost(r, v, slice, d, d, rest, others * blocks, rounds);
     if (rounds == Rounds::kShared) cost += static_cast<double>(others) * kMultiplyAddsPerLastBlocks;
   } else {
     products = parts_of(kept, plan.token_block) + parts_of(fresh, plan.token_block);
-    cost = product_cost(v, slice, d, d, n, products);
+    cost = product_cost(r, v, slice, d, d, n, products);
     if (direct) passes = std::max<int64_t>(1, products);
   }
   // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
@@ -338,8 +339,8 @@ double input_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, i
   const int64_t fresh = fresh_tokens(r, plan), kept = r.tokens - fresh;
   if (plan.kind == PlanKind::kTokenChunks) {
     const Rounds rounds = run_beside(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
-    return product_cost(stored, plan.input_block, d, d, v) +
-           product_cost(kept - stored, std::min(plan.chunk_tokens, plan.input_block), d, d, v, 1,
+    return product_cost(r, stored, plan.input_block, d, d, v) +
+           product_cost(r, kept - stored, std::min(plan.chunk_tokens, plan.input_block), d, d, v, 1,
                         rounds);
   }
   const bool separate = plan.separate_sweeps;
@@ -347,8 +348,8 @@ double input_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, i
   const int64_t block = separate ? plan.input_sweep_block : plan.token_block;
   if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) *bytes += 8 * slices * fresh * d;
   if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) *bytes += 4 * slices * fresh * d;
-  return product_cost(kept, plan.input_block, d, d, v) +
-         product_cost(fresh, block, d, d, v, slices);
+  return product_cost(r, kept, plan.input_block, d, d, v) +
+         product_cost(r, fresh, block, d, d, v, slices);
 }
 
 }  // namespace
@@ -357,14 +358,14 @@ double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& pla
   const int64_t n = r.tokens, d = r.features, v = r.vocab;
   const int64_t fresh = fresh_tokens(r, plan);
   int64_t bytes = 0;
-  double cost = r.statistics_known ? 0 : product_cost(n, score_block(plan), v, v, d);
+  double cost = r.statistics_known ? 0 : product_cost(r, n, score_block(plan), v, v, d);
   if (plan.kind != PlanKind::kStatistics) {
     if (!plan.products_from_scores)  // scores become gradients
       bytes += (n - fresh) * v * (t.kernels.stores_16_bits() ? 4 : 8);
-    cost += product_cost(fresh, plan.token_block, v, plan.slice_vocab, d);
+    cost += product_cost(r, fresh, plan.token_block, v, plan.slice_vocab, d);
   }
   if (plan.separate_sweeps)
-    cost += product_cost(fresh, plan.input_sweep_block, v, plan.input_sweep_slice, d);
+    cost += product_cost(r, fresh, plan.input_sweep_block, v, plan.input_sweep_slice, d);
   if (r.grad_weight) cost += weight_cost(r, t, plan, &bytes);
   if (r.grad_input) cost += input_cost(r, t, plan, &bytes);
   // Who fixes the size of chunks wants chunks.

@@ -6,8 +6,7 @@
 
 namespace memeff::cuda {
 
-constexpr int64_t kGenericRange = 512;   // classes per partial statistics of stored products
-constexpr int64_t kTilesInFlight = 132;  // of 128 x 256, on an H100 or H200; see predicted_cost
+constexpr int64_t kGenericRange = 512;  // classes per partial statistics of stored products
 
 inline int64_t accumulation_size(const PlanRequest& r) {
   return size_of(accumulation_dtype(r.dtype));

@@ -104,6 +104,19 @@ const MeasuredChoice* nearest(const std::vector<MeasuredChoice>& measured, const
 
 }  // namespace
 
+int multiprocessors_of(const Gpu& gpu) {
+  if (gpu.multiprocessors > 0) return gpu.multiprocessors;
+  switch (gpu.capability) {
+    case 75: return 40;    // T4
+    case 80: return 108;   // A100
+    case 86: return 84;    // A40
+    case 89: return 142;   // L40
+    case 100: return 148;  // B200
+    case 120: return 170;  // RTX 5090
+    default: return 132;   // H100, H200
+  }
+}
+
 const std::vector<MeasuredChoice>& measured_choices() {
   static const std::vector<MeasuredChoice> rows = {
 #include "cuda/measured_choices.inc"

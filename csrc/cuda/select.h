@@ -38,9 +38,13 @@ struct Selection {
 };
 
 struct Gpu {
-  int capability = 0;  // compute capability, 10 major + minor: 75, 80, 86, 89, 90, 100, 120
-  std::string name{};  // as the CUDA runtime has it; "" where nobody knows
+  int capability = 0;       // compute capability, 10 major + minor: 75, 80, 86, 89, 90, 100, 120
+  std::string name{};       // as the CUDA runtime has it; "" where nobody knows
+  int multiprocessors = 0;  // 0 where nobody knows
 };
+
+/// Where nobody knows: those of a GPU that is often met with this compute capability.
+int multiprocessors_of(const Gpu& gpu);
 
 /// The table of measured choices: measured_choices.inc, which scripts/verify_gpu.py writes.
 const std::vector<MeasuredChoice>& measured_choices();

@@ -23,7 +23,8 @@ const Gpu& current_gpu() {
   if (found != known.end()) return found->second;
   cudaDeviceProp properties;
   if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) return none;
-  return known[device] = {properties.major * 10 + properties.minor, properties.name};
+  return known[device] = {properties.major * 10 + properties.minor, properties.name,
+                          properties.multiProcessorCount};
 }
 
 Status fill_zeros(void* data, int64_t bytes, void* stream) {
