@@ -188,16 +188,59 @@ def choice_step(arch: str, shape: str, dtype: str, skips: bool = False) -> Step:
     return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, *options)
 
 
-def kernel_step(shapes: Sequence[str], dtype: str, torch: Torch | None) -> Step:
-    """Every kernel alone, beside the cuBLAS that torch brings along."""
-    file = BUILD / "figures" / "kernels.json"
-    command = [f"{BUILD}/cpp/bench_cuda_kernels", "--dtype", dtype, "--json", str(file)]
+def kernel_step(
+    shapes: Sequence[str], dtype: str, torch: Torch | None, name: str = "kernels alone",
+    build: str = "cpp", part: str = "",
+) -> Step:  # fmt: skip
+    """Every kernel alone, or those with `part` in their names, beside torch's cuBLAS."""
+    file = BUILD / "figures" / f"{name}.json"
+    command = [f"{BUILD}/{build}/bench_cuda_kernels", "--dtype", dtype, "--json", str(file)]
     for shape in shapes:
         command += ["--shape", shape]
+    if part:
+        command += ["--kernels", part]
     packages = torch.folder.parent / "nvidia" if torch else ROOT / "none"
     folders = [str(folder.parent) for folder in sorted(packages.glob("*/lib/libcublas.so.*"))]
     path = os.pathsep.join([*folders, os.environ.get("LD_LIBRARY_PATH", "")])
-    return Step("kernels alone", command, 90, environment={"LD_LIBRARY_PATH": path}, figures=file)
+    return Step(name, command, 90, environment={"LD_LIBRARY_PATH": path}, figures=file)
+
+
+WITH_LEAD, WITHOUT_LEAD = "kernels with a lead", "kernels without a lead"
+
+
+def lead_steps(shape: str, dtype: str, torch: Torch | None) -> list[Step]:
+    """What it gains that one consumer warpgroup of sm90 leads the other: a second build, which
+    begins tiles together (csrc/cuda/sm90/pipeline.cuh), and both timed one after the other.
+    """
+    build = (
+        f"cmake -DCMAKE_BUILD_TYPE=Release -S . -B {BUILD}/cpp-no-lead -DMEMEFF_CUDA=ON "
+        "-DMEMEFF_CUDA_ARCHS=90 -DCMAKE_CUDA_FLAGS=-DMEMEFF_SM90_LEAD_STEPS=0 && "
+        f"cmake --build {BUILD}/cpp-no-lead --parallel {os.cpu_count() or 1} "
+        "--target bench_cuda_kernels"
+    )
+    return [
+        Step("build without a lead", ["sh", "-c", build], 180),
+        kernel_step([shape], dtype, torch, WITHOUT_LEAD, "cpp-no-lead", "linear_,_product"),
+        kernel_step([shape], dtype, torch, WITH_LEAD, "cpp", "linear_,_product"),
+    ]
+
+
+def lead_comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The medians of both builds side by side, for each kernel that has such a lead."""
+    seconds: dict[tuple[str, ...], dict[str, float]] = {}
+    for outcome in outcomes:
+        if outcome.step not in (WITH_LEAD, WITHOUT_LEAD) or outcome.figures is None:
+            continue
+        for case in (case for shape in outcome.figures["shapes"] for case in shape["cases"]):
+            key = (case["kernel"], case["family"], case["variant"])
+            if case["family"].startswith("sm90"):
+                seconds.setdefault(key, {})[outcome.step] = case["median_s"]
+    names = ("kernel", "family", "variant")
+    return [
+        {**dict(zip(names, key, strict=True)), "with_s": both[WITH_LEAD],
+         "without_s": both[WITHOUT_LEAD]}
+        for key, both in seconds.items() if len(both) == 2
+    ]  # fmt: skip
 
 
 def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
@@ -230,6 +273,7 @@ def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
         bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
                    "standard,cce,memeff,memeff~1e-3"),
         bench_step("forward", first, dtype, 60, "--forward"),
+        *(lead_steps(first, dtype, torch) if arch == "90" else []),
     ]  # fmt: skip
 
 
@@ -269,8 +313,10 @@ class Results:
 
     def add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        steps = [asdict(outcome) for outcome in self.outcomes]
-        replace(self._file, json.dumps({**self._environment, "steps": steps}, indent=1) + "\n")
+        content = {**self._environment, "steps": [asdict(outcome) for outcome in self.outcomes]}
+        if lead := lead_comparison(self.outcomes):
+            content["lead"] = lead
+        replace(self._file, json.dumps(content, indent=1) + "\n")
         print(f"{outcome.status:>8} {outcome.seconds:6.1f} s  {outcome.step}", flush=True)
         if outcome.status != "passed":
             print("\n".join(f"          {line}" for line in outcome.log_tail[-15:]), flush=True)

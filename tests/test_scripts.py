@@ -263,6 +263,33 @@ class TestVerifyGpu:
         outcome = verify_gpu.run(Step("g", python("raise SystemExit(3)"), 60, figures=file), 60)
         assert (outcome.status, outcome.figures) == ("failed", None)
 
+    def test_kernels_with_and_without_a_lead(self, tmp_path):
+        steps = {step.name: step for step in verify_gpu.plan_steps("90", None)}
+        build = steps["build without a lead"]
+        with_lead, without = steps[verify_gpu.WITH_LEAD], steps[verify_gpu.WITHOUT_LEAD]
+        assert "LEAD_STEPS=0" in build.command[-1]
+        folder = without.command[0].rsplit("/", 1)[0]
+        assert f"-B {folder} " in build.command[-1]
+        assert with_lead.command[0] == steps["kernels alone"].command[0] != without.command[0]
+        assert "build without a lead" not in {s.name for s in verify_gpu.plan_steps("80", None)}
+
+        def outcome(step, **medians):
+            cases = [
+                {"kernel": "linear_gradient", "family": family, "variant": "", "median_s": median}
+                for family, median in medians.items()
+            ]
+            return verify_gpu.Outcome(
+                step.name, "passed", 1, "", [], {"shapes": [{"cases": cases}]}
+            )
+
+        results = Results(tmp_path, {})
+        results.add(outcome(without, sm90=0.014, sm90x2=0.013, sm80=0.03))
+        assert "lead" not in json.loads((tmp_path / "results.json").read_text())
+        results.add(outcome(with_lead, sm90=0.0138, sm80=0.03))
+        kernel = {"kernel": "linear_gradient", "family": "sm90", "variant": ""}
+        expected = [{**kernel, "with_s": 0.0138, "without_s": 0.014}]
+        assert json.loads((tmp_path / "results.json").read_text())["lead"] == expected
+
     def test_the_table_follows_the_outcomes(self):
         environment = {
             "gpu": {"name": "NVIDIA H200", "compute_cap": "9.0", "driver_version": "580.1"},

@@ -52,6 +52,10 @@ void arrive(int id, int expected, bool whole_block, bool waits, Pc pc) {
   } else {
     check_agreement(barrier, id, expected, whole_block, pc);
   }
+  if (barrier.present[current->linear])
+    report(Defect::kDivergence, pc, "barrier %d: a thread arrives again before the others have",
+           id);
+  barrier.present.set(current->linear);
   barrier.joined.join(current->clock);
   release_step(*current);
   ++barrier.arrived;

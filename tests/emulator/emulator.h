@@ -29,6 +29,8 @@ struct Config {
   bool check_races = true;  // happens-before checks of shared and global memory
   std::size_t shared_memory_limit = 227 * 1024;  // bytes per block; 64, 99, 163 KiB on other GPUs
   std::size_t printed_reports = 20;              // further reports are kept, but not printed
+  // Called when all threads of a warpgroup have issued a product; `block` is blockIdx.x.
+  void (*on_wgmma)(int block, int warpgroup) = nullptr;
 };
 Config& config();
 

@@ -4,6 +4,7 @@
 #include "emulator/emulator.h"
 #include "emulator/fiber.h"
 
+#include <bitset>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -98,7 +99,8 @@ struct Thread {
 
 struct Barrier {
   int arrived = 0, expected = 0;
-  bool whole_block = false;  // __syncthreads: everybody who has not exited
+  bool whole_block = false;   // __syncthreads: everybody who has not exited
+  std::bitset<1024> present;  // threads that have arrived
   std::vector<Thread*> waiting;
   Clock joined;
   Pc first_pc = nullptr;

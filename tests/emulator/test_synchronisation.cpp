@@ -25,6 +25,24 @@ __global__ void early_return(int* out) {
   ptx::bar_sync(2, 128);  // planted: not everybody
 }
 
+// The first half of the block hands two things to the second half, which must have taken one before
+// the next is announced: an arrival does not wait, and two of them would pass for everybody's.
+enum class HandOver { kRight, kNotAnnounced, kTooFast, kOtherCount };
+template <HandOver kKind>
+__global__ void hand_over(int* out) {
+  for (int item = 0; item < 2; ++item) {
+    const bool announced = kKind != HandOver::kNotAnnounced || item == 0;
+    if (threadIdx.x < 64) {
+      if (announced) ptx::bar_arrive(1, 128);                  // planted: announced
+      if (kKind != HandOver::kTooFast) ptx::bar_sync(2, 128);  // planted: not taken
+    } else {
+      ptx::bar_sync(1, kKind == HandOver::kOtherCount ? 64 : 128);
+      if (kKind != HandOver::kTooFast) ptx::bar_arrive(2, 128);
+    }
+  }
+  out[threadIdx.x] = 1;
+}
+
 // __syncthreads meets a named barrier that uses barrier 0.
 template <bool kPlanted>
 __global__ void same_barrier_twice(int* out) {
@@ -112,6 +130,11 @@ __global__ void no_such_barrier(int* out) {
   expect_clean(#kernel,                                                                        \
                [] { MEMEFF_LAUNCH(kernel<false>, dim3(1), dim3(128), 0, nullptr, results); })
 
+template <HandOver kKind>
+void launch_hand_over() {
+  MEMEFF_LAUNCH(hand_over<kKind>, dim3(1), dim3(128), 0, nullptr, results);
+}
+
 }  // namespace
 
 int main() {
@@ -119,6 +142,10 @@ int main() {
   const GlobalBuffer guard(results, sizeof results, "results");
   TWINS(barrier_count, kDeadlock, "too few arrive");
   TWINS(early_return, kDeadlock, "not everybody");
+  expect_clean("hand_over", launch_hand_over<HandOver::kRight>);
+  EXPECT_DEFECT("hand_over", kDeadlock, "not taken", launch_hand_over<HandOver::kNotAnnounced>);
+  EXPECT_DEFECT("hand_over", kDivergence, "announced", launch_hand_over<HandOver::kTooFast>);
+  EXPECT_DEFECT("hand_over", kDivergence, nullptr, launch_hand_over<HandOver::kOtherCount>);
   TWINS(same_barrier_twice, kDivergence, nullptr);
   TWINS(two_syncthreads, kDivergence, nullptr);
   TWINS(shuffle_in_branch, kDeadlock, "half");

@@ -199,6 +199,8 @@ void wgmma(const WgmmaShape& shape, float* d, std::uint64_t a_descriptor,
   }
   if (++op.issued < 128) return;
   ++counters().wgmma;
+  if (config().on_wgmma != nullptr)
+    config().on_wgmma(static_cast<int>(block->index.x), current->linear / 128);
   if (!config().late_delivery) execute_up_to(group, number);
   for (Thread* thread : group.waiting) wake(*thread);
   group.waiting.clear();

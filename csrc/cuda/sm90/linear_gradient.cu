@@ -37,7 +37,6 @@ struct Marks {
 // have been counted.
 using Votes = uint32_t[2][kHalves][kConsumerWarps];
 static_assert(sizeof(Votes) <= kScratchBytes);
-constexpr int kVotesBarrier = 1 + kConsumerGroups;  // after those of BoxStore
 
 // Logits of a half, from the thread's first class on, become gradients. Returns whether the warp
 // has anything in it that keeps the tile.

@@ -9,7 +9,8 @@
 //                 loads its own A and half of B, which TMA writes to both. 32 bytes a cycle.
 //   warpgroup 0   producer: its first warp fills a ring of stages by TMA, the rest leaves at once;
 //                 gives its registers to the others
-//   warpgroups 1, 2  consumers: wgmma on rows 0-63 and 64-127, then the epilogue
+//   warpgroups 1, 2  consumers: wgmma on rows 0-63 and 64-127, then the epilogue; the second some
+//                 steps behind the first (class Lead)
 //
 // Shared memory, bytes:
 //        0  4 stages of 48 KiB: A [128, 64] then B [64, 256] of one step of k, 128-byte swizzle
@@ -37,6 +38,11 @@
 #include "cuda/common/device.cuh"
 #include "cuda/ptx/sm90.cuh"
 
+// Steps of k by which consumer warpgroup 1 leads warpgroup 2; 0: they begin each tile together.
+#ifndef MEMEFF_SM90_LEAD_STEPS
+#define MEMEFF_SM90_LEAD_STEPS 2
+#endif
+
 namespace memeff::cuda::sm90 {
 
 constexpr int kTileM = 128, kTileN = 256, kStepK = 64, kStages = 4;
@@ -44,6 +50,12 @@ constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kConsumerGroups = 2, kConsumerWarps = 8;
 constexpr int kThreads = (1 + kConsumerGroups) * kGroupThreads;
 constexpr int kGroupM = kTileM / kConsumerGroups;
+constexpr int kLeadSteps = MEMEFF_SM90_LEAD_STEPS;
+static_assert(kLeadSteps >= 0 && kLeadSteps < kStages);
+// Named barriers of PTX; 0 is that of __syncthreads().
+constexpr int kBoxBarrier = 1;  // and the next: of a consumer warpgroup each (tile_store.cuh)
+constexpr int kVotesBarrier = kBoxBarrier + kConsumerGroups;  // linear_gradient.cu
+constexpr int kLeadBarrier = kVotesBarrier + 1;
 // 65536 registers are 168 for each of 384 threads at launch; ptxas wants multiples of 8.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
@@ -212,6 +224,38 @@ MEMEFF_DEVICE void leave_stage(const Ring<kCluster>& ring, int stage) {
     ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane_index()));
 }
 
+// Warpgroup 1 leads. In every tile warpgroup 2 begins when the first has finished kLeadSteps steps,
+// so it also ends later: its last products fill the tensor cores while the first is in its epilogue,
+// and the first's next ones while it is itself there. No products are lost by waiting: those of one
+// group alone take half the time. Where the first is ahead already, the second does not wait.
+//
+// No deadlock: to finish those steps the first needs stages that both groups, in both blocks of a
+// cluster, have left before this tile. kLeadSteps + 1 <= kStages of them, as one is in flight when
+// it arrives.
+//
+// Tiles of fewer steps than stages are left out, by both groups: across several of them the first
+// could arrive twice before the second comes once. Otherwise it cannot: it arrives again kStages
+// steps later at the earliest, in a stage that the second has left in between.
+class Lead {
+ public:
+  // Before the first step of a tile.
+  MEMEFF_DEVICE explicit Lead(int steps) {
+    if (kLeadSteps == 0 || steps < kStages) return;
+    if (consumer_group() == 0)
+      arrives_after_ = kLeadSteps;
+    else
+      ptx::bar_sync(kLeadBarrier, kConsumerGroups * kGroupThreads);
+  }
+  // Of the tile's steps, `steps` are finished, 1 at least.
+  MEMEFF_DEVICE void finished(int steps) const {
+    if (kLeadSteps == 0 || steps != arrives_after_) return;
+    ptx::bar_arrive(kLeadBarrier, kConsumerGroups * kGroupThreads);
+  }
+
+ private:
+  int arrives_after_ = 0;
+};
+
 // A consumer warpgroup: c = the product of the next `steps` stages. In the group's 64 x 256,
 // accumulator i of a thread is
 //   row 16 warp + lane / 4 + 8 (i / 2 % 2),  column 8 (i / 4) + 2 (lane % 4) + i % 2
@@ -223,6 +267,7 @@ MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring<kCluster>& ring, int st
   for (float& x : c) x = 0.f;
   const int first_m = consumer_group() * kGroupM;
   int previous_stage = 0;
+  const Lead lead(steps);
   for (int step = 0; step < steps; ++step) {
     ptx::mbarrier_wait(ring.full(), ring.parity);
     ptx::wgmma_fence();
@@ -235,6 +280,7 @@ MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring<kCluster>& ring, int st
     if (step > 0) {
       ptx::wgmma_wait<1>();
       leave_stage(ring, previous_stage);
+      lead.finished(step);
     }
     previous_stage = ring.stage;
     ring.advance();

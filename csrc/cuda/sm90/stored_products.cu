@@ -331,6 +331,7 @@ MEMEFF_DEVICE void multiply_scores(float (&c)[kTileN / 2], Ring<1>& ring, int st
   for (float& x : c) x = 0.f;
   uint32_t a[2][4];
   int previous_stage = 0;
+  const Lead lead(steps);
   for (int step = 0; step < steps; ++step) {
     ptx::mbarrier_wait(ring.full(), ring.parity);
     source.begin_step(factors[ring.stage]);
@@ -345,7 +346,10 @@ MEMEFF_DEVICE void multiply_scores(float (&c)[kTileN / 2], Ring<1>& ring, int st
       ptx::wgmma_commit();
       if (k16 + 1 < kProducts) source.load(raw, ring.tile(), k16 + 1);
       ptx::wgmma_wait<1>();
-      if (k16 == 0 && step > 0) leave_read_stage(ring, previous_stage);
+      if (k16 == 0 && step > 0) {
+        leave_read_stage(ring, previous_stage);
+        lead.finished(step);
+      }
     }
     previous_stage = ring.stage;
     ring.advance();

@@ -36,7 +36,7 @@ class BoxStore {
  public:
   MEMEFF_DEVICE explicit BoxStore(unsigned char* shared_memory)
       : boxes_(shared_memory + kBoxesAt + consumer_group() * 2 * kBoxBytes),
-        barrier_(1 + consumer_group()),
+        barrier_(kBoxBarrier + consumer_group()),
         issues_(threadIdx.x % kGroupThreads == 0) {}
 
   // A box that TMA has finished reading.
