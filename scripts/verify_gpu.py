@@ -199,8 +199,8 @@ def pytest_step(name: str, which: str, limit: float) -> Step:
 
 def ctest_step(name: str, *selection: str) -> Step:
     """The C++ tests of the kernels that are so selected."""
-    command = ["ctest", "--test-dir", f"{BUILD}/cpp", "-L", "gpu", *selection, "--output-on-failure"]
-    return Step(name, command, 90, ["ctest"])
+    command = ["ctest", "--test-dir", f"{BUILD}/cpp", "--output-on-failure", "-L", "gpu"]
+    return Step(name, [*command, *selection], 90, ["ctest"])
 
 
 def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -> Step:
