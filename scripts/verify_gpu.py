@@ -161,7 +161,7 @@ def cpp_build_command(arch: str) -> str:
     cmake = "cmake -DCMAKE_BUILD_TYPE=Release"
     lines = [
         f"{cmake} -S . -B {BUILD}/cpp -DMEMEFF_CUDA=ON -DMEMEFF_CUDA_ARCHS={arch}",
-        f"cmake --build {BUILD}/cpp --parallel {jobs}",
+        f"cmake --build {BUILD}/cpp --parallel {jobs} --target gpu",
     ]
     if int(arch) >= 80:
         lines = [
