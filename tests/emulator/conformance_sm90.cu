@@ -25,11 +25,17 @@ __global__ void matrix_stores(const uint32_t* in, uint32_t* out) {
 
 // ---- TMA ----
 
-// Where the tile starts in the tensor: partly outside on two sides, or inside.
+// Where a tile starts in the tensor: partly outside to the left and below, or to the right, where
+// the tensor ends inside 16 bytes.
 constexpr int kTileColumn = -8, kTileRow = 20;
+constexpr int kRightRow = 3;
+constexpr int right_column(TensorMapElement element) {
+  return element == TensorMapElement::kFloat32 ? 48 : 96;
+}
 
 // Loads a tile and copies shared memory, bit by bit, to `out`.
-__global__ void load_tile(const __grid_constant__ TensorMap map, uint32_t* out, int words) {
+__global__ void load_tile(const __grid_constant__ TensorMap map, uint32_t* out, int words,
+                          int right) {
   MEMEFF_DYNAMIC_SHARED(tile);
   MEMEFF_SHARED_ARRAY(uint64_t, mbarriers, 1);
   const uint32_t full = ptx::shared_address(mbarriers);
@@ -43,8 +49,8 @@ __global__ void load_tile(const __grid_constant__ TensorMap map, uint32_t* out, 
   for (int round = 0; round < 2; ++round) {
     if (t == 0) {
       ptx::mbarrier_arrive_expect_tx(full, 4 * words);
-      ptx::tma_load_2d(ptx::shared_address(tile), &map, round == 0 ? kTileColumn : 16,
-                       round == 0 ? kTileRow : 3, full);
+      ptx::tma_load_2d(ptx::shared_address(tile), &map, round == 0 ? kTileColumn : right,
+                       round == 0 ? kTileRow : kRightRow, full);
     }
     ptx::mbarrier_wait(full, round);
     for (int i = t; i < words; i += blockDim.x)
@@ -54,12 +60,12 @@ __global__ void load_tile(const __grid_constant__ TensorMap map, uint32_t* out, 
   }
 }
 
-// Stores a tile of 256 words: random bits, or small integers as floats, which are stored or added
-// twice.
+// Stores a tile of 256 words in two places: random bits, or small integers as floats, which are
+// stored or added twice.
 enum class Store { kBits, kFloats, kSums };
 
 template <Store kStore>
-__global__ void store_tile(const __grid_constant__ TensorMap map, const uint32_t* in) {
+__global__ void store_tile(const __grid_constant__ TensorMap map, const uint32_t* in, int right) {
   MEMEFF_DYNAMIC_SHARED(bytes);
   const int t = threadIdx.x;
   for (int i = t; i < 256; i += blockDim.x) {
@@ -69,25 +75,28 @@ __global__ void store_tile(const __grid_constant__ TensorMap map, const uint32_t
   ptx::fence_proxy_async();
   __syncthreads();
   if (t != 0) return;
-  for (int repeat = 0; repeat < (kStore == Store::kSums ? 2 : 1); ++repeat) {
+  for (int repeat = 0; repeat < (kStore == Store::kSums ? 4 : 2); ++repeat) {
+    const bool left = repeat % 2 == 0;
+    const int column = left ? kTileColumn : right, row = left ? kTileRow : kRightRow;
     if (kStore == Store::kSums)
-      ptx::tma_reduce_add_2d(&map, ptx::shared_address(bytes), kTileColumn, kTileRow);
+      ptx::tma_reduce_add_2d(&map, ptx::shared_address(bytes), column, row);
     else
-      ptx::tma_store_2d(&map, ptx::shared_address(bytes), kTileColumn, kTileRow);
+      ptx::tma_store_2d(&map, ptx::shared_address(bytes), column, row);
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
   }
   ptx::bulk_wait<0>();
 }
 
-// A tensor of `rows` rows in `memory`, and tiles of 128 bytes x `box_rows` rows.
+// A tensor of `rows` rows in `memory`, and tiles of 128 bytes x `box_rows` rows. Rows start at
+// multiples of 16 bytes, and end anywhere.
 Status make_map(uint32_t* memory, TensorMapElement element, bool swizzle, TensorMap* map,
                 int rows = 24, int box_rows = 8) {
   const bool wide = element == TensorMapElement::kFloat32;
   TensorMapLayout layout;
   layout.base = memory;
   layout.element = element;
-  layout.columns = wide ? 72 : 144;
+  layout.columns = wide ? 71 : 139;
   layout.rows = static_cast<uint64_t>(rows);
   layout.row_bytes = 288;
   layout.box_columns = wide ? 32 : 64;
@@ -102,7 +111,7 @@ Status launch_load(const Case& c, uint32_t* in, uint32_t* out) {
   const Status made = make_map(in, kElement, kSwizzle, &map, kRows, kBoxRows);
   if (!made.ok()) return made;
   MEMEFF_LAUNCH(load_tile, dim3(1), dim3(c.threads), c.shared_bytes, nullptr, map, out,
-                kBoxRows * 32);
+                kBoxRows * 32, right_column(kElement));
   return cuda::launch_status();
 }
 
@@ -112,7 +121,8 @@ Status launch_store(const Case& c, uint32_t* in, uint32_t* out) {
   const Status made = make_map(out, kElement, kSwizzle, &map);
   if (!made.ok()) return made;
   const uint32_t* input = in;
-  MEMEFF_LAUNCH(store_tile<kStore>, dim3(1), dim3(c.threads), c.shared_bytes, nullptr, map, input);
+  MEMEFF_LAUNCH(store_tile<kStore>, dim3(1), dim3(c.threads), c.shared_bytes, nullptr, map, input,
+                right_column(kElement));
   return cuda::launch_status();
 }
 

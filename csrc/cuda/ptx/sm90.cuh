@@ -471,7 +471,7 @@ MEMEFF_DEVICE void decrease_registers() {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::setmaxnreg(kRegisters);
+  emulator::setmaxnreg(kRegisters, false);
 #endif
 }
 
@@ -480,7 +480,7 @@ MEMEFF_DEVICE void increase_registers() {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::setmaxnreg(kRegisters);
+  emulator::setmaxnreg(kRegisters, true);
 #endif
 }
 
