@@ -4,11 +4,14 @@
 Builds memeff for the GPU that is there, then runs the conformance program, the CUDA tests, the
 benchmarks and compute-sanitizer, the most telling ones first, within a time limit that suits one
 datacenter GPU with 16 processor cores. Needs nvcc, g++, cmake, torch, ninja, pybind11 and pytest;
-no network. Two files are written anew after every step, so that whatever ends this program leaves
-what was done:
+no network. Files are written after every step, so that whatever ends this program leaves what was
+done:
 
     FOLDER/results.json            every step with its last output and its figures
+    FOLDER/output.txt              everything that the steps printed
     FOLDER/measured_choices.inc    which kernels were fastest, for csrc/cuda/measured_choices.inc
+
+A second run builds only what has changed; --steps names what it is for.
 
 Exit status: 0 every step passed or was skipped, 1 some failed, 77 there is no GPU.
 """
@@ -104,7 +107,14 @@ def commit() -> str:
     return git("rev-parse", "HEAD") + ("+changes" if changes else "")
 
 
-def run(step: Step, seconds: float) -> Outcome:
+def keep(output: Path | None, title: str, text: str) -> None:
+    """Adds what a step printed to the file of all output."""
+    if output is not None:
+        with output.open("a") as file:
+            file.write(f"==== {title}\n{text.rstrip()}\n\n")
+
+
+def run(step: Step, seconds: float, output: Path | None = None) -> Outcome:
     """Runs a step for at most `seconds`, its whole process group ended afterwards."""
     missing = [program for program in step.needs if shutil.which(program) is None]
     shown = " ".join([*(f"{k}={v}" for k, v in step.environment.items()), *step.command])
@@ -127,7 +137,9 @@ def run(step: Step, seconds: float) -> Outcome:
         finally:
             end_group(process)
         log.seek(0)
-        tail = log.read().splitlines()[-TAIL_LINES:]
+        text = log.read()
+    keep(output, f"{step.name}: {shown}", text)
+    tail = text.splitlines()[-TAIL_LINES:]
     seconds = round(time.monotonic() - start, 1)
     figures = None
     if step.figures is not None and step.figures.exists():
@@ -149,7 +161,7 @@ def cpp_build_command(arch: str) -> str:
     cmake = "cmake -DCMAKE_BUILD_TYPE=Release"
     lines = [
         f"{cmake} -S . -B {BUILD}/cpp -DMEMEFF_CUDA=ON -DMEMEFF_CUDA_ARCHS={arch}",
-        f"cmake --build {BUILD}/cpp --parallel {jobs}",
+        f"cmake --build {BUILD}/cpp --parallel {jobs} --target gpu",
     ]
     if int(arch) >= 80:
         lines = [
@@ -162,13 +174,33 @@ def cpp_build_command(arch: str) -> str:
 
 
 def sanitizer_command(tool: str) -> str:
-    """compute-sanitizer over the C++ kernel tests; the first finding fails the step."""
+    """compute-sanitizer over the C++ kernel tests, the newest GPU's first, each for a while; the
+    first finding fails the step.
+    """
+    tests = " ".join(f"{BUILD}/cpp/gpu_test_{part}*" for part in ("sm90", "sm80", "token", "gen"))
     return (
-        f"status={SKIPPED}; for test in {BUILD}/cpp/gpu_test_*_kernels; do "
-        f'compute-sanitizer --tool {tool} --error-exitcode 9 "$test"; code=$?; '
+        f"status={SKIPPED}; for test in {tests}; do echo $test; "
+        f'timeout 40 compute-sanitizer --tool {tool} --error-exitcode 9 "$test"; code=$?; '
         f"if [ $code = {SKIPPED} ]; then continue; fi; "
+        "if [ $code = 124 ]; then echo no finding in 40 s; code=0; fi; "
         "if [ $code != 0 ]; then exit $code; fi; status=0; done; exit $status"
     )
+
+
+def pytest_step(name: str, which: str, limit: float) -> Step:
+    """The tests of the CUDA extension whose names `which` selects (pytest -k). After an error that
+    CUDA does not recover from all that follow fail: hence a process for each family of kernels, and
+    an end after some failures. Names come first, so that one that hangs has been named.
+    """
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-m", "cuda",
+               "-p", "no:cacheprovider", "-k", which, "tests"]  # fmt: skip
+    return Step(name, command, limit)
+
+
+def ctest_step(name: str, *selection: str) -> Step:
+    """The C++ tests of the kernels that are so selected."""
+    command = ["ctest", "--test-dir", f"{BUILD}/cpp", "--output-on-failure", "-L", "gpu"]
+    return Step(name, [*command, *selection], 90, ["ctest"])
 
 
 def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -> Step:
@@ -253,21 +285,25 @@ def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
     if new:
         more_choices = [choice_step(arch, s, dtype) for s in (second, third, SMALL_HEAD)]
         more_choices.append(choice_step(arch, first, dtype, skips=True))
-    pytest = [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"]
+    hopper = arch == "90"
     return [
         Step("diagnostics", [python, "-m", "memeff.diagnostics"], 60),
-        Step("conformance", [f"{BUILD}/conformance/conformance"], 60)
+        Step("conformance", [f"{BUILD}/conformance/conformance"], 90)
         if new
         else Step("conformance", ["sh", "-c", f"echo needs sm_80; exit {SKIPPED}"], 5),
-        Step("CUDA tests", pytest, 180),
+        *([
+            pytest_step("CUDA tests, sm90", "sm90 and not sm90x2", 90),
+            pytest_step("CUDA tests, sm90x2", "sm90x2", 60),
+        ] if hopper else []),
+        pytest_step("CUDA tests", "not sm90", 150),
         *([choice_step(arch, first, dtype)] if new else []),
         kernel_step([first, second], dtype, torch),
         bench_step("all", first, dtype, 120),
         *more_choices,
-        Step("C++ kernel tests", ["ctest", "--test-dir", f"{BUILD}/cpp", "-L", "gpu",
-                                  "--output-on-failure"], 60, ["ctest"]),
-        Step("memcheck", ["sh", "-c", sanitizer_command("memcheck")], 60, ["compute-sanitizer"]),
-        Step("racecheck", ["sh", "-c", sanitizer_command("racecheck")], 60, ["compute-sanitizer"]),
+        *([ctest_step("C++ kernel tests, sm90", "-R", "sm90")] if hopper else []),
+        ctest_step("C++ kernel tests", "-E", "sm90"),
+        Step("memcheck", ["sh", "-c", sanitizer_command("memcheck")], 90, ["compute-sanitizer"]),
+        Step("racecheck", ["sh", "-c", sanitizer_command("racecheck")], 90, ["compute-sanitizer"]),
         bench_step("all", second, dtype, 60),
         bench_step("all", third, dtype, 60),
         bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
@@ -294,10 +330,10 @@ def choices_file(outcomes: Sequence[Outcome], environment: Mapping[str, Any], ol
     if not choices:
         return ""
     gpu = environment["gpu"]
-    tests = next((o.status for o in outcomes if o.step == "CUDA tests"), "not run")
+    tests = "; ".join(f"{o.step} {o.status}" for o in outcomes if o.step.startswith("CUDA tests"))
     remarks = [
         f"driver {gpu['driver_version']}, torch {environment['torch']}, {environment['date']}",
-        f"commit {environment['commit']}; make verify-gpu, whose CUDA tests: {tests}",
+        f"commit {environment['commit']}; make verify-gpu: {tests or 'no CUDA tests'}",
     ]
     capability = int(gpu["compute_cap"].replace(".", ""))
     return measured_choices.render(choices, gpu["name"], capability, remarks, old)
@@ -331,6 +367,9 @@ def main() -> int:
         "folder", type=lambda text: Path(text).resolve(), help="where the results go"
     )
     parser.add_argument("--seconds", type=float, default=530, help="in all (default %(default)s)")
+    parser.add_argument(
+        "--steps", metavar="PART,...", help="only steps with one of these in their names"
+    )
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
 
@@ -350,6 +389,11 @@ def main() -> int:
         "cpus": os.cpu_count(),
     }
     results = Results(options.folder, environment)
+    output = options.folder / "output.txt"
+    output.write_text("")
+    # Programs of the environment that this Python belongs to, such as ninja.
+    path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    os.environ["PATH"] = os.pathsep.join(path)
     print(f"{gpu['name']}, sm_{arch}, driver {gpu['driver_version']}; results in {options.folder}")
 
     def left(limit: float) -> float:
@@ -368,7 +412,7 @@ def main() -> int:
         build = [sys.executable, "setup.py", "build_ext", "--inplace"]
         switches = {"MEMEFF_CUDA": "1", "MEMEFF_CUDA_ARCHS": arch}
         step = Step("build of the extension", build, 300, environment=switches)
-        results.add(run(step, left(step.limit)))
+        results.add(run(step, left(step.limit), output))
         try:
             code = cpp.wait(max(1.0, left(180)))
             status = "passed" if code == 0 else "failed"
@@ -377,14 +421,19 @@ def main() -> int:
     finally:
         end_group(cpp)
     seconds = round(time.monotonic() - cpp_start, 1)
-    tail = cpp_log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    text = cpp_log.read_text(errors="replace")
+    keep(output, "build of the C++ tests", text)
+    tail = text.splitlines()[-TAIL_LINES:]
     results.add(Outcome("build of the C++ tests", status, seconds, cpp_build_command(arch), tail))
 
+    parts = options.steps.split(",") if options.steps else [""]
     for step in plan_steps(arch, torch):
+        if not any(part in step.name for part in parts):
+            continue
         if left(step.limit) < LEAST_SECONDS:
             results.add(Outcome(step.name, "skipped", 0.0, "", ["no time was left"]))
             continue
-        results.add(run(step, left(step.limit)))
+        results.add(run(step, left(step.limit), output))
         table = choices_file(results.outcomes, environment, CHOICES.read_text())
         if table:
             replace(options.folder / "measured_choices.inc", table)

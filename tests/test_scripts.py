@@ -1,6 +1,7 @@
 """The scripts' own logic, without nvcc and without a GPU."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,19 @@ class TestVerifyGpu:
         outcome = verify_gpu.run(Step("d", python(code), 2), 2)
         assert (outcome.status, outcome.log_tail) == ("timeout", ["so far"])
 
+    def test_all_output_is_kept(self, tmp_path):
+        file = tmp_path / "output.txt"
+        many = "print(*range(500), sep='\\n')"
+        for name in ("first", "second"):
+            outcome = verify_gpu.run(Step(name, python(many), 60), 60, file)
+            assert len(outcome.log_tail) == verify_gpu.TAIL_LINES
+        lines = file.read_text().splitlines()
+        assert lines.count("0") == lines.count("499") == 2
+        assert [line.split(":")[0] for line in lines if "====" in line] == [
+            "==== first",
+            "==== second",
+        ]
+
     def test_missing_program_is_named(self):
         outcome = verify_gpu.run(Step("e", ["true"], 60, ["no-such-program"]), 60)
         assert (outcome.status, outcome.log_tail) == ("skipped", ["no no-such-program"])
@@ -253,6 +267,24 @@ class TestVerifyGpu:
         assert len(set(figures)) == len(figures) > 5
         for step in steps:
             assert (step.figures is not None) == ("--json" in step.command)
+
+    def test_only_some_steps(self, tmp_path, monkeypatch, capsys):
+        gpu = {"name": "some", "compute_cap": "9.0", "driver_version": "1"}
+        monkeypatch.setattr(verify_gpu, "query_gpu", lambda: gpu)
+        monkeypatch.setattr(verify_gpu, "BUILD", tmp_path / "build")
+        monkeypatch.setattr(verify_gpu, "cpp_build_command", lambda arch: "true")
+        ran = []
+
+        def run(step, seconds, output=None):
+            ran.append(step.name)
+            return verify_gpu.Outcome(step.name, "passed", 1.0, "", [])
+
+        monkeypatch.setattr(verify_gpu, "run", run)
+        arguments = ["verify_gpu.py", str(tmp_path / "results"), "--steps", "conf,memcheck"]
+        monkeypatch.setattr(sys, "argv", arguments)
+        monkeypatch.setenv("PATH", os.environ["PATH"])
+        assert verify_gpu.main() == 0
+        assert ran == ["build of the extension", "conformance", "memcheck"]
 
     def test_figures_become_part_of_the_outcome(self, tmp_path):
         file = tmp_path / "new" / "figures.json"
@@ -304,7 +336,7 @@ class TestVerifyGpu:
         figures = {"runs": [bench_run({"sm90+generic": 2.0, "sm90+sm90": 1.0})]}
         measured = verify_gpu.Outcome("choices", "passed", 1.0, "", [], figures)
         text = verify_gpu.choices_file([tests, kernels, measured], environment, "")
-        assert "commit abc; make verify-gpu, whose CUDA tests: failed" in text
+        assert "commit abc; make verify-gpu: CUDA tests failed" in text
         assert '{"NVIDIA H200", 90, DType::kBFloat16, 8192, 4096, 128256, false,' in text
 
 

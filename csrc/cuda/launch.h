@@ -261,7 +261,8 @@ GradientProduct grad_input_product, grad_weight_product;
 ProductFromScores grad_input_from_scores, grad_weight_from_scores;
 
 /// Whether this family can work on the operands: TMA wants 16-bit rows that start at multiples of 16
-/// bytes. `block` is what is stored, scores or a gradient [classes, tokens], or null.
+/// bytes and do not overlap. `block` is what is stored, scores or a gradient [classes, tokens], or
+/// null. Where rows of what is stored end inside 16 bytes, the rest of these is overwritten, too.
 bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride);
 bool accepts(const GradientOperands& operands, const ProductOutput& output);
 /// Products from scores know the softmax's term and index targets: no soft cap, no `entropy` or

@@ -22,9 +22,10 @@ constexpr FamilyRow kFamilies[] = {
     {Family::kSm90rs, "sm90rs", false, true, false},
 };
 
-/// TMA reads rows that start at multiples of 16 bytes.
-bool rows_are_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+/// TMA reads rows that start at multiples of 16 bytes and do not overlap, as those of an expanded
+/// tensor do.
+bool rows_suit_tma(const void* data, int64_t stride, int64_t columns) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride >= columns;
 }
 
 bool can_run(Family family, const Problem& p, const Gpu& gpu) {
@@ -36,8 +37,9 @@ bool can_run(Family family, const Problem& p, const Gpu& gpu) {
   if (p.softcap > 0 && p.label_smoothing > 0) return false;
   if (family == Family::kSm80) return gpu.capability >= 80;
   // sm_90a code runs on compute capability 9.0 only.
-  return gpu.capability == 90 && p.features % 8 == 0 && rows_are_aligned(p.input, p.input_stride) &&
-         rows_are_aligned(p.weight, p.weight_stride);
+  return gpu.capability == 90 && p.features % 8 == 0 &&
+         rows_suit_tma(p.input, p.input_stride, p.features) &&
+         rows_suit_tma(p.weight, p.weight_stride, p.features);
 }
 
 /// Whether these products can work on what those scores leave behind: both generic, or both of 16

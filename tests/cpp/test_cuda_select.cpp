@@ -67,6 +67,9 @@ void tma_needs_aligned_rows() {
   p.weight = reinterpret_cast<const void*>(uintptr_t{1000 * 16 + 2});
   CHECK_EQ(selected(p, 90), "sm80,generic");
   p = problem(DType::kBFloat16);
+  p.weight_stride = 0;  // an expanded row: rows overlap
+  CHECK_EQ(selected(p, 90), "sm80,generic");
+  p = problem(DType::kBFloat16);
   p.features = 100;
   CHECK_EQ(selected(p, 90), "sm80,generic");
   p.features = 0;

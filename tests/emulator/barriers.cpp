@@ -71,9 +71,17 @@ void arrive(int id, int expected, bool whole_block, bool waits, Pc pc) {
 }  // namespace
 
 void syncthreads() { arrive(0, block->thread_count, true, true, MEMEFF_CALLER_PC); }
-void bar_sync(int barrier, int threads) { arrive(barrier, threads, false, true, MEMEFF_CALLER_PC); }
+
+// Named barriers are .aligned: whole warps come, and count 32 at a time.
+void bar_sync(int barrier, int threads) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  meet_whole_warp(WarpOp::kNamedBarrier, pc);
+  arrive(barrier, threads, false, true, pc);
+}
 void bar_arrive(int barrier, int threads) {
-  arrive(barrier, threads, false, false, MEMEFF_CALLER_PC);
+  const Pc pc = MEMEFF_CALLER_PC;
+  meet_whole_warp(WarpOp::kNamedBarrier, pc);
+  arrive(barrier, threads, false, false, pc);
 }
 
 void barrier_thread_exits() {

@@ -21,15 +21,11 @@ void complete_if_all_arrived(ClusterBarrier& barrier) {
   barrier.waiting.clear();
 }
 
-void meet_warp(Pc pc) {  // of instructions that are .aligned
-  warp_meet(WarpOp::kClusterBarrier, ~0u, nullptr, true, pc, [](WarpMeeting&) {});
-}
-
 }  // namespace
 
 void cluster_arrive() {
   const Pc pc = MEMEFF_CALLER_PC;
-  meet_warp(pc);
+  meet_whole_warp(WarpOp::kClusterBarrier, pc);
   ClusterBarrier& barrier = cluster->barrier;
   if (current->arrived_at_cluster) {
     report(Defect::kBadArgument, pc, "barrier.cluster.arrive, but the last one was not waited for");
@@ -45,7 +41,7 @@ void cluster_arrive() {
 
 void cluster_wait() {
   const Pc pc = MEMEFF_CALLER_PC;
-  meet_warp(pc);
+  meet_whole_warp(WarpOp::kClusterBarrier, pc);
   ClusterBarrier& barrier = cluster->barrier;
   if (!current->arrived_at_cluster) {
     report(Defect::kBadArgument, pc, "barrier.cluster.wait without an arrival");

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/status.h"
+
 namespace memeff::conformance {
 
 enum class Input {
@@ -35,9 +37,9 @@ struct Case {
   // One of two: a kernel that is launched with one block, or a function that launches what it
   // wants. Both get memory of the device.
   void (*kernel)(const uint32_t* in, uint32_t* out);
-  bool (*launch)(const Case&, uint32_t* in, uint32_t* out);
-  // Copies `in` and `out` to the device and `out` back; false when anything fails.
-  bool (*run)(const Case&, const uint32_t* in, uint32_t* out);
+  Status (*launch)(const Case&, uint32_t* in, uint32_t* out);
+  // Copies `in` and `out` to the device and `out` back.
+  Status (*run)(const Case&, const uint32_t* in, uint32_t* out);
 };
 
 std::vector<Case> gpu_cases_sm80();

@@ -1,8 +1,6 @@
 // Runs one conformance case: on the GPU in nvcc's build, in the emulator otherwise.
 #pragma once
 
-#include <cstdio>
-
 #include "cuda/common/device.cuh"
 #include "emulator/conformance.h"
 
@@ -15,47 +13,54 @@
 // Everything here is local to its file: the two builds are linked into one program.
 namespace memeff::conformance {
 
-static bool launch_kernel(const Case& c, uint32_t* in, uint32_t* out) {
+static Status launch_kernel(const Case& c, uint32_t* in, uint32_t* out) {
   const auto kernel = c.kernel;
   const auto* input = in;
-#if defined(__CUDACC__)
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(c.shared_bytes)) != cudaSuccess)
-    return false;
-#endif
+  const Status allowed = cuda::allow_shared_memory(kernel, static_cast<int>(c.shared_bytes));
+  if (!allowed.ok()) return allowed;
   MEMEFF_LAUNCH(kernel, dim3(1), dim3(c.threads), c.shared_bytes, nullptr, input, out);
-  return cuda::launch_status().ok();
+  return cuda::launch_status();
 }
 
 #if defined(__CUDACC__)
 
-static bool run_case(const Case& c, const uint32_t* in, uint32_t* out) {
+static Status status_of(cudaError_t error) {
+  return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
+}
+
+// kOnHost: in page-locked memory of the host, which the C++ tests of the kernels use on a GPU.
+template <bool kOnHost = false>
+static Status run_case(const Case& c, const uint32_t* in, uint32_t* out) {
   const std::size_t bytes = kWords * sizeof(uint32_t);
-  uint32_t *device_in = nullptr, *device_out = nullptr;
-  cudaError_t error = cudaMalloc(&device_in, bytes);
-  if (error == cudaSuccess) error = cudaMalloc(&device_out, bytes);
-  if (error == cudaSuccess) error = cudaMemcpy(device_in, in, bytes, cudaMemcpyHostToDevice);
-  if (error == cudaSuccess) error = cudaMemcpy(device_out, out, bytes, cudaMemcpyHostToDevice);
-  bool launched = false;
-  if (error == cudaSuccess)
-    launched = (c.launch != nullptr ? c.launch : launch_kernel)(c, device_in, device_out);
-  if (error == cudaSuccess) error = cudaMemcpy(out, device_out, bytes, cudaMemcpyDeviceToHost);
-  cudaFree(device_in);
-  cudaFree(device_out);
-  if (error != cudaSuccess) std::printf("    %s\n", cudaGetErrorString(error));
-  return launched && error == cudaSuccess;
+  void *device_in = nullptr, *device_out = nullptr;
+  const auto allocate = [&](void** memory) {
+    return kOnHost ? cudaHostAlloc(memory, bytes, cudaHostAllocMapped) : cudaMalloc(memory, bytes);
+  };
+  Status status = status_of(allocate(&device_in));
+  if (status.ok()) status = status_of(allocate(&device_out));
+  if (status.ok()) status = status_of(cudaMemcpy(device_in, in, bytes, cudaMemcpyDefault));
+  if (status.ok()) status = status_of(cudaMemcpy(device_out, out, bytes, cudaMemcpyDefault));
+  if (status.ok())
+    status = (c.launch != nullptr ? c.launch : launch_kernel)(c, static_cast<uint32_t*>(device_in),
+                                                              static_cast<uint32_t*>(device_out));
+  if (status.ok()) status = status_of(cudaDeviceSynchronize());
+  if (status.ok()) status = status_of(cudaMemcpy(out, device_out, bytes, cudaMemcpyDefault));
+  for (void* memory : {device_in, device_out}) kOnHost ? cudaFreeHost(memory) : cudaFree(memory);
+  return status;
 }
 
 #else
 
-static bool run_case(const Case& c, const uint32_t* in, uint32_t* out) {
+template <bool kOnHost = false>
+static Status run_case(const Case& c, const uint32_t* in, uint32_t* out) {
   using emulator::GlobalBuffer;
   std::vector<uint32_t> input(in, in + kWords);
   const GlobalBuffer guard_in(input.data(), kWords * 4, "in", emulator::BufferAccess::kReadOnly);
   const GlobalBuffer guard_out(out, kWords * 4, "out");
   emulator::clear_reports();
-  if (!(c.launch != nullptr ? c.launch : launch_kernel)(c, input.data(), out)) return false;
-  return emulator::reports().empty();
+  const Status status = (c.launch != nullptr ? c.launch : launch_kernel)(c, input.data(), out);
+  if (!status.ok() || emulator::reports().empty()) return status;
+  return {emulator::name_of(emulator::reports()[0].defect)};
 }
 
 #endif

@@ -61,6 +61,6 @@ void wgmma_wait(int pending);
 // D[64,n] += A[64,16] B[16,n]; `a_registers` null: A comes from shared memory.
 void wgmma(const WgmmaShape& shape, float* d, std::uint64_t a_descriptor,
            const std::uint32_t* a_registers, std::uint64_t b_descriptor, bool accumulate);
-void setmaxnreg(int registers);
+void setmaxnreg(int registers, bool increase);
 
 }  // namespace memeff::emulator

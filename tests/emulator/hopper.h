@@ -50,6 +50,7 @@ struct Warpgroup {
   // Values of accumulators while products are in flight; the registers themselves are undefined.
   std::map<float*, std::vector<float>> in_flight[128];
   std::vector<Thread*> waiting;
+  int registers[4] = {};  // per thread of each warp, once set; 0: as launched
 };
 
 struct BulkStore {
@@ -72,6 +73,8 @@ struct HopperState {
   std::map<std::uint32_t, Mbarrier> mbarriers;  // by shared address
   std::vector<Warpgroup> warpgroups;
   std::map<int, BulkStores> stores;  // by thread
+  int free_registers = 0;            // per thread of a warp, that no warp has
+  std::vector<Thread*> waiting_for_registers;
 };
 
 HopperState& hopper(Block& of = *block);  // made when first used
@@ -82,6 +85,7 @@ Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc, Block& o
 // Completes the phase when nothing is missing any more.
 void update_phase(Mbarrier& barrier, Pc pc);
 void wgmma_thread_exits();
+void setmaxnreg_thread_exits();
 void bulk_stores_thread_exits();
 
 }  // namespace memeff::emulator

@@ -107,7 +107,18 @@ struct Barrier {
 };
 
 // Lanes of one warp that have arrived at a collective operation and wait for the others.
-enum class WarpOp { kSync, kShuffle, kVote, kMatch, kLdmatrix, kStmatrix, kMma, kClusterBarrier };
+enum class WarpOp {
+  kSync,
+  kShuffle,
+  kVote,
+  kMatch,
+  kLdmatrix,
+  kStmatrix,
+  kMma,
+  kClusterBarrier,
+  kSetmaxnreg,
+  kNamedBarrier
+};
 struct WarpMeeting {
   WarpOp op;
   unsigned mask = 0, arrived = 0;
@@ -240,6 +251,8 @@ bool is_misaligned(const void* pointer, std::size_t bytes);
 
 void warp_meet(WarpOp op, unsigned mask, void* operand, bool aligned, Pc pc,
                void (*complete)(WarpMeeting&));
+// For instructions that are .aligned: all lanes meet, and none leaves before.
+void meet_whole_warp(WarpOp op, Pc pc);
 void warp_thread_exits();
 void barrier_thread_exits();
 

@@ -18,6 +18,7 @@ HopperState& hopper(Block& of) {
 void hopper_thread_exits() {
   if (block->hopper == nullptr) return;
   wgmma_thread_exits();
+  setmaxnreg_thread_exits();
   bulk_stores_thread_exits();
 }
 

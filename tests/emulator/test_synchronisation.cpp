@@ -124,6 +124,13 @@ __global__ void no_such_barrier(int* out) {
   out[threadIdx.x] = 1;
 }
 
+// Half of each warp arrives, as many threads as the barrier counts; but it counts warps.
+template <bool kPlanted>
+__global__ void half_warps(int* out) {
+  if (threadIdx.x % 32 < (kPlanted ? 16 : 32)) ptx::bar_sync(1, kPlanted ? 64 : 128);
+  out[threadIdx.x] = 1;
+}
+
 #define TWINS(kernel, defect, marker)                                                          \
   EXPECT_DEFECT(#kernel, defect, marker,                                                       \
                 [] { MEMEFF_LAUNCH(kernel<true>, dim3(1), dim3(128), 0, nullptr, results); }); \
@@ -155,5 +162,6 @@ int main() {
   TWINS(product_after_exit, kDivergence, "lanes have left");
   TWINS(odd_barrier_count, kBadArgument, "not a multiple of 32");
   TWINS(no_such_barrier, kBadArgument, "no such barrier");
+  TWINS(half_warps, kDivergence, nullptr);
   return emulator::finish("test_synchronisation");
 }

@@ -3,6 +3,9 @@
 // A tile's rows lie one after the other in shared memory. With a swizzle of 128 (64, 32) bytes the
 // 16-byte pieces of each row are permuted: address bits 4-6 (4-5, 4) are xored with bits 7-9 (7-8,
 // 7), so that pieces at the same column of adjacent rows lie in different banks.
+//
+// Stores write whole pieces of 16 bytes of global memory: where a tensor's row ends inside one, what
+// the tile has for the rest of it is written, too (triton-lang/triton issue 11583, on an H100).
 #include <algorithm>
 
 #include "emulator/hopper.h"
@@ -23,15 +26,9 @@ std::uint32_t swizzled(const TensorMap& map, std::uint32_t address) {
   return address ^ ((address >> 7 & mask) << 4);
 }
 
+// Maps have been checked where they were made (common/tensor_map.cuh).
 bool tile_is_legal(const TensorMap& map, std::uint32_t shared, const char* user, Pc pc) {
   const char* problem = nullptr;
-  const std::size_t row = tile_row_bytes(map);
-  if (map.box_columns == 0 || map.box_columns > 256 || map.box_rows == 0 || map.box_rows > 256)
-    problem = "box dimensions";
-  if (row % 16 != 0) problem = "box rows are not a multiple of 16 bytes";
-  if (map.swizzle_bytes != 0 && row > map.swizzle_bytes) problem = "box rows exceed the swizzle";
-  if (reinterpret_cast<std::uintptr_t>(map.base) % 16 != 0 || map.row_bytes % 16 != 0)
-    problem = "global base or row distance is not a multiple of 16 bytes";
   if (shared % 128 != 0) problem = "shared address is not a multiple of 128";
   if (map.swizzle_bytes != 0 && shared % (8 * map.swizzle_bytes) != 0)
     problem = "shared address is not aligned to the swizzle's pattern";
@@ -40,15 +37,20 @@ bool tile_is_legal(const TensorMap& map, std::uint32_t shared, const char* user,
   return false;
 }
 
-// The part of tile row `r` that lies inside the tensor: columns [begin, end) of the tensor.
+enum class Direction { kLoad, kStore };
+
+// The part of tile row `r` that is copied: columns [begin, end) of the tensor.
 struct Span {
   std::int64_t row, begin, end;
   bool empty() const { return begin >= end; }
 };
-Span tensor_span(const TensorMap& map, int column, int row, std::uint32_t r) {
+Span copied_span(const TensorMap& map, int column, int row, std::uint32_t r, Direction direction) {
+  const auto columns = static_cast<std::int64_t>(map.columns);
+  const auto piece = static_cast<std::int64_t>(16 / map.element_bytes);
+  const std::int64_t limit =
+      direction == Direction::kLoad ? columns : (columns + piece - 1) / piece * piece;
   Span span{std::int64_t{row} + r, std::max<std::int64_t>(column, 0),
-            std::min<std::int64_t>(std::int64_t{column} + map.box_columns,
-                                   static_cast<std::int64_t>(map.columns))};
+            std::min<std::int64_t>(std::int64_t{column} + map.box_columns, limit)};
   if (span.row < 0 || span.row >= static_cast<std::int64_t>(map.rows)) span.end = span.begin;
   return span;
 }
@@ -58,7 +60,8 @@ unsigned char* element(const TensorMap& map, std::int64_t row, std::int64_t colu
 
 bool check_tensor(const TensorMap& map, int column, int row, AccessType type, Pc pc) {
   for (std::uint32_t r = 0; r < map.box_rows; ++r) {
-    const Span span = tensor_span(map, column, row, r);
+    const Direction direction = type == AccessType::kRead ? Direction::kLoad : Direction::kStore;
+    const Span span = copied_span(map, column, row, r, direction);
     if (span.empty()) continue;
     if (!check_global(element(map, span.row, span.begin),
                       static_cast<std::size_t>(span.end - span.begin) * map.element_bytes, type,
@@ -68,12 +71,13 @@ bool check_tensor(const TensorMap& map, int column, int row, AccessType type, Pc
   return true;
 }
 
-// Calls body(element in the tensor or null outside it, element in the block's shared memory).
+// Calls body(element in global memory or null where none is copied, element in the block's shared
+// memory).
 template <class Body>
 void for_each_element(const TensorMap& map, const Block& of, std::uint32_t shared, int column,
-                      int row, Body body) {
+                      int row, Direction direction, Body body) {
   for (std::uint32_t r = 0; r < map.box_rows; ++r) {
-    const Span span = tensor_span(map, column, row, r);
+    const Span span = copied_span(map, column, row, r, direction);
     for (std::uint32_t c = 0; c < map.box_columns; ++c) {
       const std::int64_t x = std::int64_t{column} + c;
       const auto address =
@@ -108,7 +112,7 @@ void load_into(Block& of, std::uint32_t destination, const TensorMap& map, int c
   note_remote_access(of, step, pc);
 
   const auto deliver = [=, &of] {
-    for_each_element(map, of, destination, column, row,
+    for_each_element(map, of, destination, column, row, Direction::kLoad,
                      [&](const unsigned char* from, unsigned char* to) {
                        if (from != nullptr)
                          std::memcpy(to, from, map.element_bytes);
@@ -180,7 +184,7 @@ BulkStores& stores_of_current() {
 
 void deliver(const BulkStore& store) {
   for_each_element(store.map, *block, window_address(store.source), store.column, store.row,
-                   [&](unsigned char* to, const unsigned char* from) {
+                   Direction::kStore, [&](unsigned char* to, const unsigned char* from) {
                      if (to == nullptr) return;
                      if (!store.add) {
                        std::memcpy(to, from, store.map.element_bytes);

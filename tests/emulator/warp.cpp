@@ -18,6 +18,8 @@ const char* name_of(WarpOp op) {
     case WarpOp::kStmatrix: return "stmatrix";
     case WarpOp::kMma: return "mma.sync";
     case WarpOp::kClusterBarrier: return "barrier.cluster";
+    case WarpOp::kSetmaxnreg: return "setmaxnreg";
+    case WarpOp::kNamedBarrier: return "bar.sync or bar.arrive";
   }
   return "?";
 }
@@ -85,6 +87,14 @@ void warp_meet(WarpOp op, unsigned mask, void* operand, bool aligned, Pc pc,
     finish(meetings, static_cast<std::size_t>(meeting - meetings.begin()));
   else
     block_current(name_of(op), pc);
+}
+
+void meet_whole_warp(WarpOp op, Pc pc) {
+  warp_meet(op, ~0u, nullptr, true, pc, [](WarpMeeting& meeting) {
+    if (meeting.arrived != ~0u)
+      report(Defect::kDivergence, meeting.first_pc, "%s: only lanes %08x come", name_of(meeting.op),
+             meeting.arrived);
+  });
 }
 
 void warp_thread_exits() {

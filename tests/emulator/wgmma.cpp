@@ -244,9 +244,42 @@ void wgmma_thread_exits() {
     report(Defect::kInFlightAtExit, nullptr, "the thread exits with wgmma in flight");
 }
 
-void setmaxnreg(int registers) {
+// The block's registers belong to its warps, all of them: an increase waits for what others give.
+void setmaxnreg(int registers, bool increase) {
+  const Pc pc = MEMEFF_CALLER_PC;
+  meet_whole_warp(WarpOp::kSetmaxnreg, pc);
   if (registers % 8 != 0 || registers < 24 || registers > 256)
-    report(Defect::kBadArgument, MEMEFF_CALLER_PC, "setmaxnreg %d", registers);
+    report(Defect::kBadArgument, pc, "setmaxnreg %d", registers);
+  if (block->thread_count % 128 != 0)
+    report(Defect::kBadArgument, pc, "setmaxnreg in a block that is not made of warpgroups");
+  if (current->lane != 0) return;
+  // At launch: what a thread of the only block on a multiprocessor can have.
+  constexpr int kOfMultiprocessor = 65536, kMostOfThread = 255;
+  const int launched = std::min(kOfMultiprocessor / block->thread_count, kMostOfThread) / 8 * 8;
+  int& mine = my_group().registers[my_index() / 32];
+  const int before = mine == 0 ? launched : mine;
+  if (increase ? registers < before : registers > before)
+    report(Defect::kBadArgument, pc, "setmaxnreg.%s %d of a warp that has %d",
+           increase ? "inc" : "dec", registers, before);
+  HopperState& state = hopper();
+  while (registers - before > state.free_registers) {
+    state.waiting_for_registers.push_back(current);
+    block_current("setmaxnreg.inc, for registers of other warps", pc);
+  }
+  state.free_registers -= registers - before;
+  mine = registers;
+  for (Thread* thread : state.waiting_for_registers) wake(*thread);
+  state.waiting_for_registers.clear();
+}
+
+void setmaxnreg_thread_exits() {
+  if (block->live > 1) return;
+  for (const Warpgroup& group : hopper().warpgroups)
+    for (const int registers : group.registers)
+      if (registers != group.registers[0])
+        report(Defect::kDivergence, nullptr,
+               "setmaxnreg: the warps of a warpgroup end with %d and %d registers, 0 as launched",
+               group.registers[0], registers);
 }
 
 }  // namespace memeff::emulator

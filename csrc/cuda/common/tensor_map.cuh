@@ -53,6 +53,15 @@ static inline Status make_tensor_map(const TensorMapLayout& layout, TensorMap* m
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return {"cuTensorMapEncodeTiled refused the tensor"};
 #else
+  // What the driver's documentation demands.
+  const uint64_t box_bytes = uint64_t{layout.box_columns} * element_bytes;
+  const auto is_size = [](uint64_t n) { return n > 0 && n <= uint64_t{1} << 32; };
+  const auto is_box = [](uint32_t n) { return n > 0 && n <= 256; };
+  if (reinterpret_cast<uintptr_t>(layout.base) % 16 != 0 || !is_size(layout.columns) ||
+      !is_size(layout.rows) || layout.row_bytes % 16 != 0 || layout.row_bytes >> 40 != 0 ||
+      layout.row_bytes < layout.columns * element_bytes || !is_box(layout.box_columns) ||
+      !is_box(layout.box_rows) || box_bytes % 16 != 0 || (layout.swizzle && box_bytes > 128))
+    return {"the emulated cuTensorMapEncodeTiled refuses the tensor"};
   map->base = static_cast<unsigned char*>(layout.base);
   map->columns = layout.columns;
   map->rows = layout.rows;

@@ -364,6 +364,17 @@ MEMEFF_DEVICE void wgmma_wait() {
 #endif
 }
 
+// Ends the arithmetic that makes an operand: the compiler may move it across the fence, which to it
+// is about memory only. Stands before the fence.
+MEMEFF_DEVICE void operand_is_ready(uint32_t (&a)[4]) {
+#if defined(__CUDACC__)
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[i])::"memory");
+#else
+  (void)a;
+#endif
+}
+
 // Keeps the compiler from moving arithmetic on accumulators across this line: it does not know that
 // wgmma_wait completes them.
 template <int kCount>
@@ -479,7 +490,7 @@ MEMEFF_DEVICE void decrease_registers() {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::setmaxnreg(kRegisters);
+  emulator::setmaxnreg(kRegisters, false);
 #endif
 }
 
@@ -488,7 +499,7 @@ MEMEFF_DEVICE void increase_registers() {
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 #else
-  emulator::setmaxnreg(kRegisters);
+  emulator::setmaxnreg(kRegisters, true);
 #endif
 }
 

@@ -6,17 +6,18 @@ namespace memeff::cuda::sm90 {
 
 namespace {
 
-bool is_tensor(const void* base, int64_t stride, int64_t element_bytes) {
+// Rows of `columns` elements, or more.
+bool is_tensor(const void* base, int64_t stride, int64_t element_bytes, int64_t columns = 1) {
   return base != nullptr && reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
-         stride * element_bytes % 16 == 0;
+         stride * element_bytes % 16 == 0 && stride >= columns;
 }
 
 }  // namespace
 
 bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride) {
   return is_16_bit(operands.dtype) && operands.features > 0 &&
-         is_tensor(operands.input, operands.input_stride, 2) &&
-         is_tensor(operands.weight, operands.weight_stride, 2) &&
+         is_tensor(operands.input, operands.input_stride, 2, operands.features) &&
+         is_tensor(operands.weight, operands.weight_stride, 2, operands.features) &&
          (block == nullptr || is_tensor(block, block_stride, 2));
 }
 
@@ -26,9 +27,10 @@ bool accepts(const GradientOperands& operands, const ProductOutput& output) {
                      output.split.remainder_stride % 2 == 0 && operands.features % 2 == 0;
   return is_16_bit(operands.dtype) && operands.features > 0 &&
          is_tensor(operands.gradient, operands.gradient_stride, 2) &&
-         is_tensor(operands.other, operands.other_stride, 2) &&
-         (output.sums != nullptr ? is_tensor(output.sums, output.sums_stride, 4)
-                                 : is_tensor(output.gradient, output.gradient_stride, 2) && pairs);
+         is_tensor(operands.other, operands.other_stride, 2, operands.features) &&
+         (output.sums != nullptr
+              ? is_tensor(output.sums, output.sums_stride, 4, operands.features)
+              : is_tensor(output.gradient, output.gradient_stride, 2, operands.features) && pairs);
 }
 
 bool accepts(const ScoreGradient& scores) {

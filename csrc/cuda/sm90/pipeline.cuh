@@ -29,8 +29,9 @@
 // whichever block loads them. (Those of the other block may come first; the phase cannot end before
 // its one arrival.) Both blocks must go through the same steps, one for one.
 //
-// Ragged edges cost nothing here: TMA reads zeros outside a tensor and never writes there. Where
-// the last tile of a cluster has no rows left, its block multiplies zeros and stores nothing.
+// Ragged edges cost nothing here: TMA reads zeros outside a tensor and writes nothing there, but for
+// the rest of 16 bytes. Where the last tile of a cluster has no rows left, its block multiplies
+// zeros and stores nothing.
 #pragma once
 
 #include <algorithm>

@@ -340,6 +340,7 @@ MEMEFF_DEVICE void multiply_scores(float (&c)[kTileN / 2], Ring<1>& ring, int st
 #pragma unroll
     for (int k16 = 0; k16 < kProducts; ++k16) {
       source.make(a[k16 % 2], raw, k16);
+      ptx::operand_is_ready(a[k16 % 2]);
       ptx::wgmma_fence();
       ptx::wgmma_a_registers<kTileN, T, true>(
           c, a[k16 % 2], B::descriptor(ring.tile() + kOperandABytes, 0, k16), 1);
