@@ -8,10 +8,7 @@ namespace {
 
 void complete(Barrier& barrier) {
   for (Thread* thread : barrier.waiting) {
-    // Everyone leaves knowing all that anyone knew on arrival, and keeps its own step counter.
-    const std::uint32_t own = thread->clock.seen[thread->agent];
-    thread->clock = barrier.joined;
-    thread->clock.seen[thread->agent] = own;
+    thread->clock.adopt(barrier.joined);
     wake(*thread);
   }
   barrier = Barrier{};
@@ -48,7 +45,7 @@ void arrive(int id, int expected, bool whole_block, bool waits, Pc pc) {
     barrier.expected = expected;
     barrier.whole_block = whole_block;
     barrier.first_pc = pc;
-    barrier.joined.reset(cluster->agents());
+    barrier.joined = Clock(cluster->nothing);
   } else {
     check_agreement(barrier, id, expected, whole_block, pc);
   }
@@ -57,7 +54,7 @@ void arrive(int id, int expected, bool whole_block, bool waits, Pc pc) {
            id);
   barrier.present.set(current->linear);
   barrier.joined.join(current->clock);
-  release_step(*current);
+  current->clock.release();
   ++barrier.arrived;
   ++counters().barrier_arrivals;
   if (waits) barrier.waiting.push_back(current);

@@ -34,7 +34,7 @@ void cluster_arrive() {
   current->arrived_at_cluster = true;
   current->cluster_phase = barrier.phase;
   barrier.arriving.join(current->clock);
-  release_step(*current);
+  current->clock.release();
   ++barrier.arrived;
   complete_if_all_arrived(barrier);
 }
@@ -106,7 +106,7 @@ void cluster_thread_exits() {
   block->exits.join(current->clock);
   if (block->live > 0) return;
   for (const auto& [agent, access] : block->remote_accesses)
-    if (access.clock > block->exits.seen[agent])
+    if (access.clock > block->exits.seen(agent))
       report(Defect::kExitedBlock, access.pc,
              "block %d of the cluster exits, and nothing orders that after this access by %s",
              block->rank, describe_agent(agent).c_str());

@@ -43,7 +43,7 @@ bool contains(const Buffer& buffer, const unsigned char* pointer, std::size_t by
   return pointer >= buffer.data && pointer + bytes <= buffer.data + buffer.bytes;
 }
 
-bool ordered(const Step& earlier) { return earlier.clock <= current->clock.seen[earlier.agent]; }
+bool ordered(const Step& earlier) { return earlier.clock <= current->clock.seen(earlier.agent); }
 
 bool by_this_block(const Step& step) { return &cluster->block_of(step.agent) == block; }
 
@@ -67,7 +67,7 @@ const char* conflict(const Cell& cell, AccessType type) {
 }
 
 void record(Cell& cell, AccessType type) {
-  const Step step = step_of(*current);
+  const Step step = current->clock.step();
   if (type != AccessType::kRead) {
     cell.write_cluster = cluster->number;
     cell.write = step;

@@ -1,6 +1,7 @@
 // Shared by the emulator's own sources, which are compiled without instrumentation.
 #pragma once
 
+#include "emulator/clock.h"
 #include "emulator/emulator.h"
 #include "emulator/fiber.h"
 
@@ -27,30 +28,7 @@ SourceLine source_line(
     Pc pc);  // the innermost line that is neither a PTX primitive nor a CUDA header
 __attribute__((format(printf, 3, 4))) void report(Defect defect, Pc pc, const char* format, ...);
 
-// ---- happens-before ----
-
-struct Clock {
-  std::vector<std::uint32_t> seen;  // per agent: its last step that happened before now
-  std::vector<std::uint32_t>
-      seen_async;  // the same, for the asynchronous proxy: advanced by fences
-
-  void reset(int agents) {
-    seen.assign(agents, 0);
-    seen_async.assign(agents, 0);
-  }
-  void join(const Clock& other) {
-    for (std::size_t i = 0; i < seen.size(); ++i) {
-      if (seen[i] < other.seen[i]) seen[i] = other.seen[i];
-      if (seen_async[i] < other.seen_async[i]) seen_async[i] = other.seen_async[i];
-    }
-  }
-};
-
-// Step `clock` of agent `agent`. Agents are the threads of the cluster's blocks and everything
-// asynchronous that these started.
-struct Step {
-  std::uint32_t agent = 0, clock = 0;
-};
+// ---- happens-before (clock.h) ----
 
 enum class Proxy : std::uint8_t { kGeneric, kAsync };
 enum class AccessType : std::uint8_t { kRead, kWrite, kAtomic };
@@ -154,6 +132,7 @@ struct Block {
   std::map<std::uint32_t, RemoteAccess> remote_accesses;  // by agent
   Barrier barriers[16];
   std::vector<std::vector<WarpMeeting>> meetings;  // per warp
+  std::vector<unsigned> live_lanes;  // per warp; those that have exited are not waited for
   struct StaticArray {
     const char *function, *name;
     unsigned char* data;
@@ -186,6 +165,7 @@ struct Cluster {
   std::size_t argument_bytes = 0;
   std::vector<Block> blocks;
   std::vector<std::uint32_t> agent_clock;
+  SharedKnowledge nothing;                        // known by anybody: the start
   std::vector<std::function<void()>> deliveries;  // pending bulk copies, in any order
   ClusterBarrier barrier;
 
@@ -207,13 +187,8 @@ void block_current(const char* waits_for, Pc pc);  // returns when another fiber
 inline void wake(Thread& thread) { thread.state = ThreadState::kReady; }
 [[noreturn]] void abandon_launch();
 
-// After a release (barrier arrival, fence) later steps of the thread are new ones.
-inline void release_step(Thread& thread) { ++thread.clock.seen[thread.agent]; }
-inline Step step_of(const Thread& thread) {
-  return {thread.agent, thread.clock.seen[thread.agent]};
-}
 inline Access generic_access(AccessType type, const Thread& thread) {
-  return {type, step_of(thread), &thread.clock};
+  return {type, thread.clock.step(), &thread.clock};
 }
 
 // ---- shared memory (shared_memory.cpp) ----

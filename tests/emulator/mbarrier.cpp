@@ -46,7 +46,7 @@ Mbarrier* find_mbarrier(std::uint32_t address, const char* user, Pc pc, Block& o
     return nullptr;
   }
   const Step& init = entry->second.initialised_by;
-  if (init.clock > current->clock.seen[init.agent])
+  if (init.clock > current->clock.seen(init.agent))
     report(Defect::kSharedRace, pc, "%s is not ordered after mbarrier.init by %s", user,
            describe_agent(init.agent).c_str());
   return &entry->second;
@@ -68,11 +68,10 @@ void mbarrier_init(std::uint32_t address, int count) {
   Mbarrier barrier;
   barrier.count = barrier.pending = count;
   barrier.agent = block->async_agent(kWgmmaAgents + static_cast<int>(barriers.size()));
-  barrier.arriving.reset(cluster->agents());
-  barrier.completed.reset(cluster->agents());
-  barrier.initialised_by = step_of(*current);
+  barrier.arriving = barrier.completed = Clock(cluster->nothing);
+  barrier.initialised_by = current->clock.step();
   barriers[address] = std::move(barrier);
-  release_step(*current);
+  current->clock.release();
 }
 
 void mbarrier_inval(std::uint32_t address) {
@@ -108,7 +107,7 @@ namespace {
 
 void arrive(Mbarrier& barrier, Pc pc) {
   barrier.arriving.join(current->clock);
-  release_step(*current);
+  current->clock.release();
   --barrier.pending;
   update_phase(barrier, pc);
 }
@@ -126,7 +125,7 @@ void mbarrier_arrive_cluster(std::uint32_t cluster_address) {
   Mbarrier* barrier =
       find_mbarrier(address_in_block(cluster_address), "mbarrier.arrive", pc, target);
   if (barrier == nullptr) return;
-  note_remote_access(target, step_of(*current), pc);
+  note_remote_access(target, current->clock.step(), pc);
   arrive(*barrier, pc);
 }
 
@@ -168,10 +167,8 @@ void fence_mbarrier_init() {
 
 // All that this thread knows to have happened is now visible to the asynchronous proxy, too.
 void fence_proxy_async() {
-  Clock& clock = current->clock;
-  for (std::size_t i = 0; i < clock.seen.size(); ++i)
-    clock.seen_async[i] = std::max(clock.seen_async[i], clock.seen[i]);
-  release_step(*current);
+  current->clock.fence();
+  current->clock.release();
   fence_mbarrier_init();
 }
 

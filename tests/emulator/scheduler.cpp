@@ -80,12 +80,13 @@ void create_threads(Block& b) {
     thread.warp = i / 32;
     thread.agent = b.first_agent + static_cast<std::uint32_t>(i);
     thread.stack = stack_of_thread(b.rank * b.thread_count + i);
-    thread.clock.reset(cluster->agents());
-    thread.clock.seen[thread.agent] = 1;
+    thread.clock = Clock(cluster->nothing, thread.agent, b.copy_agent(thread));
     fiber_prepare(thread.fiber, thread.stack, kStackBytes, fiber_main);
   }
-  b.exits.reset(cluster->agents());
+  b.exits = Clock(cluster->nothing);
   b.meetings.resize((b.thread_count + 31) / 32);
+  b.live_lanes.resize(b.meetings.size(), ~0u);
+  if (b.thread_count % 32 != 0) b.live_lanes.back() = (1u << b.thread_count % 32) - 1;
 }
 
 // The order in which ready threads run until each of them blocks.
@@ -255,7 +256,8 @@ void launch_erased(const char* kernel_name, int cluster_size, bool beside, dim3 
       b.shared_bytes = dynamic_shared_bytes;
     }
     c.agent_clock.assign(cluster_size * c.blocks[0].agents(), 0);
-    c.barrier.arriving.reset(c.agents());
+    c.nothing = nothing_known(c.agents());
+    c.barrier.arriving = Clock(c.nothing);
     if (!run_cluster(c)) break;
   }
   clusters_of_group += static_cast<int>(order.size());

@@ -1,7 +1,10 @@
-// The block's shared memory and its shadow. For every two bytes the shadow keeps the last write and
+// The block's shared memory and its shadow. For every two bytes the shadow knows the last write and
 // all reads since; a new access must be ordered after whatever it conflicts with, by a barrier, a
 // warp synchronisation or a wait. Order is decided by vector clocks, so a race is reported even
 // when this run happened to execute the accesses in the order that the author had in mind.
+//
+// Most accesses are of whole lines of 16 bytes. A line therefore has one cell until an access of a
+// part tells its bytes apart, and again after the next write of the whole.
 #include "emulator/internal.h"
 
 #include <algorithm>
@@ -20,14 +23,21 @@ struct Cell {
   std::vector<Step> reads;  // since the last write, each by another agent
 };
 
-constexpr std::size_t kGranule = 2;  // bytes per cell: the smallest element kernels share
-std::vector<Cell> shadow[kMaxClusterSize];
+constexpr std::size_t kGranule = 2;  // bytes: the smallest element kernels share
+constexpr std::size_t kLineBytes = 16, kGranules = kLineBytes / kGranule;
+
+struct Line {
+  bool split = false;
+  Cell whole;                // unless split
+  std::vector<Cell> pieces;  // of one granule each, when split
+};
+std::vector<Line> shadow[kMaxClusterSize];
 
 bool ordered(const Step& earlier, const Access& now) {
-  return earlier.clock <= now.knowledge->seen[earlier.agent];
+  return earlier.clock <= now.knowledge->seen(earlier.agent);
 }
 bool fenced(const Step& earlier, const Access& now) {
-  return earlier.clock <= now.knowledge->seen_async[earlier.agent];
+  return earlier.clock <= now.knowledge->seen_async(earlier.agent);
 }
 bool is_thread(std::uint32_t agent) {
   const Block& owner = cluster->block_of(agent);
@@ -114,17 +124,45 @@ void record(Cell& cell, const Access& now) {
   cell.reads.push_back(now.by);
 }
 
+bool check_and_record(Cell& cell, std::size_t offset, const Access& now, Pc pc) {
+  if (!check_cell(cell, offset, now, pc)) return false;
+  record(cell, now);
+  return true;
+}
+
+// Bytes [begin, end) of the line at `start`.
+bool check_line(Line& line, std::size_t start, std::size_t begin, std::size_t end,
+                const Access& now, Pc pc) {
+  const bool all = begin == start && end == start + kLineBytes;
+  if (all && !line.split) return check_and_record(line.whole, begin, now, pc);
+  if (!line.split) {
+    line.split = true;
+    line.pieces.assign(kGranules, line.whole);
+  }
+  for (std::size_t i = (begin - start) / kGranule; i <= (end - 1 - start) / kGranule; ++i)
+    if (!check_and_record(line.pieces[i], std::max(begin, start + i * kGranule), now, pc))
+      return false;
+  const auto muted = [](const Cell& cell) { return cell.muted; };
+  if (all && now.type != AccessType::kRead &&
+      std::none_of(line.pieces.begin(), line.pieces.end(), muted)) {
+    line.split = false;
+    line.whole = line.pieces[0];
+  }
+  return true;
+}
+
 }  // namespace
 
 void reset_shared_memory(int rank, std::size_t previously_used) {
   // 0xff is NaN in every floating-point format: data used before it is written is loud.
   std::memset(shared_arena[rank], 0xff, kArenaBytes);
-  shadow[rank].resize(kArenaBytes / kGranule);
-  const std::size_t cells = (previously_used + kGranule - 1) / kGranule;
-  for (std::size_t i = 0; i < cells; ++i) {
-    Cell& cell = shadow[rank][i];
-    cell.initialised = cell.muted = cell.atomic_write = false;
-    cell.reads.clear();
+  shadow[rank].resize(kArenaBytes / kLineBytes);
+  const std::size_t lines = (previously_used + kLineBytes - 1) / kLineBytes;
+  for (std::size_t i = 0; i < lines; ++i) {
+    Line& line = shadow[rank][i];
+    line.split = false;
+    line.whole.initialised = line.whole.muted = line.whole.atomic_write = false;
+    line.whole.reads.clear();
   }
 }
 
@@ -133,12 +171,12 @@ bool check_shared(const void* pointer, std::size_t bytes, const Access& access, 
   ++counters().checked_accesses;
   const auto position =
       static_cast<std::size_t>(static_cast<const unsigned char*>(pointer) - shared_arena[0]);
-  std::vector<Cell>& cells = shadow[position / kArenaBytes];
-  const std::size_t offset = position % kArenaBytes;
-  for (std::size_t i = offset / kGranule; i <= (offset + bytes - 1) / kGranule; ++i) {
-    if (!check_cell(cells[i], std::max(offset, i * kGranule), access, pc)) return false;
-    record(cells[i], access);
-  }
+  std::vector<Line>& lines = shadow[position / kArenaBytes];
+  const std::size_t begin = position % kArenaBytes, end = begin + bytes;
+  for (std::size_t start = begin / kLineBytes * kLineBytes; start < end; start += kLineBytes)
+    if (!check_line(lines[start / kLineBytes], start, std::max(begin, start),
+                    std::min(end, start + kLineBytes), access, pc))
+      return false;
   return true;
 }
 

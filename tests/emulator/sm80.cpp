@@ -57,8 +57,7 @@ void cp_async_wait(int groups_still_in_flight) {
     const AsyncCopyGroup& group = current->copy_groups.front();
     if (config().late_delivery)
       for (const AsyncCopy& copy : group.copies) deliver(copy);
-    std::uint32_t& seen = current->clock.seen[block->copy_agent(*current)];
-    seen = std::max(seen, group.clock);
+    current->clock.learn({block->copy_agent(*current), group.clock});
     current->copy_groups.pop_front();
   }
 }
@@ -215,7 +214,7 @@ void complete_mma(WarpMeeting& meeting) {
     const auto half = static_cast<std::uint16_t>(bits);
     return shape.type == MmaType::kBf16 ? bf16_to_float(half) : fp16_to_float(half);
   };
-  float a[16][16], b[16][8];
+  double a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& op = *static_cast<MmaOperand*>(meeting.operand[lane]);
     const int group = lane / 4, pair = lane % 4 * 2;
@@ -228,14 +227,16 @@ void complete_mma(WarpMeeting& meeting) {
   }
   // Products of 16-bit floats are exact in double; the sum is rounded once. Hardware truncates
   // intermediate sums, so results on a GPU differ in the last bits.
-  for (int lane = 0; lane < 32; ++lane) {
-    float* d = static_cast<MmaOperand*>(meeting.operand[lane])->d;
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-      double sum = d[i];
-      for (int k = 0; k < shape.k; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-      d[i] = static_cast<float>(sum);
-    }
+  for (int row = 0; row < 16; ++row) {
+    const auto d = [&](int column) -> float& {
+      const int lane = row % 8 * 4 + column / 2;
+      return static_cast<MmaOperand*>(meeting.operand[lane])->d[row / 8 * 2 + column % 2];
+    };
+    double sums[8];  // side by side, for vector instructions
+    for (int column = 0; column < 8; ++column) sums[column] = d(column);
+    for (int k = 0; k < shape.k; ++k)
+      for (int column = 0; column < 8; ++column) sums[column] += a[row][k] * b[k][column];
+    for (int column = 0; column < 8; ++column) d(column) = static_cast<float>(sums[column]);
   }
 }
 

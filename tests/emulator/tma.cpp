@@ -122,7 +122,7 @@ void load_into(Block& of, std::uint32_t destination, const TensorMap& map, int c
     Mbarrier& done = hopper(of).mbarriers[mbarrier];
     // The whole box counts, also what lies outside the tensor.
     done.pending_bytes -= static_cast<std::int64_t>(tile_bytes(map));
-    done.arriving.seen[agent] = std::max(done.arriving.seen[agent], step.clock);
+    done.arriving.learn(step);
     update_phase(done, pc);
   };
   if (config().late_delivery) {
@@ -236,8 +236,7 @@ void bulk_wait(int pending, bool) {
     const BulkStoreGroup& group = mine.groups.front();
     if (config().late_delivery)
       for (const BulkStore& store : group.stores) deliver(store);
-    std::uint32_t& seen = current->clock.seen[mine.agent];
-    seen = std::max(seen, group.clock);
+    current->clock.learn({mine.agent, group.clock});
     mine.groups.pop_front();
   }
 }

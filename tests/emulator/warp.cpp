@@ -24,17 +24,6 @@ const char* name_of(WarpOp op) {
   return "?";
 }
 
-// Lanes that still run; those that have exited are not waited for.
-unsigned live_lanes(int warp) {
-  unsigned lanes = 0;
-  for (int lane = 0; lane < 32; ++lane) {
-    const int i = warp * 32 + lane;
-    if (i < block->thread_count && block->threads[i].state != ThreadState::kDone)
-      lanes |= 1u << lane;
-  }
-  return lanes;
-}
-
 void finish(std::vector<WarpMeeting>& meetings, std::size_t i) {
   WarpMeeting meeting = meetings[i];
   meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(i));
@@ -60,7 +49,7 @@ void warp_meet(WarpOp op, unsigned mask, void* operand, bool aligned, Pc pc,
            current->lane, mask);
     return;
   }
-  const unsigned live = live_lanes(current->warp);
+  const unsigned live = block->live_lanes[current->warp];
   if (aligned && (mask & ~live) != 0)
     report(Defect::kDivergence, pc, "%s needs all lanes, but lanes %08x do not run", name_of(op),
            mask & ~live);
@@ -99,7 +88,7 @@ void meet_whole_warp(WarpOp op, Pc pc) {
 
 void warp_thread_exits() {
   auto& meetings = block->meetings[current->warp];
-  const unsigned live = live_lanes(current->warp);
+  const unsigned live = block->live_lanes[current->warp] &= ~(1u << current->lane);
   for (std::size_t i = 0; i < meetings.size();) {
     if ((meetings[i].mask & live & ~meetings[i].arrived) == 0)
       finish(meetings, i);
@@ -110,14 +99,13 @@ void warp_thread_exits() {
 
 void syncwarp(unsigned mask) {
   warp_meet(WarpOp::kSync, mask, nullptr, false, MEMEFF_CALLER_PC, [](WarpMeeting& meeting) {
-    Clock joined;
-    joined.reset(cluster->agents());
+    Clock joined(cluster->nothing);
     for (int lane = 0; lane < 32; ++lane)
       if (meeting.arrived >> lane & 1) joined.join(meeting.thread[lane]->clock);
     for (int lane = 0; lane < 32; ++lane) {
       if ((meeting.arrived >> lane & 1) == 0) continue;
-      meeting.thread[lane]->clock = joined;
-      release_step(*meeting.thread[lane]);
+      meeting.thread[lane]->clock.adopt(joined);
+      meeting.thread[lane]->clock.release();
     }
   });
 }

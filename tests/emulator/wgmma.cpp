@@ -88,22 +88,31 @@ float a_element(const WgmmaOp& op, int row, int k) {
 }
 
 void execute(Warpgroup& group, WgmmaOp& op) {
-  static float a[64][16], b[256][16];
+  const int n = op.shape.n;
+  static double a[64][16], b[16][256], d[64][256];
   for (int row = 0; row < 64; ++row)
     for (int k = 0; k < 16; ++k) a[row][k] = a_element(op, row, k);
-  for (int column = 0; column < op.shape.n; ++column)
-    for (int k = 0; k < 16; ++k)
-      b[column][k] = load_element(op, op.b_descriptor, op.shape.b_transposed, column, k);
-  for (int thread = 0; thread < 128; ++thread) {
-    std::vector<float>& d = group.in_flight[thread][op.accumulator[thread]];
-    for (int i = 0; i < op.shape.n / 2; ++i) {
-      const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-      const int column = thread % 4 * 2 + i % 2 + i / 4 * 8;
-      double sum = op.accumulate ? d[i] : 0.0;
-      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[column][k];
-      d[i] = static_cast<float>(sum);
+  for (int k = 0; k < 16; ++k)
+    for (int column = 0; column < n; ++column)
+      b[k][column] = load_element(op, op.b_descriptor, op.shape.b_transposed, column, k);
+
+  const auto for_each_accumulator = [&](auto body) {
+    for (int thread = 0; thread < 128; ++thread) {
+      std::vector<float>& registers = group.in_flight[thread][op.accumulator[thread]];
+      for (int i = 0; i < n / 2; ++i) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        const int column = thread % 4 * 2 + i % 2 + i / 4 * 8;
+        body(registers[i], d[row][column]);
+      }
     }
-  }
+  };
+  for_each_accumulator(
+      [&](float in_register, double& sum) { sum = op.accumulate ? in_register : 0.0; });
+  for (int row = 0; row < 64; ++row)
+    for (int k = 0; k < 16; ++k)
+      for (int column = 0; column < n; ++column) d[row][column] += a[row][k] * b[k][column];
+  for_each_accumulator(
+      [](float& in_register, double sum) { in_register = static_cast<float>(sum); });
   op.executed = true;
 }
 
@@ -230,8 +239,7 @@ void wgmma_wait(int pending) {
     const WgmmaOp& op = group.ops[i - group.first_op];
     if (op.a_in_registers && std::memcmp(op.a_registers[me], op.a_source[me], 16) != 0)
       report(Defect::kBadArgument, pc, "registers of A changed before the wait for their product");
-    std::uint32_t& seen = current->clock.seen[my_agent()];
-    seen = std::max(seen, op.clock[me / 32]);
+    current->clock.learn({my_agent(), op.clock[me / 32]});
   }
   group.waited[me] = std::max(group.waited[me], end);
   return_accumulators(group, me);

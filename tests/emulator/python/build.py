@@ -70,6 +70,11 @@ def load(verbose: bool = False) -> ModuleType:
 
     kernels = compile_kernels()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    # The extension's own build does not know that it depends on the libraries.
+    newest = max(library.stat().st_mtime for library in kernels.glob("*.a"))
+    for extension in FOLDER.glob("*.so"):
+        if extension.stat().st_mtime < newest:
+            extension.unlink()
     module: ModuleType = cpp_extension.load(
         NAME,
         [str(ROOT / source) for source in SOURCES],
