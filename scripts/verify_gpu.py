@@ -220,6 +220,17 @@ def choice_step(arch: str, shape: str, dtype: str, skips: bool = False) -> Step:
     return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, *options)
 
 
+def budget_step(arch: str, shape: str, dtype: str) -> Step:
+    """The same under memory budgets, where handwritten products are predicted to win
+    (docs/kernels.md, "Time against memory")."""
+    variants = [
+        f"memeff@{budget}={kernels}"
+        for budget in ("512MiB", "256MiB", "32MiB")
+        for kernels in measured_choices.candidates(int(arch))
+    ]
+    return bench_step("budgets", shape, dtype, 60, "--variants", ",".join(variants))
+
+
 def kernel_step(
     shapes: Sequence[str], dtype: str, torch: Torch | None, name: str = "kernels alone",
     build: str = "cpp", part: str = "",
@@ -300,6 +311,7 @@ def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
         kernel_step([first, second], dtype, torch),
         bench_step("all", first, dtype, 120),
         *more_choices,
+        *([budget_step(arch, first, dtype)] if new else []),
         *([ctest_step("C++ kernel tests, sm90", "-R", "sm90")] if hopper else []),
         ctest_step("C++ kernel tests", "-E", "sm90"),
         Step("memcheck", ["sh", "-c", sanitizer_command("memcheck")], 90, ["compute-sanitizer"]),

@@ -263,6 +263,7 @@ class TestVerifyGpu:
         assert all(step.limit > 0 for step in steps)
         compared = [step for step in steps if "choices" in step.name]
         assert len(compared) == (0 if arch == "75" else 5)
+        assert any("memeff@32MiB=sm" in " ".join(step.command) for step in steps) == (arch != "75")
         figures = [step.figures for step in steps if step.figures is not None]
         assert len(set(figures)) == len(figures) > 5
         for step in steps:
