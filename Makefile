@@ -6,6 +6,8 @@
 TORCH ?= torch==2.13.0
 # Used only to create .venv.
 PYTHON ?= python3
+# Tests in processes beside each other:  make test WORKERS=  for one after the other.
+WORKERS ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 # Arguments for memeff-bench, memeff-demo, pytest:  make bench ARGS="--model gemma-2-2b"
 ARGS ?=
 
@@ -47,7 +49,7 @@ demo: $(STAMP)-bench
 
 test: $(STAMP)-test
 	@if command -v cmake > /dev/null; then $(MAKE) ctest; else echo "no cmake: C++ tests left out"; fi
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 # The CUDA kernels on the CPU, checked; needs the headers of a CUDA toolkit.
 emulate:

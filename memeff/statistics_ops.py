@@ -47,34 +47,23 @@ def _forward_fake(
     )
 
 
-def _backward_fake(
-    grad_logprob: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_entropy: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor,
+def _gradients_fake(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor | None,
     linear_bias: Tensor | None,
     *scalars: Any,
 ) -> tuple[Tensor, ...]:
-    *_, input_grad, weight_grad, bias_grad, _, _ = scalars
-    wanted = (input_grad, weight_grad, bias_grad)
-    return ops.gradients_like(input, linear_weight, linear_bias, wanted)
+    return ops.gradients_like(input, linear_weight, linear_bias, scalars[-5:-2])
 
 
-def _loss_gradients_fake(
-    handle: int,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor | None,
-    linear_bias: Tensor | None,
-    *scalars: Any,
-) -> tuple[Tensor, ...]:
-    *_, input_grad, weight_grad, bias_grad, _, _ = scalars
-    wanted = (input_grad, weight_grad, bias_grad)
-    return ops.gradients_like(input, linear_weight, linear_bias, wanted)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    # After the gradients of logprob, lse and entropy, and the values of lse and entropy.
+    return _gradients_fake(*arguments[5:])
+
+
+def _loss_gradients_fake(handle: int, *arguments: Any) -> tuple[Tensor, ...]:
+    return _gradients_fake(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

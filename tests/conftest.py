@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
+
+# Threads that wait for the next parallel loop sleep. Awake, which is OpenMP's default, they take
+# the processor from other workers of pytest-xdist. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 try:

@@ -79,14 +79,18 @@ void Call::allocate_statistics(bool statistics) {
   }
 }
 
+void Call::use_lse(const at::Tensor& known) {
+  TORCH_CHECK(known.dim() == 1 && known.size(0) == problem_.tokens, "lse has shape ", known.sizes(),
+              ": expected [", problem_.tokens, "]");
+  lse = known.to(at::kDouble).contiguous();
+  problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
+}
+
 void Call::use_statistics(const at::Tensor& known_lse, const at::Tensor& grad_loss) {
+  use_lse(known_lse);
   const bool per_token = options_.reduction == Reduction::kNone;
-  TORCH_CHECK(known_lse.dim() == 1 && known_lse.size(0) == problem_.tokens, "lse has shape ",
-              known_lse.sizes(), ": expected [", problem_.tokens, "]");
   TORCH_CHECK(grad_loss.numel() == (per_token ? problem_.tokens : 1), "grad_loss has ",
               grad_loss.numel(), " elements: expected ", per_token ? problem_.tokens : 1);
-  lse = known_lse.to(at::kDouble).contiguous();
-  problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
   grad_loss_ = grad_loss.to(at::kDouble).contiguous();
   problem_.grad_loss = grad_loss_.const_data_ptr<double>();
 }

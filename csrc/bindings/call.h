@@ -51,6 +51,7 @@ class Call {
   at::Tensor loss, lse, statistics, argmax, grad_input, grad_weight, grad_bias;
 
  protected:
+  void use_lse(const at::Tensor& known);
   PlanRequest plan_request(bool statistics_known, bool input_grad, bool weight_grad,
                            bool bias_grad) const;
   /// Raises an error when no plan fits the budget.

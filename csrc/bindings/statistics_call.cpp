@@ -5,30 +5,11 @@
 #include <c10/util/Exception.h>
 
 namespace memeff {
-namespace {
-
-Options as_options(const StatisticsOptions& o) {
-  Options options{};
-  options.reduction = Reduction::kNone;
-  options.ignore_index = o.ignore_index;
-  options.softcap = o.softcap;
-  options.logit_scale = o.logit_scale;
-  options.input_grad = o.input_grad;
-  options.weight_grad = o.weight_grad;
-  options.bias_grad = o.bias_grad;
-  options.memory_budget = o.memory_budget;
-  options.chunk_size = o.chunk_size;
-  options.accumulation = GradAccumulation::kAuto;
-  return options;
-}
-
-}  // namespace
 
 StatisticsCall::StatisticsCall(const Device& device, const at::Tensor& input,
                                const at::Tensor& weight, const OptionalTensor& target,
-                               const OptionalTensor& bias, const StatisticsOptions& options)
-    : Call(device, input, weight, target.value_or(at::Tensor()), bias, {}, {}, {},
-           as_options(options)) {
+                               const OptionalTensor& bias, const Options& options)
+    : Call(device, input, weight, target.value_or(at::Tensor()), bias, {}, {}, {}, options) {
   TORCH_CHECK(problem_.probabilities == nullptr, "target has dtype ", target_.scalar_type(),
               ": expected class indices");
   problem_.token_statistics = &statistics_;
@@ -66,10 +47,7 @@ void StatisticsCall::use_gradients(const at::Tensor& known_lse, const at::Tensor
                                    const OptionalTensor& grad_lse,
                                    const OptionalTensor& grad_entropy) {
   const int64_t n = problem_.tokens;
-  TORCH_CHECK(known_lse.dim() == 1 && known_lse.size(0) == n, "lse has shape ", known_lse.sizes(),
-              ": expected [", n, "]");
-  lse = known_lse.to(at::kDouble).contiguous();
-  problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
+  use_lse(known_lse);
   statistics_.grad_logprob =
       gradient(grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
   statistics_.grad_lse = gradient(grad_lse, {n}, "grad_lse", &grad_lse_);

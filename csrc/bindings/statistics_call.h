@@ -8,19 +8,10 @@
 
 namespace memeff {
 
-/// The options of a call, as the schemas pass them.
-struct StatisticsOptions {
-  int64_t ignore_index;
-  double softcap, logit_scale;
-  bool input_grad, weight_grad, bias_grad;
-  int64_t memory_budget, chunk_size;
-};
-
 class StatisticsCall : public Call {
  public:
   StatisticsCall(const Device& device, const at::Tensor& input, const at::Tensor& weight,
-                 const OptionalTensor& target, const OptionalTensor& bias,
-                 const StatisticsOptions& options);
+                 const OptionalTensor& target, const OptionalTensor& bias, const Options& options);
 
   /// Outputs of the forward operator; those that are not wanted are empty.
   void allocate_outputs(bool skip_ignored, bool entropy, bool argmax, int64_t top);

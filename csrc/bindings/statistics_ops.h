@@ -15,6 +15,14 @@ namespace memeff {
 using StatisticsResult =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+/// Those of linear_cross_entropy that token statistics have.
+inline Options statistics_options(int64_t ignore_index, double softcap, double logit_scale,
+                                  bool input_grad, bool weight_grad, bool bias_grad,
+                                  int64_t memory_budget, int64_t chunk_size) {
+  return parse_options("none", ignore_index, 0, softcap, logit_scale, 0, input_grad, weight_grad,
+                       bias_grad, memory_budget, chunk_size, "auto", 0);
+}
+
 template <class D>
 StatisticsResult token_statistics_forward(const at::Tensor& input, const at::Tensor& weight,
                                           const OptionalTensor& target, const OptionalTensor& bias,
@@ -24,8 +32,8 @@ StatisticsResult token_statistics_forward(const at::Tensor& input, const at::Ten
                                           bool bias_grad, int64_t memory_budget,
                                           int64_t chunk_size) {
   StatisticsCall call(D::get(), input, weight, target, bias,
-                      {ignore_index, softcap, logit_scale, input_grad, weight_grad, bias_grad,
-                       memory_budget, chunk_size});
+                      statistics_options(ignore_index, softcap, logit_scale, input_grad,
+                                         weight_grad, bias_grad, memory_budget, chunk_size));
   call.allocate_outputs(skip_ignored, entropy, argmax, top_k);
   call.check_backward_budget();
   call.run(false);
@@ -41,8 +49,8 @@ Gradients token_statistics_backward(
     const OptionalTensor& bias, int64_t ignore_index, double softcap, double logit_scale,
     bool input_grad, bool weight_grad, bool bias_grad, int64_t memory_budget, int64_t chunk_size) {
   StatisticsCall call(D::get(), input, weight, target, bias,
-                      {ignore_index, softcap, logit_scale, input_grad, weight_grad, bias_grad,
-                       memory_budget, chunk_size});
+                      statistics_options(ignore_index, softcap, logit_scale, input_grad,
+                                         weight_grad, bias_grad, memory_budget, chunk_size));
   call.use_gradients(lse, entropy, grad_logprob, grad_lse, grad_entropy);
   call.allocate_gradients(true);
   call.run(true);
@@ -56,8 +64,8 @@ Gradients linear_loss_gradients(int64_t handle, const at::Tensor& input, const a
                                 bool entropy, bool input_grad, bool weight_grad, bool bias_grad,
                                 int64_t memory_budget, int64_t chunk_size) {
   StatisticsCall call(D::get(), input, weight, target, bias,
-                      {ignore_index, softcap, logit_scale, input_grad, weight_grad, bias_grad,
-                       memory_budget, chunk_size});
+                      statistics_options(ignore_index, softcap, logit_scale, input_grad,
+                                         weight_grad, bias_grad, memory_budget, chunk_size));
   call.allocate_outputs(false, entropy, false, 0);
   // The operator is implemented in Python; the dispatcher takes care of the interpreter's lock.
   using Chunk = std::vector<at::Tensor>(int64_t, int64_t, const at::Tensor&, const at::Tensor&,

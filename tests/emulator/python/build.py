@@ -8,6 +8,7 @@ driver, operators) is compiled against torch and linked to them. tests/conftest.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -66,10 +67,16 @@ def compile_kernels() -> Path:
 
 def load(verbose: bool = False) -> ModuleType:
     """Builds what is out of date, registers the operators and returns the module."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "one_process_at_a_time", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _load(verbose)
+
+
+def _load(verbose: bool) -> ModuleType:
     from torch.utils import cpp_extension
 
     kernels = compile_kernels()
-    FOLDER.mkdir(parents=True, exist_ok=True)
     # The extension's own build does not know that it depends on the libraries.
     newest = max(library.stat().st_mtime for library in kernels.glob("*.a"))
     for extension in FOLDER.glob("*.so"):
