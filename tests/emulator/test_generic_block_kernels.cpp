@@ -380,8 +380,9 @@ void test_target_of_a_peaked_softmax() {
     for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, v == n % 2 ? -1e-9 : -20.0);
     k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target_rest.set(n, 0.0);
   }
-  const Coefficients coefficients{k.shift.data(), k.softmax.data(),     nullptr,
-                                  nullptr,        k.target_rest.data(), nullptr};
+  Coefficients coefficients;
+  coefficients.shift = k.shift.data(), coefficients.softmax = k.softmax.data();
+  coefficients.target_rest = k.target_rest.data();
   CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32, {},
                        e.targets(), coefficients, nullptr)
             .ok());
