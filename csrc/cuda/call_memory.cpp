@@ -38,7 +38,9 @@ void CallMemory::place_token_arrays() {
   take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
   take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
   take(&tokens_.argmax, wants_argmax(problem_));
-  take(&tokens_.entropy_coefficient, wanted != nullptr && wanted->grad_entropy != nullptr);
+  const bool entropy_has_gradient = wanted != nullptr && wanted->grad_entropy != nullptr;
+  take(&tokens_.entropy_coefficient, entropy_has_gradient);
+  take(&tokens_.centre, entropy_has_gradient);
   take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
   take(&tokens_.target_rest), take(&tokens_.weighted, smooths);
   take(&tokens_.target_gradient, !request_.statistics_known);
@@ -65,6 +67,7 @@ Coefficients CallMemory::coefficients(Range tokens) const {
   c.shift = from_token(tokens_.shift, tokens.begin);
   c.softmax = from_token(tokens_.softmax, tokens.begin);
   c.entropy = from_token(tokens_.entropy_coefficient, tokens.begin);
+  c.centre = from_token(tokens_.centre, tokens.begin);
   if (problem_.probabilities != nullptr) {
     c.target = from_token(tokens_.target_coefficient, tokens.begin);
   } else {

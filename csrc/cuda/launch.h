@@ -64,11 +64,14 @@ struct PartialStatistics {
 };
 
 /// The gradient with respect to z, per token (arrays [tokens] of A):
-///   dz_v = p_v (softmax + entropy z_v) + target [v == y] + weighted w_v     p_v = exp(z_v - shift)
+///   dz_v = p_v (softmax + entropy (z_v - centre)) + target [v == y] + weighted w_v
+///   p_v = exp(z_v - shift)
 /// or, with class probabilities q,  ... + target w_v q_v. A token whose coefficients are all zero
 /// gets zeros, whatever its logits. For index targets the entry of y is computed as
-///   softmax expm1(z_y - shift) + target_rest + p_y entropy z_y + weighted w_y
+///   softmax expm1(z_y - shift) + target_rest + p_y entropy (z_y - centre) + weighted w_y
 /// whose digits survive a softmax close to 1; target_rest = softmax + target, made in fp64.
+/// Terms of the entropy cancel the expected logit, sum_v p_v z_v, which is thus what the centre is: with
+/// another one softmax would have to contain the difference, and errs by what fp32 loses of that.
 ///
 /// The gradient with respect to u is dz times dz/du, of which kernels apply 1 - (z / softcap)^2
 /// alone. Factors that all scores share, logit_scale included, are the caller's: in the
@@ -78,6 +81,7 @@ struct Coefficients {
   const void* shift = nullptr;        // lse, rounded to A
   const void* softmax = nullptr;      // includes exp(shift - lse)
   const void* entropy = nullptr;      // null: zero
+  const void* centre = nullptr;       // of the entropy's term, rounded to A; null: zero
   const void* target = nullptr;       // of class probabilities; null: none
   const void* target_rest = nullptr;  // of index targets; null: none
   const void* weighted = nullptr;     // null: zero

@@ -53,7 +53,7 @@ struct Layout {
   int64_t weight_sum = 0;       // sums of a slice of grad_weight [slice_vocab, D] of A
   int64_t total = 0;
 };
-constexpr int kTokenArrays = 17;
+constexpr int kTokenArrays = 18;
 
 Layout layout(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 

@@ -42,7 +42,8 @@ struct TokenArrays {
   // for class probabilities, weighted with label smoothing; the others may be null.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
-  void* entropy_coefficient = nullptr;  // A; of token statistics with a gradient of the entropy
+  // A; of token statistics with a gradient of the entropy
+  void *entropy_coefficient = nullptr, *centre = nullptr;
   // Of a problem with token statistics (whose pointer lies in host memory) what kernels need of it.
   bool for_statistics = false;
   TokenStatistics wanted;

@@ -178,12 +178,13 @@ void test_statistics(const Case& c, DType dtype) {
 
 // Coefficients of an arbitrary loss, arrays [tokens].
 struct LossCoefficients {
-  Array shift, softmax, entropy, target, target_rest, weighted;
+  Array shift, softmax, entropy, centre, target, target_rest, weighted;
 
   LossCoefficients(DType dtype, int64_t tokens)
       : shift(dtype, tokens, "shift"),
         softmax(dtype, tokens, "softmax"),
         entropy(dtype, tokens, "entropy"),
+        centre(dtype, tokens, "centre"),
         target(dtype, tokens, "target"),
         target_rest(dtype, tokens, "target_rest"),
         weighted(dtype, tokens, "weighted") {}
@@ -192,6 +193,7 @@ struct LossCoefficients {
     return {shift.data(),
             softmax.data(),
             c.full ? entropy.data() : nullptr,
+            c.full ? centre.data() : nullptr,
             c.probabilities ? target.data() : nullptr,
             c.probabilities ? nullptr : target_rest.data(),
             c.full ? weighted.data() : nullptr};
@@ -209,6 +211,7 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
     k.shift.set(n, largest + std::abs(normal(e.random)));
     for (Array* array : {&k.softmax, &k.entropy, &k.target, &k.target_rest, &k.weighted})
       array->set(n, left_out(n) ? 0.0 : normal(e.random));
+    k.centre.set(n, left_out(n) ? std::nan("") : normal(e.random));
     if (!left_out(n)) continue;
     k.shift.set(n, std::nan(""));
     for (int64_t v = 0; v < c.classes; v += 2) e.products.set(v * e.stride + n, std::nan(""));
@@ -228,6 +231,7 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
       }
       if (c.full) {
         addends.push_back(p * k.entropy.at(n) * z);
+        addends.push_back(-p * k.entropy.at(n) * k.centre.at(n));
         addends.push_back(k.weighted.at(n) * e.weight(v));
       }
       double dz = 0, magnitude = 0;
@@ -350,7 +354,7 @@ void test_special_values() {
     const bool counts = n == kOneFinite || n == kNan;
     k.shift.set(n, counts ? 1.0 : std::nan(""));
     for (Array* array : {&k.softmax, &k.entropy}) array->set(n, counts ? 1.0 : 0.0);
-    for (Array* array : {&k.target_rest, &k.weighted}) array->set(n, 0.0);
+    for (Array* array : {&k.centre, &k.target_rest, &k.weighted}) array->set(n, 0.0);
   }
   CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kBFloat16,
                        {}, {}, k.of(Case{classes, kTokens, 2}), nullptr)
@@ -376,8 +380,9 @@ void test_target_of_a_peaked_softmax() {
     for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, v == n % 2 ? -1e-9 : -20.0);
     k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target_rest.set(n, 0.0);
   }
-  const Coefficients coefficients{k.shift.data(), k.softmax.data(),     nullptr,
-                                  nullptr,        k.target_rest.data(), nullptr};
+  Coefficients coefficients;
+  coefficients.shift = k.shift.data(), coefficients.softmax = k.softmax.data();
+  coefficients.target_rest = k.target_rest.data();
   CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32, {},
                        e.targets(), coefficients, nullptr)
             .ok());

@@ -111,8 +111,9 @@ void test_statistics() {
 
 void test_gradients() {
   Tokens shift(2.0), softmax(0.7), rest(-0.4), target_gradient(0.25);
-  const Coefficients coefficients{shift.data(), softmax.data(), nullptr,
-                                  nullptr,      rest.data(),    nullptr};
+  Coefficients coefficients;
+  coefficients.shift = shift.data(), coefficients.softmax = softmax.data();
+  coefficients.target_rest = rest.data();
   std::vector<int64_t> index(kColumns, kRows - 1);
   const emulator::GlobalBuffer guard(index.data(), kColumns * 8, "target");
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {

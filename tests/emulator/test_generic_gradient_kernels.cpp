@@ -41,6 +41,7 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
   Array shift(DType::kFloat32, c.tokens, "shift", BufferAccess::kReadOnly),
       softmax(DType::kFloat32, c.tokens, "softmax", BufferAccess::kReadOnly),
       entropy(DType::kFloat32, c.tokens, "entropy", BufferAccess::kReadOnly),
+      centre(DType::kFloat32, c.tokens, "centre", BufferAccess::kReadOnly),
       rest(DType::kFloat32, c.tokens, "target_rest", BufferAccess::kReadOnly),
       weighted(DType::kFloat32, c.tokens, "weighted", BufferAccess::kReadOnly),
       target_gradient(DType::kFloat32, c.tokens, "target_gradient", BufferAccess::kReadOnly);
@@ -54,6 +55,7 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
     shift.set(n, left_out ? std::nan("") : 4 + std::abs(normal(random)));
     for (Array* array : {&softmax, &entropy, &rest, &weighted, &target_gradient})
       array->set(n, left_out ? 0.0 : normal(random));
+    centre.set(n, left_out ? std::nan("") : normal(random));
     if (left_out) target_gradient.set(n, std::nan(""));
     target[n] = n % 4 == 3   ? -2
                 : n % 7 == 6 ? vocab - 1
@@ -70,7 +72,7 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
         if (left_out) continue;
         const double e = scores.at(at), m = maxima.at(tile * maxima_stride + n);
         const double p = e * std::exp(m - shift.at(n)), z = m + std::log(e);
-        const double entropy_part = c.entropy && e > 0 ? p * entropy.at(n) * z : 0;
+        const double entropy_part = c.entropy && e > 0 ? p * entropy.at(n) * (z - centre.at(n)) : 0;
         const double weighted_part =
             c.weighted ? weighted.at(n) * (c.class_weight ? weight.at(c.first_class + v) : 1) : 0;
         const double slope = c.softcap == 0 || e == 0 ? 1 : 1 - z * z / (c.softcap * c.softcap);
@@ -92,9 +94,13 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
   const StoredScores stored{scores.data(), stride, static_cast<float*>(maxima.data()),
                             maxima_stride};
   const LogitTerms terms{nullptr, c.class_weight ? weight.data() : nullptr, 0.5, c.softcap};
-  const Coefficients coefficients{
-      shift.data(), softmax.data(), c.entropy ? entropy.data() : nullptr,
-      nullptr,      rest.data(),    c.weighted ? weighted.data() : nullptr};
+  const Coefficients coefficients{shift.data(),
+                                  softmax.data(),
+                                  c.entropy ? entropy.data() : nullptr,
+                                  c.entropy ? centre.data() : nullptr,
+                                  nullptr,
+                                  rest.data(),
+                                  c.weighted ? weighted.data() : nullptr};
   CHECK(stored_gradient({c.first_class, c.classes, c.tokens}, stored, gradient_dtype, terms,
                         {target.data()}, coefficients,
                         static_cast<const float*>(target_gradient.data()), nullptr)

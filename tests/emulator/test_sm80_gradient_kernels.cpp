@@ -18,10 +18,11 @@ struct TokenCoefficients {
       : shift("shift", tokens),
         softmax("softmax", tokens),
         entropy("entropy", tokens),
+        centre("centre", tokens),
         target_rest("target_rest", tokens),
         weighted("weighted", tokens),
         target(static_cast<std::size_t>(tokens)) {}
-  GuardedArray<float> shift, softmax, entropy, target_rest, weighted;
+  GuardedArray<float> shift, softmax, entropy, centre, target_rest, weighted;
   std::vector<double> target;
 };
 
@@ -43,6 +44,7 @@ void fill(TokenCoefficients& coefficients, LinearCase<T>& c) {
     coefficients.target[static_cast<std::size_t>(n)] = -upstream;
     coefficients.target_rest[n] = c.target[n] < 0 ? 0.f : static_cast<float>(softmax - upstream);
     coefficients.entropy[n] = 0.1f * c.normal();
+    coefficients.centre[n] = c.normal();
     coefficients.weighted[n] = -0.01f * std::abs(c.normal());
   }
 }
@@ -52,7 +54,10 @@ Coefficients pass(TokenCoefficients& coefficients, const GradientOptions& option
   Coefficients result;
   result.shift = coefficients.shift.data();
   result.softmax = coefficients.softmax.data();
-  if (options.entropy) result.entropy = coefficients.entropy.data();
+  if (options.entropy) {
+    result.entropy = coefficients.entropy.data();
+    result.centre = coefficients.centre.data();
+  }
   if (options.target) result.target_rest = coefficients.target_rest.data();
   if (options.weighted) result.weighted = coefficients.weighted.data();
   return result;
@@ -70,12 +75,13 @@ double wanted_gradient(LinearCase<T>& c, TokenCoefficients& coefficients,
   if (softmax == 0 && entropy == 0 && weighted == 0 && rest == 0) return 0;
   const double z = c.logit(n, v), p = std::exp(z - coefficients.shift[n]);
   double dz = p * softmax + weighted * c.class_weight(v);
-  if (p > 0) dz += p * entropy * z;
+  const double centre = coefficients.centre[n];
+  if (p > 0) dz += p * entropy * (z - centre);
   if (options.target && c.target_of(n) == v) dz += rest - softmax;
   const double t = c.shape.softcap == 0 ? 0 : z / c.shape.softcap;
   const double wanted = dz * (1 - t * t);
   // Errors of z: of its sum in fp32, enlarged by exp and by the slope.
-  const double size = p > 0 ? p * (std::abs(softmax) + std::abs(entropy * z)) : 0;
+  const double size = p > 0 ? p * (std::abs(softmax) + std::abs(entropy * (z - centre))) : 0;
   const double error =
       std::isinf(z) ? 0 : 4e-6 * (1 + std::abs(z)) * (size + (t == 0 ? 0 : std::abs(dz)));
   *tolerance = error + std::abs(wanted) * (rounding<T>() + 1e-6) + kSmallestHalf;

@@ -295,7 +295,7 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
   std::mt19937 random(31);
   std::normal_distribution<float> normal;
   Matrix<float> shift(1, c.tokens, 0, kInput), softmax(1, c.tokens, 0, kInput),
-      entropy(1, c.tokens, 0, kInput), rest(1, c.tokens, 0, kInput),
+      entropy(1, c.tokens, 0, kInput), centre(1, c.tokens, 0, kInput), rest(1, c.tokens, 0, kInput),
       weighted(1, c.tokens, 0, kInput);
   for (int64_t n = 0; n < c.tokens; ++n) {
     double total = 0;
@@ -304,6 +304,7 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
     shift.at(0, n) = static_cast<float>(std::log(total) + 0.1);
     softmax.at(0, n) = normal(random);
     entropy.at(0, n) = c.full ? normal(random) * 0.1f : 0.f;
+    centre.at(0, n) = normal(random);
     rest.at(0, n) = normal(random);
     weighted.at(0, n) = smoothing ? normal(random) * 0.01f : 0.f;
   }
@@ -313,7 +314,10 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
   coefficients.shift = shift.data;
   coefficients.softmax = softmax.data;
   coefficients.target_rest = rest.data;
-  if (c.full) coefficients.entropy = entropy.data;
+  if (c.full) {
+    coefficients.entropy = entropy.data;
+    coefficients.centre = centre.data;
+  }
   if (smoothing) coefficients.weighted = weighted.data;
 
   const int64_t class_tiles = (c.classes + 127) / 128, token_tiles = (c.tokens + 127) / 128;
@@ -333,9 +337,9 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
       const double z = linear.z[n][v], p = std::exp(z - shift.at(0, n));
       const double w = c.options ? linear.weight.at(0, c.first_class + v) : 1.0;
       double wanted = p * softmax.at(0, n) + weighted.at(0, n) * w;
-      if (p > 0) wanted += p * entropy.at(0, n) * z;
+      if (p > 0) wanted += p * entropy.at(0, n) * (z - centre.at(0, n));
       double terms = std::abs(p * softmax.at(0, n)) + std::abs(weighted.at(0, n) * w);
-      if (p > 0) terms += std::abs(p * entropy.at(0, n) * z);
+      if (p > 0) terms += std::abs(p * entropy.at(0, n) * (z - centre.at(0, n)));
       if (v == linear.target_of(n)) {
         wanted += rest.at(0, n) - softmax.at(0, n);
         terms += std::abs(rest.at(0, n)) + std::abs(softmax.at(0, n));

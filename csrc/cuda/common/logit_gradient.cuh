@@ -7,7 +7,7 @@ namespace memeff::cuda {
 
 template <class A>
 struct TokenCoefficients {
-  A shift, softmax, entropy, target, target_rest, weighted;
+  A shift, softmax, entropy, centre, target, target_rest, weighted;
 
   MEMEFF_DEVICE bool all_zero() const {
     return softmax == A(0) && entropy == A(0) && target == A(0) && target_rest == A(0) &&
@@ -24,22 +24,27 @@ struct TokenCoefficients {
   }
 
  private:
-  // p z tends to 0 as z tends to -inf
+  // p (z - centre) tends to 0 as z tends to -inf
   MEMEFF_DEVICE A entropy_term(A z) const {
-    return entropy == A(0) || z == A(-INFINITY) ? A(0) : entropy * z;
+    return entropy == A(0) || z == A(-INFINITY) ? A(0) : entropy * (z - centre);
   }
 };
 
 // What becomes of the scores E = exp(z - max) of a token and a tile of classes (StoredScores).
 struct StoredFactors {
   float softmax, entropy, weighted;  // the first two times exp(max - shift)
-  float max;
+  float max, above_centre;           // max - centre
   bool left_out;
 };
 MEMEFF_DEVICE StoredFactors stored_factors(const TokenCoefficients<float>& c, float max) {
   const bool left_out = c.all_zero();
   const float scale = exponential(max - c.shift);
-  return {left_out ? 0.f : scale * c.softmax, scale * c.entropy, c.weighted, max, left_out};
+  return {left_out ? 0.f : scale * c.softmax,
+          scale * c.entropy,
+          c.weighted,
+          max,
+          max - c.centre,
+          left_out};
 }
 
 // p_v softmax. No E exceeds 1; one that is not a number comes from a row whose lse and factor are
@@ -62,6 +67,7 @@ MEMEFF_DEVICE void load_coefficients(TokenCoefficients<A> (&c)[kCount], const Co
   load_member(c, &TokenCoefficients<A>::shift, from.shift, token, count);
   load_member(c, &TokenCoefficients<A>::softmax, from.softmax, token, count);
   load_member(c, &TokenCoefficients<A>::entropy, from.entropy, token, count);
+  load_member(c, &TokenCoefficients<A>::centre, from.centre, token, count);
   load_member(c, &TokenCoefficients<A>::target, from.target, token, count);
   load_member(c, &TokenCoefficients<A>::target_rest, from.target_rest, token, count);
   load_member(c, &TokenCoefficients<A>::weighted, from.weighted, token, count);

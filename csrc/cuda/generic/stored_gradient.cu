@@ -1,8 +1,9 @@
 // From stored scores to the gradient with respect to the products, in place, any architecture.
 //
 //   E [classes, tokens] fp16 = exp(z - m), m [tiles, tokens] fp32, the maximum over kStoredTile
-//   classes  ->  (E exp(m - shift) (softmax + entropy z) + weighted w_v) (1 - (z / softcap)^2), in
-//   16 bits, with z = m + log E where a term needs it; the entry of an index target is given
+//   classes  ->  (E exp(m - shift) (softmax + entropy (z - centre)) + weighted w_v) slope,
+//   slope = 1 - (z / softcap)^2, in 16 bits, with z = m + log E where a term needs it; the entry of an
+//   index target is given
 //
 // A thread block of 8 warps owns 256 adjacent tokens, 8 (16 bytes) per lane, and one tile of
 // classes, 16 per warp. A lane first folds exp(m - shift) and softmax of its tokens into one factor
@@ -41,9 +42,9 @@ MEMEFF_DEVICE float gradient_of(float e, float weight, const StoredFactors& f,
   float gradient = softmax_gradient(e, f.softmax);
   if (!kFull || f.left_out) return gradient;
   if (e == 0.f) return gradient + f.weighted * weight;  // NaN where lse is
-  const float z = f.max + logf(e);
-  if (f.entropy != 0.f) gradient += e * f.entropy * z;
-  return (gradient + f.weighted * weight) * transform.slope(z);
+  const float log_e = logf(e);
+  if (f.entropy != 0.f) gradient += e * f.entropy * (f.above_centre + log_e);
+  return (gradient + f.weighted * weight) * transform.slope(f.max + log_e);
 }
 
 // kFull: with soft cap, entropy, weighted.

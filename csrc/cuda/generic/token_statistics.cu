@@ -117,10 +117,10 @@ __global__ void __launch_bounds__(kScalarThreads)
 
 // ---- coefficients ----
 
-// Factors of p_v and p_v z_v, of the target and of w_v in the gradient, the latter two to be
-// subtracted.
+// Factors of p_v, of the target and of w_v in the gradient, the latter two to be subtracted; and of
+// p_v (z_v - expected_logit), with sum_v p_v z_v.
 struct Factors {
-  double softmax = 0.0, target = 0.0, weighted = 0.0, entropy = 0.0;
+  double softmax = 0.0, target = 0.0, weighted = 0.0, entropy = 0.0, expected_logit = 0.0;
 };
 
 // Of token statistics, from the caller's upstream gradients (core/problem.h).
@@ -137,7 +137,7 @@ MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenA
   if (wanted.grad_lse != nullptr) factors.softmax += g * wanted.grad_lse[token];
   if (wanted.grad_entropy != nullptr) {
     factors.entropy = -g * wanted.grad_entropy[token];
-    factors.softmax += g * wanted.grad_entropy[token] * (lse - wanted.known_entropy[token]);
+    factors.expected_logit = lse - wanted.known_entropy[token];
   }
   factors.target = -logprob;
   if (target == kBadTarget) factors.softmax = factors.target = NAN;
@@ -172,14 +172,20 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
                                       const Factors& factors) {
   const A shift = static_cast<A>(lse);
   // Kernels compute exp(z - shift). What rounding lse changes in it is undone here.
-  const double softmax =
-      isfinite(lse) ? factors.softmax * exp(static_cast<double>(shift) - lse) : factors.softmax;
+  const double undone = isfinite(lse) ? exp(static_cast<double>(shift) - lse) : 1.0;
+  double softmax = factors.softmax * undone;
+  if (tokens.entropy_coefficient != nullptr) {
+    const A entropy = static_cast<A>(factors.entropy * undone);
+    const A centre = static_cast<A>(factors.expected_logit);
+    static_cast<A*>(tokens.entropy_coefficient)[token] = entropy;
+    static_cast<A*>(tokens.centre)[token] = centre;
+    // So is what rounding the centre changes.
+    if (factors.entropy != 0.0)
+      softmax +=
+          static_cast<double>(entropy) * (static_cast<double>(centre) - factors.expected_logit);
+  }
   static_cast<A*>(tokens.shift)[token] = shift;
   static_cast<A*>(tokens.softmax)[token] = static_cast<A>(softmax);
-  if (tokens.entropy_coefficient != nullptr) {
-    const double undone = isfinite(lse) ? exp(static_cast<double>(shift) - lse) : 1.0;
-    static_cast<A*>(tokens.entropy_coefficient)[token] = static_cast<A>(factors.entropy * undone);
-  }
   if (problem.probabilities != nullptr)
     static_cast<A*>(tokens.target_coefficient)[token] = static_cast<A>(-factors.target);
   else
@@ -194,7 +200,8 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
   const double weighted_part = tokens.weighted_apart ? 0.0 : factors.weighted;
   const double p = exp(logit - lse);
   double gradient = factors.softmax * p - (factors.target + weighted_part) * target_mass;
-  if (factors.entropy != 0.0 && p != 0.0) gradient += factors.entropy * p * logit;
+  if (factors.entropy != 0.0 && p != 0.0)
+    gradient += factors.entropy * p * (logit - factors.expected_logit);
   if (problem.softcap > 0.0) {
     const double tanh = logit / problem.softcap;
     gradient *= 1.0 - tanh * tanh;

@@ -1,7 +1,8 @@
 // The gradient with respect to u = x W^T, whose logits are computed again and never stored.
 //
 //   x [tokens, features], W [classes, features]:   u = x W^T, z of u (launch.h)
-//   G [classes, tokens] = (p_v (softmax + entropy z_v) + target's term + weighted w_v) slope(z_v)
+//   G [classes, tokens] = (p_v (softmax + entropy (z_v - centre)) + target's term + weighted w_v)
+//                         slope(z_v)
 //   p_v = exp(z_v - shift),  slope = 1 - (z / softcap)^2; coefficients: launch.h
 //
 // One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). Products leave through

@@ -1,7 +1,7 @@
 // The gradient with respect to the products u = x W^T, from products computed again, on sm_90a.
 //
-//   dz_v = p_v (softmax + entropy z_v) + weighted w_v,   p_v = exp(z_v - shift)   (Coefficients)
-//   du_v = dz_v (1 - (z_v / softcap)^2)                                          [classes, tokens]
+//   dz_v = p_v (softmax + entropy (z_v - centre)) + weighted w_v,  p_v = exp(z_v - shift)
+//   du_v = dz_v (1 - (z_v / softcap)^2)                       [classes, tokens], as in launch.h
 //
 // x [tokens, features], W [classes, features]; the gradient has their type. One coefficient of each
 // kind per token. The pipeline, its tiles of 128 tokens x 256 classes and its map of shared memory
@@ -66,7 +66,7 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
       const float p = fast_exp(value - c.shift);
       mass += p;
       float dz = p * c.softmax;
-      if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * value;
+      if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * (value - c.centre);
       if (c.weighted != 0.f && class_offset(k) < scores.classes - first)
         dz += c.weighted * transform.weight_of(first + class_offset(k));
       if (transform.softcap != 0.f) dz *= transform.slope(value);
