@@ -11,7 +11,10 @@ struct Family {
   const char* name;
   GradientProduct *grad_input_product, *grad_weight_product;
 };
-constexpr Family kFamilies[] = {{"sm80", sm80::grad_input_product, sm80::grad_weight_product}};
+constexpr Family kFamilies[] = {
+    {"sm80", sm80::grad_input_product, sm80::grad_weight_product},
+    {"sm90", sm90::grad_input_product, sm90::grad_weight_product},
+    {"sm90x2", sm90x2::grad_input_product, sm90x2::grad_weight_product}};
 
 struct ProductCase {
   int64_t classes, tokens, features;

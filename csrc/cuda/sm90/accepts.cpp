@@ -1,5 +1,4 @@
-// What the sm_90a family can work on: the demands of TMA, which moves all operands and most
-// results.
+// What the sm_90a family can work on: the demands of TMA, which moves all operands and results.
 #include "cuda/launch.h"
 
 namespace memeff::cuda::sm90 {
@@ -21,14 +20,17 @@ bool accepts(const LinearOperands& operands, const void* block, int64_t block_st
 }
 
 bool accepts(const GradientOperands& operands, const ProductOutput& output) {
-  // Split sums are read and written in pairs.
-  const bool pairs = reinterpret_cast<uintptr_t>(output.split.remainder) % 4 == 0 &&
-                     output.split.remainder_stride % 2 == 0 && operands.features % 2 == 0;
+  const SplitSums& split = output.split;
+  // The exponents of a row's 256 columns are read as a word.
+  const bool words =
+      reinterpret_cast<uintptr_t>(split.exponents) % 4 == 0 && split.exponents_stride % 4 == 0;
+  const bool gradient =
+      output.sums == nullptr && is_tensor(output.gradient, output.gradient_stride, 2) && words &&
+      (split.remainder == nullptr || is_tensor(split.remainder, split.remainder_stride, 2));
   return is_16_bit(operands.dtype) && operands.features > 0 &&
          is_tensor(operands.gradient, operands.gradient_stride, 2) &&
          is_tensor(operands.other, operands.other_stride, 2) &&
-         (output.sums != nullptr ? is_tensor(output.sums, output.sums_stride, 4)
-                                 : is_tensor(output.gradient, output.gradient_stride, 2) && pairs);
+         (gradient || is_tensor(output.sums, output.sums_stride, 4));
 }
 
 bool accepts(const ScoreGradient& scores) {
