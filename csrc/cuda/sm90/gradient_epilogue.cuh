@@ -60,7 +60,7 @@ struct OutputMaps {
 
 // ---- what C joins: from global memory to consumers ----
 
-constexpr int kJoinedBytes = 4 * kBoxBytes;
+constexpr int kSecondBox = kConsumerGroups * kBoxBytes, kJoinedBytes = 2 * kSecondBox;
 static_assert(kJoinedBytes <= kStageBytes);
 
 // The producer's thread, after the last step of k: the tile as it was, from `row`, `column` on.
@@ -76,15 +76,15 @@ MEMEFF_DEVICE void load_joined(Ring<kCluster>& ring, const Destination& to, cons
     for (int group = 0; group < kConsumerGroups; ++group) {
       const uint32_t box = ring.tile() + group * kBoxBytes;
       ptx::tma_load_2d(box, &maps.result, at, row + group * kGroupM, ring.full());
-      ptx::tma_load_2d(box + kConsumerGroups * kBoxBytes, second, halves ? at : at + kPanel,
-                       row + group * kGroupM, ring.full());
+      ptx::tma_load_2d(box + kSecondBox, second, halves ? at : at + kPanel, row + group * kGroupM,
+                       ring.full());
     }
     ring.advance();
   }
 }
 
-// A consumer warpgroup: join(step, first, second) with the addresses of its two boxes of each step adds
-// them to c.
+// A consumer warpgroup: join(step, box) adds its two boxes of each step to c, which lie at `box` and
+// kSecondBox behind.
 template <int kSteps, int kCluster, class Join>
 MEMEFF_DEVICE void for_joined(float (&c)[kTileN / 2], Ring<kCluster>& ring, const Join& join) {
   // All at once: where code between two waits only adds, ptxas puts it off until the last one is over,
@@ -99,7 +99,7 @@ MEMEFF_DEVICE void for_joined(float (&c)[kTileN / 2], Ring<kCluster>& ring, cons
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const uint32_t box = ring.shared + stages[step] * kStageBytes + consumer_group() * kBoxBytes;
-    join(step, box, box + kConsumerGroups * kBoxBytes);
+    join(step, box);
   }
   ptx::accumulators_are_ready(c);  // additions stay here, too
   ptx::fence_proxy_async();        // TMA must not overtake ldmatrix
@@ -112,11 +112,11 @@ MEMEFF_DEVICE void for_joined(float (&c)[kTileN / 2], Ring<kCluster>& ring, cons
 template <int kCluster, class Join>
 MEMEFF_DEVICE void for_joined_gradient(float (&c)[kTileN / 2], Ring<kCluster>& ring,
                                        const Join& join) {
-  for_joined<kTileN / (2 * kPanel)>(c, ring, [&](int step, uint32_t first, uint32_t second) {
+  for_joined<kTileN / (2 * kPanel)>(c, ring, [&](int step, uint32_t box) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t pairs[kPairsOfBox];
-      read_box(pairs, half == 0 ? first : second);
+      read_box(pairs, box, half * kSecondBox);
       join(2 * step + half, pairs);
     }
   });
@@ -134,12 +134,12 @@ MEMEFF_DEVICE void add_native(float* c, const uint32_t (&pairs)[kPairsOfBox]) {
 }
 
 // 16 columns at a time, which takes fewer registers than read_box().
-MEMEFF_DEVICE void add_halves(float* c, uint32_t gradient, uint32_t remainder) {
+MEMEFF_DEVICE void add_halves(float* c, uint32_t box) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     uint32_t upper[4], lower[4];
-    ptx::ldmatrix_x4(upper, matrix_row(gradient, j));
-    ptx::ldmatrix_x4(lower, matrix_row(remainder, j));
+    ptx::ldmatrix_x4(upper, matrix_row(box, j));
+    ptx::ldmatrix_x4(lower, matrix_row(box, j) + kSecondBox);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       c[8 * j + 2 * i] += __uint_as_float(lower_halves(lower[i], upper[i]));
@@ -229,7 +229,7 @@ MEMEFF_DEVICE uint32_t make_codes(const float* c, uint32_t (&pairs)[kPairsOfBox]
 
 template <class T, int kCluster>
 MEMEFF_DEVICE void join(float (&c)[kTileN / 2], const Destination& to, RowExponents& exponents,
-                        Ring<kCluster>& ring) {
+                        Ring<kCluster>& ring, int column) {
   if (to.joins == Joins::kCodes) {
     for_joined_gradient(c, ring, [&](int panel, const uint32_t(&pairs)[kPairsOfBox]) {
 #pragma unroll
@@ -240,8 +240,9 @@ MEMEFF_DEVICE void join(float (&c)[kTileN / 2], const Destination& to, RowExpone
       add_native<T>(c + 32 * panel, pairs);
     });
   } else if (kHasHalves<T> && to.joins == Joins::kHalves) {
-    for_joined<kTileN / kPanel>(c, ring, [&](int panel, uint32_t gradient, uint32_t remainder) {
-      add_halves(c + 32 * panel, gradient, remainder);
+    for_joined<kTileN / kPanel>(c, ring, [&](int panel, uint32_t box) {
+      // A condition, as ptxas would work on all panels at a time, and spill.
+      if (column + kPanel * panel < to.columns) add_halves(c + 32 * panel, box);
     });
   }
 }
@@ -266,7 +267,7 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
     for (float& x : c) x *= scale;
   };
   if (to.joins == Joins::kNative) multiply_by_scale();
-  join<T>(c, to, exponents, ring);
+  join<T>(c, to, exponents, ring, column);
   if (to.leaves == Leaves::kRounded) {
     if (to.joins != Joins::kNative) multiply_by_scale();
 #pragma unroll

@@ -97,12 +97,12 @@ MEMEFF_DEVICE void fill_box_of_pairs(unsigned char* box, const Pair& pair) {
   }
 }
 
-// The reverse, of a box that TMA has filled.
-MEMEFF_DEVICE void read_box(uint32_t (&pairs)[kPairsOfBox], uint32_t box) {
+// The reverse, of the box that TMA has filled `offset` behind another.
+MEMEFF_DEVICE void read_box(uint32_t (&pairs)[kPairsOfBox], uint32_t box, int offset) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     uint32_t r[4];
-    ptx::ldmatrix_x4(r, matrix_row(box, j));
+    ptx::ldmatrix_x4(r, matrix_row(box, j) + offset);
 #pragma unroll
     for (int i = 0; i < 4; ++i) pairs[4 * j + i] = r[i];
   }
