@@ -5,6 +5,7 @@
 #include <random>
 #include <stdexcept>
 
+#include "core/compact_sum.h"
 #include "core/problem.h"
 #include "core/tiling.h"
 #include "cpu/number.h"
@@ -39,6 +40,8 @@ constexpr FusedFamily kFused[] = {
 constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time
 constexpr int64_t kGenericRange = 512;
 constexpr double kSkipMass = 1e-3;
+// Codes and exponents of a gradient's element, read and written.
+constexpr double kCompactBytes = 2 * (2 + 1.0 / kCompactBlock);
 constexpr int kOneTileIn = 4;  // counts, where some are skipped
 
 void check(const Status& status) {
@@ -55,6 +58,7 @@ class Maker {
         v_(shape.vocab),
         stride_(round_up(shape.tokens, 8)),
         ranges_(ceil_div(shape.vocab, kStoredTile)),
+        exponents_stride_(round_up(ceil_div(shape.features, kCompactBlock), 4)),
         dtype_(dtype),
         capability_(capability),
         memory_(memory),
@@ -149,6 +153,11 @@ class Maker {
     fill(result_, dtype_, std::max(n_, v_) * d_, 1.0);
     remainder_ = place_16(v_ * d_, "remainder");
     fill(remainder_, dtype_, v_ * d_, 1.0);
+    const int64_t exponents = std::max(n_, v_) * exponents_stride_;
+    compact_.exponents = place<uint8_t>(exponents, "exponents");
+    compact_.exponents_stride = exponents_stride_;
+    const std::vector<uint8_t> ones(static_cast<size_t>(exponents), 127);
+    memory_.copy(compact_.exponents, ones.data(), exponents);
 
     const FusedFamily& first = kFused[0];
     if (capability_ < first.least) {
@@ -304,9 +313,13 @@ class Maker {
         from_scores("fp32 sums, from scores", 4, sums);
         sums.accumulate = true;
         product("fp32 sums, added", 8, sums);
-        if (of_input || dtype_ != DType::kBFloat16) return;
-        rounded.split.remainder = remainder_, rounded.split.remainder_stride = d_;
         rounded.update = WeightUpdate::kSplitNext;
+        rounded.split = compact_;
+        product("compact sums, added", kCompactBytes, rounded);
+        from_scores("compact sums, added, from scores", kCompactBytes, rounded);
+        if (of_input || dtype_ != DType::kBFloat16) return;
+        rounded.split = {};
+        rounded.split.remainder = remainder_, rounded.split.remainder_stride = d_;
         product("split sums, added", 8, rounded);
       });
     }
@@ -385,9 +398,13 @@ class Maker {
     update.scale = &tokens_.scalars->output_scale_float;
     add("update_rows", "generic", "rounded", 0, 6 * elements,
         [update, stream = stream_] { return update_rows(update, stream); });
+    update.update = WeightUpdate::kSplitNext;
+    update.split = compact_;
+    add("update_rows", "generic", "compact sums, added", 0, (4 + kCompactBytes) * elements,
+        [update, stream = stream_] { return update_rows(update, stream); });
     if (dtype_ == DType::kBFloat16) {
+      update.split = {};
       update.split.remainder = remainder_, update.split.remainder_stride = d_;
-      update.update = WeightUpdate::kSplitNext;
       add("update_rows", "generic", "split sums, added", 0, 12 * elements,
           [update, stream = stream_] { return update_rows(update, stream); });
     }
@@ -414,7 +431,7 @@ class Maker {
     return argmax_;
   }
 
-  const int64_t n_, d_, v_, stride_, ranges_;
+  const int64_t n_, d_, v_, stride_, ranges_, exponents_stride_;
   const DType dtype_;
   const int capability_;
   Memory& memory_;
@@ -437,6 +454,7 @@ class Maker {
   double share_of_tiles_ = 1;
   float* sums_ = nullptr;                              // [max(N, V), D]
   uint16_t *result_ = nullptr, *remainder_ = nullptr;  // [max(N, V), D], [V, D]
+  SplitSums compact_;                                  // [max(N, V), D]
 };
 
 }  // namespace

@@ -128,7 +128,7 @@ Status add_bias_gradient(const Block& block, const void* gradient, int64_t strid
 /// What split sums (kSplit*, core/weight_update.h) of a 16-bit gradient keep beside it. One is given:
 /// `remainder` [rows, columns], the lower halves of fp32 sums (bf16 only), or `exponents` of compact
 /// sums (core/compact_sum.h) [rows, ceil(columns / kCompactBlock)]. For sm90 the latter and their rows
-/// start at multiples of 4 bytes.
+/// start at multiples of 4 bytes, all of which it may read; remainders are as all of 16 bits.
 struct SplitSums {
   uint16_t* remainder = nullptr;
   int64_t remainder_stride = 0;

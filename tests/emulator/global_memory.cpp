@@ -66,8 +66,7 @@ const char* conflict(const Cell& cell, AccessType type) {
   return nullptr;
 }
 
-void record(Cell& cell, AccessType type) {
-  const Step step = current->clock.step();
+void record(Cell& cell, AccessType type, const Step& step) {
   if (type != AccessType::kRead) {
     cell.write_cluster = cluster->number;
     cell.write = step;
@@ -125,7 +124,7 @@ bool is_misaligned(const void* pointer, std::size_t bytes) {
 }
 
 bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc,
-                  bool report_unknown) {
+                  bool report_unknown, const Step* reading) {
   const auto* p = static_cast<const unsigned char*>(pointer);
   Buffer* buffer = last_found;
   if (buffer == nullptr || !contains(*buffer, p, bytes)) {
@@ -149,6 +148,7 @@ bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc
   }
   if (buffer->cells.empty() || bytes == 0) return true;
   ++counters().checked_accesses;
+  const Step step = reading != nullptr ? *reading : current->clock.step();
   const auto offset = static_cast<std::size_t>(p - buffer->data);
   for (std::size_t i = offset / buffer->granule; i <= (offset + bytes - 1) / buffer->granule; ++i) {
     Cell& cell = buffer->cells[i];
@@ -159,10 +159,10 @@ bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc
     if (const char* other = conflict(cell, type)) {
       report(Defect::kGlobalRace, pc, "%s of byte %zu of buffer '%s', which was %s", verb(type),
              i * buffer->granule, buffer->name.c_str(), other);
-      record(cell, type);
+      record(cell, type, step);
       return true;
     }
-    record(cell, type);
+    record(cell, type, step);
   }
   return true;
 }

@@ -218,8 +218,9 @@ std::string describe_agent(std::uint32_t agent);
 // ---- global memory (global_memory.cpp) ----
 
 // False when the address lies in no registered buffer; `report_unknown` says whether to complain.
+// `reading`: the asynchronous step that reads, where it is not the current thread itself.
 bool check_global(const void* pointer, std::size_t bytes, AccessType type, Pc pc,
-                  bool report_unknown = true);
+                  bool report_unknown = true, const Step* reading = nullptr);
 bool is_misaligned(const void* pointer, std::size_t bytes);
 
 // ---- warp collectives (warp.cpp) ----

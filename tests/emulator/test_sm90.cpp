@@ -199,6 +199,25 @@ __global__ void refill(const __grid_constant__ TensorMap map, float* out) {
   out[t] = sum;
 }
 
+// What TMA loads from is written.
+template <bool kPlanted>
+__global__ void overwrite_source(const __grid_constant__ TensorMap map, float* source) {
+  MEMEFF_DYNAMIC_SHARED(tile);
+  MEMEFF_SHARED_ARRAY(uint64_t, mbarriers, 1);
+  const uint32_t full = ptx::shared_address(mbarriers);
+  const int t = threadIdx.x;
+  if (t == 0) {
+    ptx::mbarrier_init(full, 1);
+    ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect_tx(full, 1024);
+    ptx::tma_load_2d(ptx::shared_address(tile), &map, 0, 0, full);
+  }
+  __syncthreads();
+  if (!kPlanted) ptx::mbarrier_wait(full, 0);
+  source[t] = 3;  // planted: source written too early
+  ptx::mbarrier_wait(full, 0);
+}
+
 enum class StoreFlaw { kNone, kNoFence, kNoBarrier, kReusedTooEarly, kNeverWaited };
 
 // out = or += 2 * in, through shared memory; two tiles one after the other in the same place.
@@ -274,6 +293,13 @@ void test_proxies_and_stores() {
 
   // The tensor has 15 rows, the two tiles 16: the last row must not be written.
   const TensorMap target = float_map(stored, 32, 15, 32, 8, false);
+  EXPECT_DEFECT("overwritten source", kGlobalRace, "source written too early", [&] {
+    MEMEFF_LAUNCH(overwrite_source<true>, dim3(1), dim3(32), 1024, nullptr, target, stored);
+  });
+  expect_clean("overwritten source", [&] {
+    MEMEFF_LAUNCH(overwrite_source<false>, dim3(1), dim3(32), 1024, nullptr, target, stored);
+    CHECK(stored[31] == 3);
+  });
   const float* const from = in;
   const auto expect_store_flaw = [&](const char* what, Defect defect, auto kernel) {
     emulator::expect_defect_at(what, defect, __FILE__, nullptr, [&] {

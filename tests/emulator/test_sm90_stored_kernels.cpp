@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "emulator/linear_case.h"
+#include "emulator/compact_gradient.h"
 
 using namespace memeff;
 using namespace memeff::cuda;
@@ -197,6 +197,32 @@ void test_product(const ScoreCase& c, bool of_weight) {
     ours.beside = theirs.beside = update == WeightUpdate::kWrite;  // of those that add to the sums
     run_both(ours, theirs);
     CHECK(same(rounded, other));
+  }
+  // Split sums, whose steps through the ring have no factors. Halves are those of bf16.
+  CompactGradient<T> codes(rows, c.features, c.padding, 0),
+      wanted_codes(rows, c.features, c.padding, 0);
+  GuardedMatrix<__half> halves("remainder", rows, c.features, c.padding, 0,
+                               BufferAccess::kReadWrite);  // as raw bits
+  GuardedMatrix<__half> wanted_halves("remainder", rows, c.features, c.padding, 0,
+                                      BufferAccess::kReadWrite);
+  for (const bool compact : {true, false}) {
+    if (!compact && dtype_of<T>() != DType::kBFloat16) continue;
+    if (compact) {
+      ours.gradient = codes.gradient.data(), theirs.gradient = wanted_codes.gradient.data();
+      ours.split = codes.split(), theirs.split = wanted_codes.split();
+    } else {
+      ours.gradient = rounded.data(), theirs.gradient = other.data();
+      ours.split = theirs.split = {};
+      ours.split.remainder = reinterpret_cast<uint16_t*>(halves.data());
+      theirs.split.remainder = reinterpret_cast<uint16_t*>(wanted_halves.data());
+      ours.split.remainder_stride = theirs.split.remainder_stride = halves.stride;
+    }
+    for (const WeightUpdate update :
+         {WeightUpdate::kSplitFirst, WeightUpdate::kSplitNext, WeightUpdate::kSplitLast}) {
+      ours.update = theirs.update = update;
+      run_both(ours, theirs);
+    }
+    CHECK(compact ? same(codes.gradient, wanted_codes.gradient) : same(rounded, other));
   }
 }
 

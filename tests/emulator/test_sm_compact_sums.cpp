@@ -11,7 +11,10 @@ struct Family {
   const char* name;
   GradientProduct *grad_input_product, *grad_weight_product;
 };
-constexpr Family kFamilies[] = {{"sm80", sm80::grad_input_product, sm80::grad_weight_product}};
+constexpr Family kFamilies[] = {
+    {"sm80", sm80::grad_input_product, sm80::grad_weight_product},
+    {"sm90", sm90::grad_input_product, sm90::grad_weight_product},
+    {"sm90x2", sm90x2::grad_input_product, sm90x2::grad_weight_product}};
 
 struct ProductCase {
   int64_t classes, tokens, features;
@@ -98,11 +101,39 @@ void test_products(const Family& family) {
   }
 }
 
+// What sm90 demands of exponents, and what no family takes.
+void test_refusals() {
+  Chunks<__half> chunks(kFamilies[0], {8, 8, 64}, true);
+  CompactGradient<__half> compact(8, 64, 0, 0);
+  ProductOutput output;
+  output.gradient = compact.gradient.data();
+  output.gradient_stride = compact.gradient.stride;
+  output.update = WeightUpdate::kSplitFirst;
+  for (const Family& family : kFamilies) {
+    chunks.launch = family.grad_weight_product;
+    output.split = {};
+    CHECK(!chunks.run(output).ok());
+    output.split = compact.split();
+    CHECK(chunks.run(output).ok());
+  }
+  GradientOperands operands;
+  operands.gradient = chunks.g.data(), operands.other = chunks.other.data();
+  operands.gradient_stride = operands.other_stride = operands.features = 64;
+  operands.dtype = DType::kFloat16;
+  CHECK(sm90::accepts(operands, output));
+  output.split.exponents_stride += 1;
+  CHECK(!sm90::accepts(operands, output) && !chunks.run(output).ok());
+  output.split = compact.split();
+  output.split.exponents += 1;
+  CHECK(!sm90::accepts(operands, output) && !chunks.run(output).ok());
+}
+
 }  // namespace
 
 int main() {
   for (const Family& family : kFamilies)
     for_clean_schedules(family.name, [&] { test_products(family); });
+  test_refusals();
   CHECK(emulator::reports().empty());
   return emulator::finish("test_sm_compact_sums");
 }

@@ -58,14 +58,15 @@ unsigned char* element(const TensorMap& map, std::int64_t row, std::int64_t colu
   return map.base + row * static_cast<std::int64_t>(map.row_bytes) + column * map.element_bytes;
 }
 
-bool check_tensor(const TensorMap& map, int column, int row, AccessType type, Pc pc) {
+bool check_tensor(const TensorMap& map, int column, int row, AccessType type, Pc pc,
+                  const Step* reading = nullptr) {
   for (std::uint32_t r = 0; r < map.box_rows; ++r) {
     const Direction direction = type == AccessType::kRead ? Direction::kLoad : Direction::kStore;
     const Span span = copied_span(map, column, row, r, direction);
     if (span.empty()) continue;
     if (!check_global(element(map, span.row, span.begin),
-                      static_cast<std::size_t>(span.end - span.begin) * map.element_bytes, type,
-                      pc))
+                      static_cast<std::size_t>(span.end - span.begin) * map.element_bytes, type, pc,
+                      true, reading))
       return false;
   }
   return true;
@@ -107,6 +108,8 @@ void load_into(Block& of, std::uint32_t destination, const TensorMap& map, int c
 
   const std::uint32_t agent = barrier->agent;
   const Step step{agent, cluster->tick(agent)};
+  // Whoever knows that the mbarrier's phase is over knows that the tensor has been read, too.
+  if (!check_tensor(map, column, row, AccessType::kRead, pc, &step)) return;
   check_shared(target, tile_bytes(map), {AccessType::kWrite, step, &current->clock, Proxy::kAsync},
                pc);
   note_remote_access(of, step, pc);
@@ -140,9 +143,7 @@ void tma_load_2d(std::uint32_t destination, const TensorMap* tensor_map, int col
   const Pc pc = MEMEFF_CALLER_PC;
   ++counters().tma;
   const TensorMap map = *tensor_map;
-  if (!tile_is_legal(map, destination, "TMA load", pc) ||
-      !check_tensor(map, column, row, AccessType::kRead, pc))
-    return;
+  if (!tile_is_legal(map, destination, "TMA load", pc)) return;
   load_into(*block, destination, map, column, row, mbarrier, pc);
 }
 
@@ -151,9 +152,7 @@ void tma_load_2d_multicast(std::uint32_t destination, const TensorMap* tensor_ma
   const Pc pc = MEMEFF_CALLER_PC;
   ++counters().tma;
   const TensorMap map = *tensor_map;
-  if (!tile_is_legal(map, destination, "TMA multicast", pc) ||
-      !check_tensor(map, column, row, AccessType::kRead, pc))
-    return;
+  if (!tile_is_legal(map, destination, "TMA multicast", pc)) return;
   if (blocks == 0 || blocks >> cluster->blocks.size() != 0) {
     report(Defect::kBadArgument, pc, "TMA multicast to blocks %#x of a cluster of %zu", blocks,
            cluster->blocks.size());

@@ -75,7 +75,7 @@ MEMEFF_DEVICE void with_codes(uint32_t exponent, const Body& body) {
 // Two adjacent columns in memory order: the first in the lower half.
 template <class Codes>
 MEMEFF_DEVICE uint32_t pair_of_codes(const Codes& codes, float first, float second) {
-  return codes.code(first) >> 16 | (codes.code(second) & 0xffff0000u);
+  return upper_halves(codes.code(first), codes.code(second));
 }
 template <class Codes>
 MEMEFF_DEVICE void add_pair(const Codes& codes, uint32_t pair, float& first, float& second) {

@@ -38,6 +38,23 @@ MEMEFF_DEVICE __half narrow<__half>(float x) {
   return __float2half(x);
 }
 
+// The lower halves of two registers, or their upper ones, as a pair: the first's in the lower half.
+// (Of shifts and masks nvcc makes two instructions.)
+MEMEFF_DEVICE uint32_t lower_halves(uint32_t first, uint32_t second) {
+#if defined(__CUDACC__)
+  return __byte_perm(first, second, 0x5410);
+#else
+  return (first & 0xffffu) | second << 16;
+#endif
+}
+MEMEFF_DEVICE uint32_t upper_halves(uint32_t first, uint32_t second) {
+#if defined(__CUDACC__)
+  return __byte_perm(first, second, 0x7632);
+#else
+  return first >> 16 | (second & 0xffff0000u);
+#endif
+}
+
 constexpr int kVectorBytes = 16;
 template <class T>
 constexpr int kPerVector = kVectorBytes / static_cast<int>(sizeof(T));

@@ -1,5 +1,4 @@
-// What the sm_90a family can work on: the demands of TMA, which moves all operands and most
-// results.
+// What the sm_90a family can work on: the demands of TMA, which moves all operands and results.
 #include "cuda/launch.h"
 
 namespace memeff::cuda::sm90 {
@@ -22,15 +21,19 @@ bool accepts(const LinearOperands& operands, const void* block, int64_t block_st
 }
 
 bool accepts(const GradientOperands& operands, const ProductOutput& output) {
-  // Split sums are read and written in pairs.
-  const bool pairs = reinterpret_cast<uintptr_t>(output.split.remainder) % 4 == 0 &&
-                     output.split.remainder_stride % 2 == 0 && operands.features % 2 == 0;
-  return is_16_bit(operands.dtype) && operands.features > 0 &&
+  const SplitSums& split = output.split;
+  const int64_t columns = operands.features;
+  // The exponents of a row's 256 columns are read as a word.
+  const bool words =
+      reinterpret_cast<uintptr_t>(split.exponents) % 4 == 0 && split.exponents_stride % 4 == 0;
+  const bool gradient = output.sums == nullptr &&
+                        is_tensor(output.gradient, output.gradient_stride, 2, columns) && words &&
+                        (split.remainder == nullptr ||
+                         is_tensor(split.remainder, split.remainder_stride, 2, columns));
+  return is_16_bit(operands.dtype) && columns > 0 &&
          is_tensor(operands.gradient, operands.gradient_stride, 2) &&
-         is_tensor(operands.other, operands.other_stride, 2, operands.features) &&
-         (output.sums != nullptr
-              ? is_tensor(output.sums, output.sums_stride, 4, operands.features)
-              : is_tensor(output.gradient, output.gradient_stride, 2, operands.features) && pairs);
+         is_tensor(operands.other, operands.other_stride, 2, columns) &&
+         (gradient || is_tensor(output.sums, output.sums_stride, 4, columns));
 }
 
 bool accepts(const ScoreGradient& scores) {

@@ -9,7 +9,7 @@
 // map of shared memory are pipeline.cuh's. C must not overlap G: other blocks may still read what
 // one overwrites.
 //
-// Tiles of G that count as zero, and the epilogue: gradient_tiles.cuh. Products that leave out tiles
+// Tiles of G that count as zero: gradient_tiles.cuh; the epilogue: gradient_epilogue.cuh. Products that leave out tiles
 // run without clusters: the two rows of tiles of a cluster are marked differently, but must go
 // through the same steps, so each block would wait for the other's. At a density p they would go
 // through 2 p - p^2 of all tiles instead of p, which costs more than shared loads save.
@@ -19,6 +19,7 @@
 // each a long sum: 1024 there, 7.8 rounds of 132 blocks; with fewer tiles than SMs some stay idle.
 // grad_weight has many tiles of short sums: one takes 16 * tokens cycles of tensor cores and moves
 // 128 KiB of fp32, or 64 KiB.
+#include "cuda/sm90/gradient_epilogue.cuh"
 #include "cuda/sm90/gradient_tiles.cuh"
 
 namespace memeff::cuda::sm90 {
@@ -29,7 +30,7 @@ template <class T, Major kMajorOfG, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     gradient_product_kernel(const __grid_constant__ TensorMap g,
                             const __grid_constant__ TensorMap other,
-                            const __grid_constant__ TensorMap out, Marks marks, Destination to,
+                            const __grid_constant__ OutputMaps out, Marks marks, Destination to,
                             TileOrder<kCluster> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using A = OperandTile<kMajorOfG, kTileM>;
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int step = 0; step < kStepsPerTile; ++step)
           load_step<A, B>(ring, &g, &other, row * kTileM, column * kTileN, k + step * kStepK);
       });
+      if (lane_index() == 0) load_joined(ring, to, out, row * kTileM, column * kTileN);
     }
     if (lane_index() == 0) finish_loads(ring);
     return;
@@ -59,9 +61,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int number = order.first(); number < order.count(); number += order.stride()) {
     int row, column;
     order.place(number, &row, &column);
+    const int first_row = row * kTileM + consumer_group() * kGroupM;
+    RowExponents exponents(to, first_row, column * kTileN);
     float c[kTileN / 2];
     multiply<T, A, B>(c, ring, marks.of_row(row).surviving() * kStepsPerTile);
-    write_tile<T>(c, to, &out, boxes, row * kTileM + consumer_group() * kGroupM, column * kTileN);
+    write_tile<T>(c, to, out, exponents, ring, boxes, first_row, column * kTileN);
   }
   boxes.finish();
   if (to.beside) ptx::wait_for_grid();
@@ -73,7 +77,8 @@ template <class T, Major kMajorOfG, int kCluster>
 Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const Marks& marks,
               const ProductOutput& output, void* stream) {
   const bool g_is_transposed = kMajorOfG == Major::kMn;
-  TensorMap g, other, out{};
+  TensorMap g, other;
+  OutputMaps out{};
   Destination to;
   Status status = make_destination<T>(rows, operands.features, output, &to, &out);
   if (status.ok())

@@ -20,7 +20,8 @@
 //   grad_input    f of the tile's 128 rows: constant over 128 classes; consumers know their rows'
 //                 targets, and learn which classes the step has
 //   grad_weight   f of the step's 64 tokens, and in which row of the tile each has its target
-// A stage is full once the bytes of TMA and the factors have arrived.
+// A stage is full once the bytes of TMA and the factors have arrived; stages of what C joins have no
+// factors, and the warp only arrives.
 //
 // Numerics: those of stored_gradient, bit for bit, and sums in the same order: results equal those of
 // stored_gradient and gradient_products.cu. Terms beside the softmax and the target (soft cap,
@@ -31,6 +32,7 @@
 // 35 instructions more, in the shadow of the 128 cycles that its warpgroup's product takes (256 as
 // the two groups take turns): docs/kernels-sm90.md.
 #include "cuda/common/logit_gradient.cuh"
+#include "cuda/sm90/gradient_epilogue.cuh"
 #include "cuda/sm90/gradient_tiles.cuh"
 
 namespace memeff::cuda::sm90 {
@@ -99,6 +101,14 @@ MEMEFF_DEVICE void end_factors(Ring<1>& ring) {
   __syncwarp();
   if (lane_index() == 0) ptx::mbarrier_arrive(ring.full());
   ring.advance();
+}
+
+// Steps that have none, but are full only when this warp has arrived, too.
+MEMEFF_DEVICE void pass_steps(Ring<1>& ring, int steps) {
+  for (int step = 0; step < steps; ++step) {
+    wait_until_empty(ring);
+    end_factors(ring);
+  }
 }
 
 // The factors of a tile of C, k tile by k tile. The whole warp takes part.
@@ -364,7 +374,7 @@ template <class T, Major kMajorOfG>
 __global__ void __launch_bounds__(kThreads, 1)
     stored_product_kernel(const __grid_constant__ TensorMap e,
                           const __grid_constant__ TensorMap other,
-                          const __grid_constant__ TensorMap out,
+                          const __grid_constant__ OutputMaps out,
                           const __grid_constant__ ScoreFactors scores, Marks marks, Destination to,
                           TileOrder<1> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -385,12 +395,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (warp == kFactorWarp) {
         const FactorWriter<T, kMajorOfG> writer(scores, row);
         marks.of_row(row).for_each([&](int k) { writer.write(factors, ring, k); });
+        pass_steps(ring, to.steps_after());
       } else {
         marks.of_row(row).for_each([&](int k) {
           if (lane_index() != 0) return;
           for (int step = 0; step < kStepsPerTile; ++step)
             load_step<A, B>(ring, &e, &other, row * kTileM, column * kTileN, k + step * kStepK);
         });
+        if (lane_index() == 0) load_joined(ring, to, out, row * kTileM, column * kTileN);
       }
     }
     return;
@@ -401,10 +413,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int number = order.first(); number < order.count(); number += order.stride()) {
     int row, column;
     order.place(number, &row, &column);
+    const int first_row = row * kTileM + consumer_group() * kGroupM;
+    RowExponents exponents(to, first_row, column * kTileN);
     ScoresAsA<T, kMajorOfG> source(scores, row);
     float c[kTileN / 2];
     multiply_scores<T>(c, ring, marks.of_row(row).surviving() * kStepsPerTile, source, factors);
-    write_tile<T>(c, to, &out, boxes, row * kTileM + consumer_group() * kGroupM, column * kTileN);
+    write_tile<T>(c, to, out, exponents, ring, boxes, first_row, column * kTileN);
   }
   boxes.finish();
   if (to.beside) ptx::wait_for_grid();
@@ -415,7 +429,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <class T, Major kMajorOfG>
 Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const ScoreFactors& scores,
               const Marks& marks, const ProductOutput& output, void* stream) {
-  TensorMap e, other, out{};
+  TensorMap e, other;
+  OutputMaps out{};
   Destination to;
   Status status = make_destination<T>(rows, operands.features, output, &to, &out);
   if (status.ok())

@@ -76,19 +76,43 @@ class BoxStore {
 
 // ---- accumulators to boxes; c are consecutive accumulators, see multiply() ----
 
+// Pairs of adjacent columns that a thread has of a box of 16-bit numbers: pair i are the accumulators
+// 2 i and 2 i + 1 of 32.
+constexpr int kPairsOfBox = 16;
+
+// Address of the lane's row of 16 bytes, the one it brings to the j-th of 4 ldmatrix or stmatrix of a
+// box. The matrices of one: rows 0-7 and 8-15 of 8 columns, then of the next 8. (Derived from the
+// box's address rather than added to it: 4 offsets, known before the first tile, would be spilled.)
+MEMEFF_DEVICE uint32_t matrix_row(uint32_t box, int j) {
+  const int lane = lane_index(), row = warp_of_group() * 16 + lane % 16;
+  return (box + row * 128 + ((lane / 16 ^ row % 8) << 4)) ^ j << 5;
+}
+
+// 64 rows x 64 columns, of which pair(i) gives the thread's share.
+template <class Pair>
+MEMEFF_DEVICE void fill_box_of_pairs(unsigned char* box, const Pair& pair) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t r[4] = {pair(4 * j), pair(4 * j + 1), pair(4 * j + 2), pair(4 * j + 3)};
+    ptx::stmatrix_x4(matrix_row(ptx::shared_address(box), j), r);
+  }
+}
+
+// The reverse, of the box that TMA has filled `offset` behind another.
+MEMEFF_DEVICE void read_box(uint32_t (&pairs)[kPairsOfBox], uint32_t box, int offset) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, matrix_row(box, j) + offset);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[4 * j + i] = r[i];
+  }
+}
+
 // 64 rows x 64 columns of the product become rows of T.
 template <class T>
 MEMEFF_DEVICE void fill_box(unsigned char* box, const float* c) {
-  const int lane = lane_index();
-  // The matrices of a stmatrix: rows 0-7 and 8-15 of 8 columns, then of the next 8.
-  const int row = warp_of_group() * 16 + lane % 16;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float* v = c + 8 * j;
-    const uint32_t r[4] = {pack(v[0], v[1], T{}), pack(v[2], v[3], T{}), pack(v[4], v[5], T{}),
-                           pack(v[6], v[7], T{})};
-    ptx::stmatrix_x4(ptx::shared_address(piece_of(box, row, 2 * j + lane / 16)), r);
-  }
+  fill_box_of_pairs(box, [&](int i) { return pack(c[2 * i], c[2 * i + 1], T{}); });
 }
 
 // 64 rows x 64 columns of the product, transposed: a row of the box is a column.
@@ -105,16 +129,17 @@ MEMEFF_DEVICE void fill_box_transposed(unsigned char* box, const float* c) {
   }
 }
 
-// 64 rows x 32 columns of the product as floats.
+// 64 rows x 32 columns of the product as floats. Addresses are derived as in matrix_row().
 MEMEFF_DEVICE void fill_box_of_floats(unsigned char* box, const float* c) {
-  const int lane = lane_index();
+  const int lane = lane_index(), row = warp_of_group() * 16 + lane / 4;
+  const uint32_t begin = ptx::shared_address(box);
+  const uint32_t first = begin + row * 128 + ((lane % 4 / 2 ^ row % 8) << 4) + lane % 2 * 8;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = warp_of_group() * 16 + lane / 4 + 8 * half;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float pair[2] = {c[4 * j + 2 * half], c[4 * j + 2 * half + 1]};
-      unsigned char* const at = piece_of(box, row, 2 * j + lane % 4 / 2) + lane % 2 * 8;
+      unsigned char* const at = box + ((first ^ j << 5) - begin) + half * 8 * 128;
       store(reinterpret_cast<float*>(at), pair);
     }
   }
