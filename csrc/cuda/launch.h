@@ -163,6 +163,37 @@ Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t
 Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
                      bool accumulate, float* out, int64_t stride, void* stream);
 
+// ---- which tiles of a gradient count ----
+//
+// A product of a gradient G [classes, tokens] may leave out tiles of kStoredTile classes by kTokenTile
+// tokens that are marked 0. A row of tiles of its result is a sum over "k tiles": tiles of classes for
+// grad_input, of tokens for grad_weight.
+
+constexpr int64_t kTokenTile = 128;
+
+/// A row of tiles of the result, and how many of its k tiles count.
+struct WorkRow {
+  int32_t row, count;
+};
+struct WorkList {
+  const WorkRow* rows = nullptr;  // all rows of tiles by decreasing count; null: every tile counts
+  // [rows of tiles, k tiles]: of each row those that count, in ascending order, then nothing
+  const int32_t* k_tiles = nullptr;
+};
+
+/// Of `rows` rows of tiles, each a sum over `k_tiles` k tiles.
+constexpr int64_t work_list_bytes(int64_t rows, int64_t k_tiles) {
+  return rows * (static_cast<int64_t>(sizeof(WorkRow)) + 4 * (1 + k_tiles));
+}
+
+/// Lists what a product has to do from the marks of tiles [ceil(classes / kStoredTile), ceil(tokens /
+/// kTokenTile)], rows "tiles_stride" apart. `memory`, on the device, has work_list_bytes() and starts
+/// at a multiple of 8; the list points into it.
+enum class ProductOfGradient { kGradInput, kGradWeight };
+Status make_work_list(ProductOfGradient product, int64_t classes, int64_t tokens,
+                      const uint8_t* tiles, int64_t tiles_stride, void* memory, WorkList* list,
+                      void* stream);
+
 // ---- products of 16-bit matrices on tensor cores ----
 //
 // The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer), sm90 (wgmma, TMA;
@@ -192,7 +223,6 @@ struct GradientOperands {
   const uint8_t* tiles = nullptr;
   int64_t tiles_stride = 0;
 };
-constexpr int64_t kTokenTile = 128;
 
 /// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
 /// `accumulate`); else it goes to the gradient as RowUpdate describes.
