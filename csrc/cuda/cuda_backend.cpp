@@ -171,8 +171,9 @@ class CudaBackend : public Backend {
       output.accumulate = !first || apart_;
       if (first && apart_) start_with_smoothing(tokens);
     }
-    const GradientOperands operands = memory_.gradient_operands(block, weight);
+    GradientOperands operands = memory_.gradient_operands(block, weight);
     const Block shape{classes.begin, classes.size(), tokens.size()};
+    list_work(ProductOfGradient::kGradInput, shape, block, &operands);
     check(holds_scores(block) ? products_.grad_input_from_scores(
                                     shape, operands, score_gradient(tokens, block), output, stream_)
                               : products_.grad_input_product(shape.classes, shape.tokens, operands,
@@ -221,6 +222,7 @@ class CudaBackend : public Backend {
       if (apart_) add_smoothing(classes, tokens, !first, output.sums);
     }
     const Block shape{classes.begin, classes.size(), tokens.size()};
+    list_work(ProductOfGradient::kGradWeight, shape, block, &operands);
     check(holds_scores(block) ? products_.grad_weight_from_scores(
                                     shape, operands, score_gradient(tokens, block), output, stream_)
                               : products_.grad_weight_product(shape.classes, shape.tokens, operands,
@@ -292,6 +294,15 @@ class CudaBackend : public Backend {
             memory_.targets(tokens),
             memory_.coefficients(tokens),
             tokens_.target_gradient + tokens.begin};
+  }
+
+  /// What the product has to do where the block's tiles are marked.
+  void list_work(ProductOfGradient product, const Block& shape, const ScoreBlock& block,
+                 GradientOperands* operands) const {
+    if (block.tiles == nullptr) return;
+    check(make_work_list(product, shape.classes, shape.tokens,
+                         static_cast<const uint8_t*>(block.tiles), block.tiles_stride,
+                         memory_.work_list(), &operands->list, stream_));
   }
 
   /// Sums [rows, features] to the gradient, still without either.

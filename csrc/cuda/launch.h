@@ -218,10 +218,7 @@ struct GradientOperands {
   int64_t other_stride = 0;
   int64_t features = 0;
   DType dtype = DType::kBFloat16;
-  // [ceil(classes / kStoredTile), ceil(tokens / kTokenTile)], 0 where the tile of G counts as zero,
-  // "tiles_stride" apart; null: every tile counts
-  const uint8_t* tiles = nullptr;
-  int64_t tiles_stride = 0;
+  WorkList list = {};  // of this product; tiles of G that are not in it count as zero
 };
 
 /// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
@@ -235,6 +232,13 @@ struct ProductOutput {
   SplitSums split;
   WeightUpdate update = WeightUpdate::kWrite;
   const float* scale = nullptr;
+
+  /// Whether adding zeros is adding nothing, so that rows without work may be left as they are.
+  bool only_adds() const {
+    return sums != nullptr
+               ? accumulate
+               : update == WeightUpdate::kAddNative || update == WeightUpdate::kSplitNext;
+  }
 };
 
 /// Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores; then
@@ -245,8 +249,8 @@ using LinearStatistics = Status(const Block& block, const LinearOperands& operan
                                 float* target_logit, const StoredScores& scores, void* stream);
 
 /// The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the
-/// operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where no target lies in
-/// it and each token that has a gradient has a probability mass of less than skip_mass * (classes
+/// operands' type. With `tiles`, a tile (as make_work_list takes them) is marked 0 where no target lies
+/// in it and each token that has a gradient has a probability mass of less than skip_mass * (classes
 /// of the tile) / vocab there, else 1. No probabilities.
 using LinearGradient = Status(const Block& block, const LinearOperands& operands,
                               const LogitTerms& terms, const Targets& targets,

@@ -8,8 +8,9 @@
 //     round 0    block 0 1 2 ... G-1
 //     round 1    block G-1 ... 2 1 0        and so on
 //
-// As costs decrease, what one block has more than another alternates in sign from round to round and
-// adds up to no more than the cost of one unit: the most a block gets is the mean and one unit.
+// Costs decrease from unit to unit, so what one block gets more than another in a round is at most how
+// much they decrease there. Over all rounds that is less than the cost of one unit, and as it alternates
+// in sign, mostly far less: the most a block gets is the mean and one unit.
 //
 // A block goes through its units panel by panel of kColumns columns, and within a panel in the order
 // of ranks. So all blocks work on few columns of the second operand at a time, whose k tiles other rows

@@ -63,7 +63,8 @@ void test_list(const Shape& s, double density) {
     std::vector<int32_t> order(static_cast<std::size_t>(work.rows));
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      const int32_t x = counts[static_cast<std::size_t>(a)], y = counts[static_cast<std::size_t>(b)];
+      const int32_t x = counts[static_cast<std::size_t>(a)],
+                    y = counts[static_cast<std::size_t>(b)];
       return x != y ? x > y : a < b;
     });
     for (std::size_t rank = 0; rank < order.size(); ++rank) {
@@ -160,7 +161,18 @@ void test_skewed_rows() {
   CHECK(static_cast<double>(most(divide(counts, kColumns, kBlocks).load)) < 1.35 * mean);
 }
 
-// The blocks of an H100 that compute at the same time work on few columns.
+// Evenly decreasing costs: dealt out in one direction, the first block would have more than the last
+// in every round, half of the largest cost more than the mean.
+void test_to_and_fro() {
+  constexpr int kColumns = 16, kBlocks = 132, kRanks = 132;  // 16 rounds
+  std::vector<int> counts;
+  for (int rank = 0; rank < kRanks; ++rank) counts.push_back(1000 - 1000 * rank / kRanks);
+  const Division division = divide(counts, kColumns, kBlocks);
+  const auto [least, most] = std::minmax_element(division.load.begin(), division.load.end());
+  CHECK(*most - *least < 1000 / 16);
+}
+
+// The blocks of an H100 that compute at the same time work on few columns: 4 of 256 features.
 void test_panels() {
   constexpr int kRanks = 64, kColumns = 16, kBlocks = 132;
   std::vector<WorkSchedule> schedules;
@@ -170,7 +182,7 @@ void test_panels() {
     std::map<int, int> panels;
     for (WorkSchedule& schedule : schedules) {
       int rank, column;
-      if (schedule.next(&rank, &column)) ++panels[column / WorkSchedule::kColumns];
+      if (schedule.next(&rank, &column)) ++panels[column / 4];
     }
     int largest = 0;
     for (const auto& panel : panels) largest = std::max(largest, panel.second);
@@ -184,6 +196,7 @@ int main() {
   emulator::expect_clean("work lists", test_lists);
   test_balance();
   test_skewed_rows();
+  test_to_and_fro();
   test_panels();
   CHECK(emulator::reports().empty());
   return emulator::finish("test_generic_work_list_kernels");
