@@ -245,8 +245,7 @@ Kernels as CUDA {version}'s assembler made them (scripts/ptxas_report.py writes 
 
 threads: of a block. shared: bytes of a block, static + dynamic. Below each architecture: registers
 per thread, then how many blocks of how many warps fit one multiprocessor at the same time,
-calculated from the architecture's limits; SPILLS and bytes where registers went to memory. sm80's
-gradient products take a few more bytes of shared memory when they skip tiles.
+calculated from the architecture's limits; SPILLS and bytes where registers went to memory.
 """
 
 

@@ -42,11 +42,18 @@ constexpr int64_t kGenericRange = 512;
 constexpr double kSkipMass = 1e-3;
 // Codes and exponents of a gradient's element, read and written.
 constexpr double kCompactBytes = 2 * (2 + 1.0 / kCompactBlock);
-constexpr int kOneTileIn = 4;  // counts, where some are skipped
 
 void check(const Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message);
 }
+
+/// Tiles of gradients of which some are left out.
+struct SomeTiles {
+  std::string name;
+  double share = 1;          // that counts
+  uint8_t* marks = nullptr;  // [ranges, token tiles]
+  WorkList of_input, of_weight;
+};
 
 /// Places the arrays of one shape, fills them, and lists the cases.
 class Maker {
@@ -141,12 +148,14 @@ class Maker {
     partials_.sum = place<float>(ranges_ * stride_, "sums");
     other_sums_ = place<float>(ranges_ * stride_, "other sums");
     tiles_ = place<uint8_t>(ranges_ * token_tiles(), "tiles");
-    std::vector<uint8_t> some(static_cast<size_t>(ranges_ * token_tiles()));
-    for (uint8_t& counts : some) counts = random_() % kOneTileIn == 0 ? 1 : 0;
-    share_of_tiles_ = static_cast<double>(std::count(some.begin(), some.end(), 1)) /
-                      static_cast<double>(some.size());
-    some_tiles_ = place<uint8_t>(ranges_ * token_tiles(), "some tiles");
-    memory_.copy(some_tiles_, some.data(), ranges_ * token_tiles());
+    mark_some("a quarter of the tiles", [](int64_t, int64_t) { return 0.25; });
+    // As a trained model leaves them: tiles of frequent classes count for most tokens, others for few,
+    // and some tokens are less certain than others. A tenth in all.
+    const double common = as_double(ranges_) / 30, sum = 1 + std::log(30.0);
+    mark_some("peaked, a tenth of the tiles", [=](int64_t range, int64_t token_tile) {
+      const double of_class = 3.5 / sum * std::min(1.0, common / (1.0 + as_double(range)));
+      return of_class * (token_tile % 8 == 0 ? 4.5 : 0.5);
+    });
     sums_ = place<float>(std::max(n_, v_) * d_, "sums of gradients");
     fill(sums_, DType::kFloat32, std::max(n_, v_) * d_, 1.0);
     result_ = place_16(std::max(n_, v_) * d_, "gradient of an operand");
@@ -171,6 +180,31 @@ class Maker {
     memory_.copy(gradient_, scores_, v_ * stride_ * 2);
     check(stored_gradient(block(), kept(gradient_), dtype_, {}, targets_, coefficients_,
                           tokens_.target_gradient, stream_));
+  }
+
+  /// Marks each tile with the probability that is given.
+  template <class Probability>
+  void mark_some(const std::string& name, const Probability& probability) {
+    std::uniform_real_distribution<double> uniform;
+    std::vector<uint8_t> marks;
+    for (int64_t range = 0; range < ranges_; ++range)
+      for (int64_t tile = 0; tile < token_tiles(); ++tile)
+        marks.push_back(uniform(random_) < probability(range, tile) ? 1 : 0);
+    SomeTiles some;
+    some.name = name;
+    some.share = as_double(std::count(marks.begin(), marks.end(), 1)) / as_double(marks.size());
+    some.marks = place<uint8_t>(ranges_ * token_tiles(), "some tiles");
+    memory_.copy(some.marks, marks.data(), ranges_ * token_tiles());
+    check(make_work_list(ProductOfGradient::kGradInput, v_, n_, some.marks, token_tiles(),
+                         list_memory(), &some.of_input, stream_));
+    check(make_work_list(ProductOfGradient::kGradWeight, v_, n_, some.marks, token_tiles(),
+                         list_memory(), &some.of_weight, stream_));
+    some_tiles_.push_back(some);
+  }
+  void* list_memory() {
+    const int64_t bytes =
+        std::max(work_list_bytes(token_tiles(), ranges_), work_list_bytes(ranges_, token_tiles()));
+    return place<int32_t>(bytes / 4, "work list");
   }
 
   int64_t token_tiles() const { return ceil_div(n_, cuda::kTokenTile); }
@@ -276,12 +310,12 @@ class Maker {
         library("fp32 sums, added", 8, true, sums_, DType::kFloat32);
       }
       for_each_family([&](const FusedFamily& family) {
-        const auto product = [&](const char* variant, double bytes, const ProductOutput& to,
-                                 bool skips = false) {
-          GradientOperands from{gradient_, stride_, of_input ? w_ : x_, d_,
-                                d_,        dtype_,  some_tiles_,        token_tiles()};
-          if (!skips) from.tiles = nullptr;
-          const double share = skips ? share_of_tiles_ : 1.0;
+        // With `some`, other tiles are left out.
+        const auto product = [&](const std::string& variant, double bytes, const ProductOutput& to,
+                                 const SomeTiles* some = nullptr) {
+          GradientOperands from{gradient_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
+          if (some != nullptr) from.list = of_input ? some->of_input : some->of_weight;
+          const double share = some == nullptr ? 1.0 : some->share;
           add(kernel, family.name, variant, share * product_flops(),
               share * all_scores(2) + operands - all_scores(2) + bytes * out,
               [=, classes = v_, tokens = n_, stream = stream_,
@@ -289,15 +323,19 @@ class Maker {
                 return launch(classes, tokens, from, to, stream);
               });
         };
-        const auto from_scores = [&](const char* variant, double bytes, const ProductOutput& to) {
+        const auto from_scores = [&](const std::string& variant, double bytes,
+                                     const ProductOutput& to, const SomeTiles* some = nullptr) {
           auto* const launch =
               of_input ? family.grad_input_from_scores : family.grad_weight_from_scores;
           if (launch == nullptr) return;
-          const GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
+          GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
+          if (some != nullptr) from.list = of_input ? some->of_input : some->of_weight;
+          const double share = some == nullptr ? 1.0 : some->share;
           const ScoreGradient terms{maxima_,  stride_,       {},
                                     targets_, coefficients_, tokens_.target_gradient};
-          add(kernel, family.name, variant, product_flops(),
-              operands + 4.0 * as_double(ranges_) * as_double(n_) + bytes * out,
+          add(kernel, family.name, variant, share * product_flops(),
+              share * (all_scores(2) + 4.0 * as_double(ranges_) * as_double(n_)) + operands -
+                  all_scores(2) + bytes * out,
               [=, shape = block(), stream = stream_] {
                 return launch(shape, from, terms, to, stream);
               });
@@ -307,7 +345,10 @@ class Maker {
         rounded.scale = &tokens_.scalars->output_scale_float;
         sums.sums = sums_, sums.sums_stride = d_;
         product("rounded", 2, rounded);
-        product("rounded, a quarter of the tiles", 2, rounded, true);
+        for (const SomeTiles& some : some_tiles_) {
+          product("rounded, " + some.name, 2, rounded, &some);
+          from_scores("rounded, from scores, " + some.name, 2, rounded, &some);
+        }
         product("fp32 sums", 4, sums);
         from_scores("rounded, from scores", 2, rounded);
         from_scores("fp32 sums, from scores", 4, sums);
@@ -346,6 +387,18 @@ class Maker {
          stride = token_tiles(), stream = stream_] {
           return mark_tiles(problem, tokens, 0, n, partials, kSkipMass, tiles, stride, stream);
         });
+    const SomeTiles& some = some_tiles_.back();
+    for (const bool of_input : {true, false})
+      add("make_work_list", "generic",
+          (of_input ? "of grad_input, " : "of grad_weight, ") + some.name, 0,
+          as_double(ranges_) * as_double(token_tiles()) * (1 + 4 * some.share),
+          [=, marks = some.marks, memory = list_memory(), v = v_, n = n_, stride = token_tiles(),
+           stream = stream_] {
+            WorkList unused;
+            return make_work_list(
+                of_input ? ProductOfGradient::kGradInput : ProductOfGradient::kGradWeight, v, n,
+                marks, stride, memory, &unused, stream);
+          });
     add("add_bias_gradient", "generic", "16 bits", 0, all_scores(2),
         [=, shape = block(), g = gradient_, stride = stride_, dtype = dtype_,
          sums = place<float>(v_, "sums of the bias"),
@@ -450,8 +503,8 @@ class Maker {
   PartialStatistics partials_;
   float* entropy_ = nullptr;
   int32_t* argmax_ = nullptr;
-  uint8_t *tiles_ = nullptr, *some_tiles_ = nullptr;  // [ranges, token tiles]
-  double share_of_tiles_ = 1;
+  uint8_t* tiles_ = nullptr;  // [ranges, token tiles]
+  std::vector<SomeTiles> some_tiles_;
   float* sums_ = nullptr;                              // [max(N, V), D]
   uint16_t *result_ = nullptr, *remainder_ = nullptr;  // [max(N, V), D], [V, D]
   SplitSums compact_;                                  // [max(N, V), D]

@@ -214,8 +214,6 @@ GradientOperands CallMemory::gradient_operands(const ScoreBlock& block, const Ma
   operands.other_stride = other.row_stride;
   operands.features = problem_.features;
   operands.dtype = problem_.dtype;
-  operands.tiles = static_cast<const uint8_t*>(block.tiles);
-  operands.tiles_stride = block.tiles_stride;
   return operands;
 }
 

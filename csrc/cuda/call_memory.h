@@ -86,6 +86,8 @@ class CallMemory {
   void* weight_sum() const { return place<char>(layout_.weight_sum); }
   /// Room for gradients that leave grad_weight before their product is written there.
   void* weight_copy() const { return place<char>(layout_.weight_copy); }
+  /// Room for the list of the product that comes next (make_work_list).
+  void* work_list() const { return place<char>(layout_.work_list); }
   /// [D] each, of label smoothing added to the products: sum_v w_v W[v], sum_n weighted_n x[n].
   float* weight_row_sum() const { return place<float>(layout_.row_sums); }
   float* input_row_sum() const { return place<float>(layout_.row_sums) + problem_.features; }

@@ -168,6 +168,9 @@ class CudaBackend : public Backend {
       if (compact) check(update_rows(update, stream_));
       return;
     }
+    GradientOperands operands = memory_.gradient_operands(block, weight);
+    const Block shape{classes.begin, classes.size(), tokens.size()};
+    list_work(ProductOfGradient::kGradInput, shape, block, &operands);
     ProductOutput output;
     if (at_once) {
       output = written_by_product(update);
@@ -178,8 +181,6 @@ class CudaBackend : public Backend {
       output.accumulate = (!first && !compact) || (first && apart_);
       if (first && apart_) start_with_smoothing(tokens);
     }
-    const GradientOperands operands = memory_.gradient_operands(block, weight);
-    const Block shape{classes.begin, classes.size(), tokens.size()};
     check_product(
         holds_scores(block)
             ? products_.grad_input_from_scores(shape, operands, score_gradient(tokens, block),
@@ -215,6 +216,8 @@ class CudaBackend : public Backend {
     }
     const bool at_once = ((first && last) || parts) && !apart_;
     GradientOperands operands = memory_.gradient_operands(block, input);
+    const Block shape{classes.begin, classes.size(), tokens.size()};
+    list_work(ProductOfGradient::kGradWeight, shape, block, &operands);
     ProductOutput output;
     if (at_once) {
       output = written_by_product(update);
@@ -226,7 +229,6 @@ class CudaBackend : public Backend {
       output.accumulate = !first || apart_;
       if (apart_) add_smoothing(classes, tokens, !first, output.sums);
     }
-    const Block shape{classes.begin, classes.size(), tokens.size()};
     check_product(
         holds_scores(block)
             ? products_.grad_weight_from_scores(shape, operands, score_gradient(tokens, block),
@@ -319,6 +321,15 @@ class CudaBackend : public Backend {
             memory_.targets(tokens),
             memory_.coefficients(tokens),
             tokens_.target_gradient + tokens.begin};
+  }
+
+  /// What the product has to do where the block's tiles are marked.
+  void list_work(ProductOfGradient product, const Block& shape, const ScoreBlock& block,
+                 GradientOperands* operands) {
+    if (block.tiles == nullptr) return;
+    check(make_work_list(product, shape.classes, shape.tokens,
+                         static_cast<const uint8_t*>(block.tiles), block.tiles_stride,
+                         memory_.work_list(), &operands->list, stream_));
   }
 
   /// Sums [rows, features] to the gradient, still without either.

@@ -167,6 +167,37 @@ Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t
 Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
                      bool accumulate, float* out, int64_t stride, void* stream);
 
+// ---- which tiles of a gradient count ----
+//
+// A product of a gradient G [classes, tokens] may leave out tiles of kStoredTile classes by kTokenTile
+// tokens that are marked 0. A row of tiles of its result is a sum over "k tiles": tiles of classes for
+// grad_input, of tokens for grad_weight.
+
+constexpr int64_t kTokenTile = 128;
+
+/// A row of tiles of the result, and how many of its k tiles count.
+struct WorkRow {
+  int32_t row, count;
+};
+struct WorkList {
+  const WorkRow* rows = nullptr;  // all rows of tiles by decreasing count; null: every tile counts
+  // [rows of tiles, k tiles]: of each row those that count, in ascending order, then nothing
+  const int32_t* k_tiles = nullptr;
+};
+
+/// Of `rows` rows of tiles, each a sum over `k_tiles` k tiles.
+constexpr int64_t work_list_bytes(int64_t rows, int64_t k_tiles) {
+  return rows * (static_cast<int64_t>(sizeof(WorkRow)) + 4 * (1 + k_tiles));
+}
+
+/// Lists what a product has to do from the marks of tiles [ceil(classes / kStoredTile), ceil(tokens /
+/// kTokenTile)], rows "tiles_stride" apart. `memory`, on the device, has work_list_bytes() and starts
+/// at a multiple of 8; the list points into it.
+enum class ProductOfGradient { kGradInput, kGradWeight };
+Status make_work_list(ProductOfGradient product, int64_t classes, int64_t tokens,
+                      const uint8_t* tiles, int64_t tiles_stride, void* memory, WorkList* list,
+                      void* stream);
+
 // ---- products of 16-bit matrices on tensor cores ----
 //
 // The same functions in namespaces sm80 (mma.sync, cp.async; sm_80 and newer), sm90 (wgmma, TMA;
@@ -191,12 +222,8 @@ struct GradientOperands {
   int64_t other_stride = 0;
   int64_t features = 0;
   DType dtype = DType::kBFloat16;
-  // [ceil(classes / kStoredTile), ceil(tokens / kTokenTile)], 0 where the tile of G counts as zero,
-  // "tiles_stride" apart; null: every tile counts
-  const uint8_t* tiles = nullptr;
-  int64_t tiles_stride = 0;
+  WorkList list = {};  // of this product; tiles of G that are not in it count as zero
 };
-constexpr int64_t kTokenTile = 128;
 
 /// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
 /// `accumulate`); else it goes to the gradient as RowUpdate describes.
@@ -213,6 +240,13 @@ struct ProductOutput {
   // beside which that one runs): none writes what another reads or writes. A product whose last tiles
   // leave multiprocessors idle then shares them with this one. sm80 takes no notice.
   bool beside = false;
+
+  /// Whether adding zeros is adding nothing, so that rows without work may be left as they are.
+  bool only_adds() const {
+    return sums != nullptr
+               ? accumulate
+               : update == WeightUpdate::kAddNative || update == WeightUpdate::kSplitNext;
+  }
 };
 
 /// Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores; then
@@ -223,8 +257,8 @@ using LinearStatistics = Status(const Block& block, const LinearOperands& operan
                                 float* target_logit, const StoredScores& scores, void* stream);
 
 /// The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the
-/// operands' type. With `tiles`, a tile (as in GradientOperands) is marked 0 where no target lies in
-/// it and each token that has a gradient has a probability mass of less than skip_mass * (classes
+/// operands' type. With `tiles`, a tile (as make_work_list takes them) is marked 0 where no target lies
+/// in it and each token that has a gradient has a probability mass of less than skip_mass * (classes
 /// of the tile) / vocab there, else 1. No probabilities.
 using LinearGradient = Status(const Block& block, const LinearOperands& operands,
                               const LogitTerms& terms, const Targets& targets,

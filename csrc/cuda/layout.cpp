@@ -55,6 +55,21 @@ bool needs_slice(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
          plan.kind != PlanKind::kTokenChunks;
 }
 
+/// Bytes of the longest list of tiles for a product, of the driver's blocks and slices.
+int64_t longest_list(const PlanRequest& r, const Plan& plan) {
+  int64_t bytes = 0;
+  const auto product = [&](int64_t classes, int64_t tokens) {
+    const int64_t v = tiles(std::min(classes, r.vocab)),
+                  n = token_tiles(std::min(tokens, r.tokens));
+    if (r.grad_input) bytes = std::max(bytes, work_list_bytes(n, v));
+    if (r.grad_weight) bytes = std::max(bytes, work_list_bytes(v, n));
+  };
+  product(plan.input_slice, plan.input_block);
+  product(plan.slice_vocab, std::max(plan.weight_block, plan.token_block));
+  product(plan.input_sweep_slice, plan.input_sweep_block);
+  return bytes;
+}
+
 }  // namespace
 
 int64_t score_block(const Plan& plan) {
@@ -142,7 +157,10 @@ Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   at.bias = cursor.take(r.vocab * sum_bytes);
   at.class_weight = cursor.take(r.vocab * sum_bytes);
   at.bias_sum = cursor.take(r.vocab * sum_bytes);
-  if (t.skips) at.tiles = cursor.take(tiles(r.vocab) * (token_tiles(kept) + 2));
+  if (t.skips) {
+    at.tiles = cursor.take(tiles(r.vocab) * (token_tiles(kept) + 2));
+    at.work_list = cursor.take(longest_list(r, plan));
+  }
   const int64_t chunk = std::min(plan.chunk_tokens, r.tokens - plan.stored_in_gradient);
   if (chunk > 0) at.scores = cursor.take(r.vocab * round_up(chunk, kRow) * kept_score_bytes(r, t));
   if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight)

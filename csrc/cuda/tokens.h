@@ -83,7 +83,7 @@ Status write_loss(const Problem& problem, const TokenArrays& tokens, void* strea
 Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                               int64_t end, void* stream);
 
-/// Which tiles of stored scores a gradient may leave out (GradientOperands::tiles): those where
+/// Which tiles of stored scores a gradient may leave out (0; see make_work_list): those where
 /// each token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target
 /// lies; tokens left out do not matter. Ranges of the partial statistics are tiles of kStoredTile
 /// classes. For 16-bit inputs, whose scores are stored; not with class probabilities, nor label

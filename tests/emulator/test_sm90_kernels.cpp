@@ -15,6 +15,7 @@
 #include "core/tiling.h"
 #include "cuda/launch.h"
 #include "emulator/check.h"
+#include "emulator/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;
@@ -392,6 +393,9 @@ struct ProductCase {
 
 struct Product {
   bool of_weight;
+  ProductOfGradient kind() const {
+    return of_weight ? ProductOfGradient::kGradWeight : ProductOfGradient::kGradInput;
+  }
   Status operator()(int64_t classes, int64_t tokens, const GradientOperands& operands,
                     const ProductOutput& output) const {
     return (of_weight ? family.grad_weight_product : family.grad_input_product)(
@@ -429,12 +433,10 @@ void test_product(const ProductCase& c, bool of_weight) {
       }
     }
 
-  GradientOperands operands{g.data, g.stride, other.data, other.stride, c.features, kDtype<T>};
-  if (c.marks) {
-    operands.tiles = tiles.data;
-    operands.tiles_stride = tiles.stride;
-  }
   const Product product{of_weight};
+  const ListedWork work(product.kind(), c.classes, c.tokens, tiles.data, tiles.stride);
+  GradientOperands operands{g.data, g.stride, other.data, other.stride, c.features, kDtype<T>};
+  if (c.marks) operands.list = work.list;
   const auto expect = [&](auto&& value, double factor, double rounding) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t d = 0; d < c.features; ++d) {
@@ -512,8 +514,8 @@ void test_products(bool thorough) {
   }
 }
 
-// Marks are read 32 at a time: more of them than that, few set.
-void test_many_marks() {
+// Few of many k tiles count: no others are loaded.
+void test_few_tiles() {
   for (const bool of_weight : {false, true}) {
     constexpr int64_t kMany = 40 * 128 - 60;
     const ProductCase c{of_weight ? 8 : kMany, of_weight ? kMany : 8, 8};
@@ -528,8 +530,10 @@ void test_many_marks() {
     for (const int64_t i : {3, 31, 32, 39}) wanted += std::min<int64_t>(128, kMany - i * 128);
     for (int64_t i = 0; i < 40; ++i)
       (of_weight ? tiles.at(0, i) : tiles.at(i, 0)) = i == 3 || i == 31 || i == 32 || i == 39;
+    const Product product{of_weight};
+    const ListedWork work(product.kind(), c.classes, c.tokens, tiles.data, tiles.stride);
     const GradientOperands operands{g.data,     g.stride,        other.data, other.stride,
-                                    c.features, DType::kFloat16, tiles.data, tiles.stride};
+                                    c.features, DType::kFloat16, work.list};
     ProductOutput output;
     output.sums = sums.data;
     output.sums_stride = sums.stride;
@@ -594,7 +598,7 @@ int main() {
     run("linear_gradient", test_linear_gradient);
     run("gradient products", test_products);
     test_argmax_of_equals();
-    test_many_marks();
+    test_few_tiles();
     test_refusals();
     CHECK(emulator::reports().empty());
   }

@@ -2,8 +2,11 @@
 // by the product of what it wrote; and double precision, in case both are wrong.
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "emulator/compact_gradient.h"
+#include "emulator/linear_case.h"
+#include "emulator/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;
@@ -34,7 +37,8 @@ struct Scores {
         rest("target_rest", c.tokens),
         entry("target_gradient", c.tokens),
         target("target", c.tokens),
-        tiles("tiles", ceil_128(c.classes) * tiles_stride()) {
+        tiles("tiles", ceil_128(c.classes) * tiles_stride()),
+        product(of_weight ? ProductOfGradient::kGradWeight : ProductOfGradient::kGradInput) {
     for (int64_t v = 0; v < c.classes; ++v)
       for (int64_t n = 0; n < c.tokens; ++n)
         e.at(v, n) = random() % 8 == 0 ? __half(0.f) : __half(std::exp(-3 * std::abs(normal())));
@@ -74,6 +78,8 @@ struct Scores {
       for (int64_t j = 0; j < tiles_stride(); ++j)
         // Also rows and columns of tiles none of which counts.
         tiles[i * tiles_stride() + j] = random() % 3 == 0 && i != 1 && j != 1;
+    if (c.marks)
+      work.reset(new ListedWork(product, c.classes, c.tokens, tiles.data(), tiles_stride()));
   }
 
   static int64_t ceil_128(int64_t n) { return (n + 127) / 128; }
@@ -95,9 +101,7 @@ struct Scores {
   GradientOperands operands() {
     GradientOperands operands{e.data(),     e.stride,   other.data(),
                               other.stride, c.features, dtype_of<T>()};
-    if (!c.marks) return operands;
-    operands.tiles = tiles.data();
-    operands.tiles_stride = tiles_stride();
+    if (work != nullptr) operands.list = work->list;
     return operands;
   }
   // The same, of the gradient that stored_gradient makes.
@@ -133,6 +137,8 @@ struct Scores {
   GuardedArray<float> shift, softmax, rest, entry;
   GuardedArray<int64_t> target;
   GuardedArray<uint8_t> tiles;
+  const ProductOfGradient product;
+  std::unique_ptr<ListedWork> work;
 };
 
 // All of a matrix, NaN equal to NaN.
@@ -235,7 +241,7 @@ void test_products(bool thorough) {
     test_product<__nv_bfloat16>({5, 1, 8}, of_weight);
     test_product<__nv_bfloat16>({140, 200, 16, 0, 0, false, false}, of_weight);
     test_product<__half>({129, 40, 16, 0, 0, false, true, true}, of_weight);
-    // More tiles of k than a warp looks at at once.
+    // Many tiles of k.
     test_product<__half>(
         {of_weight ? 20 : 33 * 128 + 5, of_weight ? 33 * 128 + 5 : 20, 8, 0, 0, true}, of_weight);
   }

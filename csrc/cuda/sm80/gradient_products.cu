@@ -10,9 +10,11 @@
 // Blocks go down groups of 16 rows of tiles (tile_of_block): those that run together then read G
 // and W or x from L2.
 //
-// Tiles of 128 x 128 of G whose flag is 0 count as zero: before it starts, a block notes the k
-// tiles that survive as bits in shared memory, and its loads step from bit to bit; a skipped tile
-// costs no load and no product.
+// Tiles of 128 x 128 of G that are not in the product's list (WorkList) count as zero: the loads step
+// from entry to entry, and a tile that is left out costs no load and no product. Blocks then take the
+// rows of tiles in the list's order, those with most work first, as GPUs start blocks in the order of
+// their index and whenever one ends: what is left for the end is small. Where results are only added
+// to, blocks without work end at once.
 //
 // The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is
 // short for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, launch.h),
@@ -20,9 +22,9 @@
 // unscaled fp32 sum of several calls, or as the gradient's compact sum of several calls, whose blocks
 // of 64 columns 8 neighbouring lanes share.
 //
-// Shared memory: 48 KiB of pipeline, later 34 KiB for half of C; a bit per k tile. Two blocks of
-// 128 threads per SM. Per call 2 tokens features classes FLOPs; of its operands a block reads 256 k
-// elements, mostly from L2. Numerics: fp32 accumulators over all of k, one rounding.
+// Shared memory: 48 KiB of pipeline, later 34 KiB for half of C. Two blocks of 128 threads per SM.
+// Per call 2 tokens features classes FLOPs; of its operands a block reads 256 k elements, mostly from
+// L2. Numerics: fp32 accumulators over all of k, one rounding.
 #include "cuda/common/weight_update.cuh"
 #include "cuda/launch.h"
 #include "cuda/sm80/gemm_tile.cuh"
@@ -31,39 +33,37 @@ namespace memeff::cuda::sm80 {
 
 namespace {
 
-// ---- surviving k tiles ----
+// ---- which tiles of G count ----
 
-constexpr int kDepthTile = 128;  // of k: the extent of a flag
+constexpr int kDepthTile = 128;  // of k: the extent of a tile that counts or not
 static_assert(kDepthTile == kStoredTile && kDepthTile == kTokenTile && kRows == kDepthTile);
 
-// Kernel argument: flags of the tiles of G, one row of the block's tile of C per `row_stride`.
-struct TileFlags {
-  const uint8_t* flags;  // null: all survive
-  int64_t row_stride, depth_stride;
+// Kernel argument: which tiles of G count, and whether tiles of C for which none does stay as they are.
+struct Work {
+  WorkList list;
+  bool only_adds;
 };
 
-// Bit t of the mask: whether k tile t survives.
-MEMEFF_DEVICE void note_surviving_tiles(uint32_t* mask, const TileFlags& tiles, unsigned row,
-                                        int count) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const uint8_t* flags = tiles.flags + row * tiles.row_stride;
-  for (int first = thread - lane; first < count; first += kThreads) {
-    const int tile = first + lane;
-    const unsigned word = __ballot_sync(~0u, tile < count && flags[tile * tiles.depth_stride] != 0);
-    if (lane == 0) mask[first / 32] = word;
-  }
-  __syncthreads();
-}
+// A block's tile of C, and the k tiles that its sums are over.
+struct ProductTile {
+  TileIndex index;
+  const int32_t* k_tiles;  // that count, or null: all do
+  int count;
 
-// The first surviving tile from `tile` on, or `count`.
-MEMEFF_DEVICE int surviving_tile(const uint32_t* mask, int tile, int count) {
-  if (mask == nullptr) return tile;
-  while (tile < count) {
-    const uint32_t later = mask[tile / 32] >> tile % 32;
-    if (later != 0) return tile + __ffs(static_cast<int>(later)) - 1;
-    tile = (tile / 32 + 1) * 32;
+  // The first k of number `i` of them; of the one after the last: no matter what.
+  MEMEFF_DEVICE int64_t k(int i) const {
+    if (i == count) return 0;
+    return int64_t{k_tiles == nullptr ? i : k_tiles[i]} * kDepthTile;
   }
-  return count;
+};
+
+MEMEFF_DEVICE ProductTile product_tile(const WorkList& list, unsigned row_tiles,
+                                       unsigned column_tiles, int depth_tiles) {
+  if (list.rows == nullptr) return {tile_of_block(row_tiles, column_tiles), nullptr, depth_tiles};
+  const WorkRow row = list.rows[blockIdx.x / column_tiles];
+  return {{static_cast<unsigned>(row.row), blockIdx.x % column_tiles},
+          list.k_tiles + int64_t{row.row} * depth_tiles,
+          row.count};
 }
 
 // ---- the tile of C leaves ----
@@ -131,33 +131,28 @@ MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t firs
 // grad_input.
 template <class T, bool kAligned, Contiguous kContiguousA>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    gradient_product_kernel(Matrix<T> a, Matrix<T> b, TileFlags flags, unsigned row_tiles,
+    gradient_product_kernel(Matrix<T> a, Matrix<T> b, Work work, unsigned row_tiles,
                             unsigned column_tiles, Destination to) {
   MEMEFF_DYNAMIC_SHARED(shared);
-  const TileIndex index = tile_of_block(row_tiles, column_tiles);
-  const int64_t first_row = int64_t{index.row} * kRows;
-  const int64_t first_column = int64_t{index.column} * kColumns;
   const int64_t depth = b.rows;
-  const int tiles = static_cast<int>((depth + kDepthTile - 1) / kDepthTile);
-
-  uint32_t* mask = nullptr;
-  if (flags.flags != nullptr) {
-    mask = reinterpret_cast<uint32_t*>(shared + kPipelineBytes);
-    note_surviving_tiles(mask, flags, index.row, tiles);
-  }
+  const ProductTile tile = product_tile(work.list, row_tiles, column_tiles,
+                                        static_cast<int>((depth + kDepthTile - 1) / kDepthTile));
+  if (tile.count == 0 && work.only_adds) return;
+  const int64_t first_row = int64_t{tile.index.row} * kRows;
+  const int64_t first_column = int64_t{tile.index.column} * kColumns;
 
   const SliceSource<kAligned, kContiguousA, T> source_a(a, first_row);
   const SliceSource<kAligned, Contiguous::kTile, T> source_b(b, first_column);
-  int tile = surviving_tile(mask, 0, tiles);
-  int within = 0;  // the tile
+  int next = 0, within = 0;  // number of a k tile, and k within it
+  int64_t first_k = tile.k(0);
   const auto start_next = [&](unsigned char* stage) {
-    if (tile == tiles) return false;
-    const int64_t k = int64_t{tile} * kDepthTile + within;
+    if (next == tile.count) return false;
+    const int64_t k = first_k + within;
     source_a.load(stage, k);
     source_b.load(stage + kOperandBytes, k);
     within += kDepth;
     if (within == kDepthTile || k + kDepth >= depth) {
-      tile = surviving_tile(mask, tile + 1, tiles);
+      first_k = tile.k(++next);
       within = 0;
     }
     return true;
@@ -174,18 +169,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 // ---- launch ----
 
 template <class T, bool kAligned, Contiguous kContiguousA>
-Status launch(const Matrix<T>& a, const Matrix<T>& b, const TileFlags& flags, const Destination& to,
+Status launch(const Matrix<T>& a, const Matrix<T>& b, const WorkList& list, const Destination& to,
               void* stream) {
+  const Work work{list, to.output.only_adds()};
   const auto row_tiles = static_cast<unsigned>(count_tiles(to.rows, kRows));
   const auto column_tiles = static_cast<unsigned>(count_tiles(to.columns, kColumns));
-  const int mask_bytes =
-      flags.flags == nullptr ? 0 : static_cast<int>(count_tiles(b.rows, kDepthTile * 32)) * 4;
-  const int shared_bytes = kPipelineBytes + mask_bytes;
   const auto kernel = gradient_product_kernel<T, kAligned, kContiguousA>;
-  const Status allowed = allow_shared_memory(kernel, shared_bytes);
+  const Status allowed = allow_shared_memory(kernel, kPipelineBytes);
   if (!allowed.ok()) return allowed;
-  MEMEFF_LAUNCH(kernel, dim3(row_tiles * column_tiles), dim3(kThreads), shared_bytes, stream, a, b,
-                flags, row_tiles, column_tiles, to);
+  MEMEFF_LAUNCH(kernel, dim3(row_tiles * column_tiles), dim3(kThreads), kPipelineBytes, stream, a,
+                b, work, row_tiles, column_tiles, to);
   return launch_status();
 }
 
@@ -197,12 +190,10 @@ Status select(int64_t classes, int64_t tokens, const GradientOperands& operands,
                     operands.gradient_stride};
   const Matrix<T> b{static_cast<const T*>(operands.other), kGradInput ? classes : tokens,
                     operands.features, operands.other_stride};
-  const TileFlags flags{operands.tiles, kGradInput ? 1 : operands.tiles_stride,
-                        kGradInput ? operands.tiles_stride : 1};
   const Destination to{kGradInput ? tokens : classes, operands.features, output};
   const bool aligned = chunks_are_aligned(a) && chunks_are_aligned(b);
-  return aligned ? launch<T, true, kContiguousA>(a, b, flags, to, stream)
-                 : launch<T, false, kContiguousA>(a, b, flags, to, stream);
+  return aligned ? launch<T, true, kContiguousA>(a, b, operands.list, to, stream)
+                 : launch<T, false, kContiguousA>(a, b, operands.list, to, stream);
 }
 
 template <Contiguous kContiguousA>

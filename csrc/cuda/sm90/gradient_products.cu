@@ -9,9 +9,9 @@
 // map of shared memory are pipeline.cuh's. C must not overlap G: other blocks may still read what
 // one overwrites.
 //
-// Tiles of G that count as zero: gradient_tiles.cuh; the epilogue: gradient_epilogue.cuh. Products that leave out tiles
-// run without clusters: the two rows of tiles of a cluster are marked differently, but must go
-// through the same steps, so each block would wait for the other's. At a density p they would go
+// Tiles of G that count as zero: gradient_tiles.cuh; the epilogue: gradient_epilogue.cuh. Products that
+// leave out tiles run without clusters: other k tiles count for either of a cluster's two rows of tiles,
+// but both must go through the same steps, so each block would wait for the other's. At a density p they would go
 // through 2 p - p^2 of all tiles instead of p, which costs more than shared loads save.
 //
 // Work: 2 classes tokens features FLOPs each; at 8192 x 128256 x 4096, 8.6 TFLOP, predicted 13.4 ms
@@ -30,42 +30,37 @@ template <class T, Major kMajorOfG, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     gradient_product_kernel(const __grid_constant__ TensorMap g,
                             const __grid_constant__ TensorMap other,
-                            const __grid_constant__ OutputMaps out, Marks marks, Destination to,
-                            TileOrder<kCluster> order) {
+                            const __grid_constant__ OutputMaps out,
+                            const __grid_constant__ Work work, Destination to,
+                            const __grid_constant__ TileOrder<kCluster> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN, kCluster>;
   MEMEFF_DYNAMIC_SHARED(shared_memory);
   ptx::launch_dependents();
   auto ring = start_ring<kCluster>(shared_memory);
+  TilesOfBlock<kCluster> tiles(order, work);
+  ProductTile tile;
 
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
-    if (threadIdx.x >= 32) return;
-    for (int number = order.first(); number < order.count(); number += order.stride()) {
-      int row, column;
-      order.place(number, &row, &column);
-      marks.of_row(row).for_each([&](int k) {
-        if (lane_index() != 0) return;
-        for (int step = 0; step < kStepsPerTile; ++step)
-          load_step<A, B>(ring, &g, &other, row * kTileM, column * kTileN, k + step * kStepK);
-      });
-      if (lane_index() == 0) load_joined(ring, to, out, row * kTileM, column * kTileN);
+    if (threadIdx.x != 0) return;
+    while (tiles.next(&tile)) {
+      load_tile<A, B>(ring, &g, &other, tile);
+      load_joined(ring, to, out, tile.row * kTileM, tile.column * kTileN);
     }
-    if (lane_index() == 0) finish_loads(ring);
+    finish_loads(ring);
     return;
   }
 
   ptx::increase_registers<kConsumerRegisters>();
   BoxStore boxes(shared_memory);
-  for (int number = order.first(); number < order.count(); number += order.stride()) {
-    int row, column;
-    order.place(number, &row, &column);
-    const int first_row = row * kTileM + consumer_group() * kGroupM;
-    RowExponents exponents(to, first_row, column * kTileN);
+  while (tiles.next(&tile)) {
+    const int row = tile.row * kTileM + consumer_group() * kGroupM, column = tile.column * kTileN;
+    RowExponents exponents(to, row, column);
     float c[kTileN / 2];
-    multiply<T, A, B>(c, ring, marks.of_row(row).surviving() * kStepsPerTile);
-    write_tile<T>(c, to, out, exponents, ring, boxes, first_row, column * kTileN);
+    multiply<T, A, B>(c, ring, tile.steps());
+    write_tile<T>(c, to, out, exponents, ring, boxes, row, column);
   }
   boxes.finish();
   if (to.beside) ptx::wait_for_grid();
@@ -74,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // rows: of C, k: what is summed over.
 template <class T, Major kMajorOfG, int kCluster>
-Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const Marks& marks,
+Status launch(int64_t rows, int64_t k, const GradientOperands& operands,
               const ProductOutput& output, void* stream) {
   const bool g_is_transposed = kMajorOfG == Major::kMn;
   TensorMap g, other;
@@ -95,7 +90,7 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const M
   if (output.beside) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
   MEMEFF_LAUNCH_BESIDE(output.beside, kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes,
-                       stream, g, other, out, marks, to, order);
+                       stream, g, other, out, work_of(operands, k, output), to, order);
   return launch_status();
 }
 
@@ -105,11 +100,10 @@ Status grad_input(int64_t classes, int64_t tokens, const GradientOperands& opera
   if (tokens == 0) return {};
   if (!accepts(operands, output))
     return {"grad_input_product: sm90 needs rows that start at multiples of 16 bytes"};
-  const Marks marks{operands.tiles, 1, operands.tiles_stride, count_tiles(classes, kTileK)};
   const auto typed = operands.dtype == DType::kBFloat16
                          ? launch<__nv_bfloat16, Major::kMn, kCluster>
                          : launch<__half, Major::kMn, kCluster>;
-  return typed(tokens, classes, operands, marks, output, stream);
+  return typed(tokens, classes, operands, output, stream);
 }
 
 template <int kCluster>
@@ -118,10 +112,9 @@ Status grad_weight(int64_t classes, int64_t tokens, const GradientOperands& oper
   if (classes == 0) return {};
   if (!accepts(operands, output))
     return {"grad_weight_product: sm90 needs rows that start at multiples of 16 bytes"};
-  const Marks marks{operands.tiles, operands.tiles_stride, 1, count_tiles(tokens, kTileK)};
   const auto typed = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kK, kCluster>
                                                         : launch<__half, Major::kK, kCluster>;
-  return typed(classes, tokens, operands, marks, output, stream);
+  return typed(classes, tokens, operands, output, stream);
 }
 
 }  // namespace
@@ -142,13 +135,13 @@ namespace memeff::cuda::sm90x2 {
 
 Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
                           const ProductOutput& output, void* stream) {
-  const auto run = operands.tiles == nullptr ? sm90::grad_input<2> : sm90::grad_input<1>;
+  const auto run = operands.list.rows == nullptr ? sm90::grad_input<2> : sm90::grad_input<1>;
   return run(classes, tokens, operands, output, stream);
 }
 
 Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
                            const ProductOutput& output, void* stream) {
-  const auto run = operands.tiles == nullptr ? sm90::grad_weight<2> : sm90::grad_weight<1>;
+  const auto run = operands.list.rows == nullptr ? sm90::grad_weight<2> : sm90::grad_weight<1>;
   return run(classes, tokens, operands, output, stream);
 }
 

@@ -2,14 +2,17 @@
 // whether G lies in memory (gradient_products.cu) or is made of stored scores on the way
 // (stored_products.cu): which tiles of G count. What becomes of C: gradient_epilogue.cuh.
 //
-// Tiles of G that count as zero are neither loaded nor multiplied. k advances by such a tile, 128,
-// two steps of 64: a warp of the producer's group looks at 32 marks at once (ballot) and visits
-// those that are set; a consumer warp need not know which they are, only how many, and counts them
-// while the first are on their way.
+// Tiles of G that count as zero are neither loaded nor multiplied: k advances from one tile of the
+// list (WorkList), 128, to the next, two steps of 64. All warps of a block, the producer's and the
+// consumers', go through the same tiles of C (TilesOfBlock) and read from the list how many k tiles
+// each has; only who loads needs to know which. Without a list all count, in TileOrder's order; with
+// one, work is divided by WorkSchedule, evenly whatever the marks, and tiles of C that have no work and
+// would not change are left out.
 #pragma once
 
 #include "cuda/launch.h"
 #include "cuda/sm90/pipeline.cuh"
+#include "cuda/work_schedule.h"
 
 namespace memeff::cuda::sm90 {
 
@@ -17,42 +20,78 @@ namespace memeff::cuda::sm90 {
 constexpr int kTileK = static_cast<int>(kStoredTile), kStepsPerTile = kTileK / kStepK;
 static_assert(kStoredTile == kTokenTile && kTileM == kTileK);
 
-// Which tiles of G count, for the sums of one tile of C.
-struct KTiles {
-  const uint8_t* marks;  // of the first tile, or null: all count
-  int64_t stride;
+// A tile of C, and the tiles of G that its sums are over.
+struct ProductTile {
+  int row, column;
+  const int32_t* k_tiles;  // that count, or null: all do
   int count;
 
-  // Bit i: tile first + i counts. The whole warp asks.
-  MEMEFF_DEVICE uint32_t next_32(int first) const {
-    const int mine = first + lane_index();
-    return __ballot_sync(~0u, mine < count && (marks == nullptr || marks[mine * stride] != 0));
-  }
-  // body(k): the first k of every tile that counts. The whole warp calls it.
-  template <class Body>
-  MEMEFF_DEVICE void for_each(const Body& body) const {
-    for (int first = 0; first < count; first += 32)
-      for (uint32_t left = next_32(first); left != 0; left &= left - 1)
-        body((first + __ffs(static_cast<int>(left)) - 1) * kTileK);
-  }
-  MEMEFF_DEVICE int surviving() const {
-    if (marks == nullptr) return count;
-    int n = 0;
-#pragma unroll 8
-    for (int first = 0; first < count; first += 32) n += __popc(next_32(first));
-    return n;
-  }
+  // The first k of tile `i` of those that count.
+  MEMEFF_DEVICE int k(int i) const { return (k_tiles == nullptr ? i : k_tiles[i]) * kTileK; }
+  MEMEFF_DEVICE int steps() const { return count * kStepsPerTile; }
 };
 
-// The marks of G as seen from C: row tiles of C and k are its tokens and classes, or the reverse.
-struct Marks {
-  const uint8_t* tiles;
-  int64_t row_stride, k_stride;
-  int k_count;
-
-  MEMEFF_DEVICE KTiles of_row(int row) const {
-    return {tiles == nullptr ? nullptr : tiles + row * row_stride, k_stride, k_count};
-  }
+// Kernel argument: all there is to do.
+struct Work {
+  WorkList list;
+  int k_tiles;     // of G, along k
+  bool only_adds;  // tiles of C without any that count stay as they are
 };
+
+// The tiles of C that this block computes, one after the other.
+template <int kCluster>
+class TilesOfBlock {
+ public:
+  MEMEFF_DEVICE TilesOfBlock(const TileOrder<kCluster>& order, const Work& work)
+      : order_(order), work_(work) {}
+
+  MEMEFF_DEVICE bool next(ProductTile* tile) {
+    if constexpr (kCluster == 1)
+      if (work_.list.rows != nullptr) return next_of_list(tile);
+    const int number = TileOrder<kCluster>::first() + turn_ * TileOrder<kCluster>::stride();
+    if (number >= order_.count()) return false;
+    ++turn_;
+    order_.place(number, &tile->row, &tile->column);
+    tile->k_tiles = nullptr;
+    tile->count = work_.k_tiles;
+    return true;
+  }
+
+ private:
+  MEMEFF_DEVICE bool next_of_list(ProductTile* tile) {
+    const WorkSchedule schedule(order_.rows, order_.columns, static_cast<int>(blockIdx.x),
+                                static_cast<int>(gridDim.x));
+    int rank;
+    while (schedule.next(&turn_, &rank, &tile->column)) {
+      const WorkRow row = work_.list.rows[rank];
+      if (row.count == 0 && work_.only_adds) continue;
+      tile->row = row.row;
+      tile->k_tiles = work_.list.k_tiles + int64_t{row.row} * work_.k_tiles;
+      tile->count = row.count;
+      return true;
+    }
+    return false;
+  }
+
+  const TileOrder<kCluster>& order_;
+  const Work& work_;
+  int turn_ = 0;
+};
+
+// The producer's thread: loads all steps of a tile of C.
+template <class A, class B, int kCluster>
+MEMEFF_DEVICE void load_tile(Ring<kCluster>& ring, const TensorMap* a, const TensorMap* b,
+                             const ProductTile& tile) {
+  for (int i = 0; i < tile.count; ++i) {
+    const int k = tile.k(i);
+    for (int step = 0; step < kStepsPerTile; ++step)
+      load_step<A, B>(ring, a, b, tile.row * kTileM, tile.column * kTileN, k + step * kStepK);
+  }
+}
+
+// What the launchers pass on: the work of a product whose sums are over k.
+inline Work work_of(const GradientOperands& operands, int64_t k, const ProductOutput& output) {
+  return {operands.list, count_tiles(k, kTileK), output.only_adds()};
+}
 
 }  // namespace memeff::cuda::sm90

@@ -58,7 +58,7 @@ constexpr int kBoxBarrier = 1;  // and the next: of a consumer warpgroup each (t
 constexpr int kVotesBarrier = kBoxBarrier + kConsumerGroups;  // linear_gradient.cu
 constexpr int kLeadBarrier = kVotesBarrier + 1;
 // 65536 registers are 168 for each of 384 threads at launch; ptxas wants multiples of 8.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 constexpr int kPanel = 64;  // elements of a 128-byte row, the width of the swizzle
 constexpr int kOperandABytes = kTileM * kStepK * 2, kOperandBBytes = kTileN * kStepK * 2;

@@ -375,8 +375,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     stored_product_kernel(const __grid_constant__ TensorMap e,
                           const __grid_constant__ TensorMap other,
                           const __grid_constant__ OutputMaps out,
-                          const __grid_constant__ ScoreFactors scores, Marks marks, Destination to,
-                          TileOrder<1> order) {
+                          const __grid_constant__ ScoreFactors scores,
+                          const __grid_constant__ Work work, Destination to,
+                          const __grid_constant__ TileOrder<1> order) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN>;
@@ -384,25 +385,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::launch_dependents();
   auto ring = start_ring<1>(shared_memory, /*fillers=*/2);
   auto* const factors = reinterpret_cast<StepFactors<kMajorOfG>*>(shared_memory + kScratchAt);
+  TilesOfBlock<1> tiles(order, work);
+  ProductTile tile;
 
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
     const int warp = warp_of_group();
     if (warp > kFactorWarp) return;
-    for (int number = order.first(); number < order.count(); number += order.stride()) {
-      int row, column;
-      order.place(number, &row, &column);
-      if (warp == kFactorWarp) {
-        const FactorWriter<T, kMajorOfG> writer(scores, row);
-        marks.of_row(row).for_each([&](int k) { writer.write(factors, ring, k); });
+    if (warp == kFactorWarp) {
+      while (tiles.next(&tile)) {
+        const FactorWriter<T, kMajorOfG> writer(scores, tile.row);
+        for (int i = 0; i < tile.count; ++i) writer.write(factors, ring, tile.k(i));
         pass_steps(ring, to.steps_after());
-      } else {
-        marks.of_row(row).for_each([&](int k) {
-          if (lane_index() != 0) return;
-          for (int step = 0; step < kStepsPerTile; ++step)
-            load_step<A, B>(ring, &e, &other, row * kTileM, column * kTileN, k + step * kStepK);
-        });
-        if (lane_index() == 0) load_joined(ring, to, out, row * kTileM, column * kTileN);
+      }
+    } else if (lane_index() == 0) {
+      while (tiles.next(&tile)) {
+        load_tile<A, B>(ring, &e, &other, tile);
+        load_joined(ring, to, out, tile.row * kTileM, tile.column * kTileN);
       }
     }
     return;
@@ -410,15 +409,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   ptx::increase_registers<kConsumerRegisters>();
   BoxStore boxes(shared_memory);
-  for (int number = order.first(); number < order.count(); number += order.stride()) {
-    int row, column;
-    order.place(number, &row, &column);
-    const int first_row = row * kTileM + consumer_group() * kGroupM;
-    RowExponents exponents(to, first_row, column * kTileN);
-    ScoresAsA<T, kMajorOfG> source(scores, row);
+  while (tiles.next(&tile)) {
+    const int row = tile.row * kTileM + consumer_group() * kGroupM, column = tile.column * kTileN;
+    RowExponents exponents(to, row, column);
+    ScoresAsA<T, kMajorOfG> source(scores, tile.row);
     float c[kTileN / 2];
-    multiply_scores<T>(c, ring, marks.of_row(row).surviving() * kStepsPerTile, source, factors);
-    write_tile<T>(c, to, out, exponents, ring, boxes, first_row, column * kTileN);
+    multiply_scores<T>(c, ring, tile.steps(), source, factors);
+    write_tile<T>(c, to, out, exponents, ring, boxes, row, column);
   }
   boxes.finish();
   if (to.beside) ptx::wait_for_grid();
@@ -428,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // rows: of C, k: what is summed over.
 template <class T, Major kMajorOfG>
 Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const ScoreFactors& scores,
-              const Marks& marks, const ProductOutput& output, void* stream) {
+              const ProductOutput& output, void* stream) {
   TensorMap e, other;
   OutputMaps out{};
   Destination to;
@@ -447,7 +444,7 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const S
   if (output.beside) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
   MEMEFF_LAUNCH_BESIDE(output.beside, 1, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream,
-                       e, other, out, scores, marks, to, order);
+                       e, other, out, scores, work_of(operands, k, output), to, order);
   return launch_status();
 }
 
@@ -485,10 +482,9 @@ Status grad_input_from_scores(const Block& block, const GradientOperands& operan
   ScoreFactors factors;
   const Status status = prepare(block, operands, scores, output, &factors);
   if (!status.ok()) return status;
-  const Marks marks{operands.tiles, 1, operands.tiles_stride, count_tiles(block.classes, kTileK)};
   const auto run = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kMn>
                                                       : launch<__half, Major::kMn>;
-  return run(block.tokens, block.classes, operands, factors, marks, output, stream);
+  return run(block.tokens, block.classes, operands, factors, output, stream);
 }
 
 Status grad_weight_from_scores(const Block& block, const GradientOperands& operands,
@@ -498,10 +494,9 @@ Status grad_weight_from_scores(const Block& block, const GradientOperands& opera
   ScoreFactors factors;
   const Status status = prepare(block, operands, scores, output, &factors);
   if (!status.ok()) return status;
-  const Marks marks{operands.tiles, operands.tiles_stride, 1, count_tiles(block.tokens, kTileK)};
   const auto run = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kK>
                                                       : launch<__half, Major::kK>;
-  return run(block.classes, block.tokens, operands, factors, marks, output, stream);
+  return run(block.classes, block.tokens, operands, factors, output, stream);
 }
 
 }  // namespace memeff::cuda::sm90
