@@ -171,9 +171,9 @@ class RowExponents {
   MEMEFF_DEVICE void put(int r, int block, uint32_t exponent) {
     words_[r] = block == 0 ? exponent : words_[r] | exponent << 8 * block;
   }
-  // Every lane of a quad has all of them, and stores one for each row.
+  // Every lane of a quad has all of them, and stores one for each row: after the barriers of BoxStore,
+  // so that all have read the old ones.
   MEMEFF_DEVICE void store(const Destination& to, int row, int column) const {
-    __syncwarp();  // all have read the old ones
     const unsigned block = threadIdx.x % 4;
     if (column + static_cast<int>(block * kCompactBlock) >= to.columns) return;
 #pragma unroll
