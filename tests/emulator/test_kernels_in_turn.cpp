@@ -2,7 +2,10 @@
 // steps as the ring has stages, whatever the schedule (class Lead of csrc/cuda/sm90/pipeline.cuh).
 // Which group issues its products when is all that is looked at here; numbers are checked by
 // test_sm90_kernels.cpp and test_sm90_stored_kernels.cpp.
+#include <optional>
+
 #include "emulator/linear_case.h"
+#include "emulator/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;
@@ -44,12 +47,14 @@ struct Product {
   GuardedMatrix<float> sums{"sums", kTokens, kFeatures, 0, 0, BufferAccess::kReadWrite};
   GuardedArray<float> factor{"shift and softmax", kTokens};
   GuardedArray<uint8_t> marks{"marks", kClassTiles* kRows};
+  std::optional<ListedWork> work;
 
   // How many tiles of k count, for each tile of C.
   explicit Product(const std::vector<int64_t>& surviving) {
     for (int64_t row = 0; row < kRows; ++row)
       for (int64_t i = 0; i < kClassTiles; ++i)
         marks[i * kRows + row] = i < surviving[static_cast<std::size_t>(row)];
+    work.emplace(ProductOfGradient::kGradInput, kClasses, kTokens, marks.data(), kRows);
   }
   GradientOperands operands(bool marked) {
     return {scores.data(),
@@ -58,8 +63,7 @@ struct Product {
             weight.stride,
             kFeatures,
             DType::kFloat16,
-            marked ? marks.data() : nullptr,
-            kRows};
+            marked ? work->list : WorkList{}};
   }
   ProductOutput output() {
     ProductOutput output;
@@ -85,10 +89,10 @@ void check(const std::vector<Tiles>& tiles_of_blocks, const std::function<Status
 }
 
 void test_products() {
-  // Tiles of C go round the two blocks of a grid. Block 0 gets two of 2 steps in a row, across which
-  // the first group can get far ahead; block 1 begins with two of none.
-  Product product({3, 0, 1, 0, 1, 3, 3, 2});
-  const std::vector<Tiles> marked = {{6, 2, 2, 6}, {0, 0, 6, 4}};
+  // Tiles of C go round the two blocks of a grid, long ones first. Each gets two of 2 steps in a row,
+  // across which the first group can get far ahead, and one of none.
+  Product product({1, 0, 3, 1, 1, 3, 0, 1});
+  const std::vector<Tiles> marked = {{6, 2, 2, 0}, {6, 2, 2, 0}};
   check(marked, [&] {
     return sm90::grad_input_product(kClasses, kTokens, product.operands(true), product.output(),
                                     nullptr);

@@ -1,6 +1,8 @@
 // Gradient products into compact sums, every family, emulated: the bits that the scalar model makes of
 // the same products' fp32 sums, over several chunks, down to the final rounding.
+#include <optional>
 #include "emulator/compact_gradient.h"
+#include "emulator/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;
@@ -28,6 +30,7 @@ struct Chunks {
   Chunks(const Family& family, const ProductCase& c, bool of_weight)
       : c(c),
         launch(of_weight ? family.grad_weight_product : family.grad_input_product),
+        product(of_weight ? ProductOfGradient::kGradWeight : ProductOfGradient::kGradInput),
         random(53),
         g("G", c.classes, c.tokens, (8 - c.tokens % 8) % 8, 0, BufferAccess::kReadOnly),
         other("W or x", of_weight ? c.tokens : c.classes, c.features, c.padding, 0,
@@ -53,12 +56,17 @@ struct Chunks {
   Status run(const ProductOutput& output) {
     GradientOperands operands{g.data(),     g.stride,   other.data(),
                               other.stride, c.features, dtype_of<T>()};
-    if (c.marks) operands.tiles = tiles.data(), operands.tiles_stride = tile_count(c.tokens);
+    std::optional<ListedWork> work;
+    if (c.marks) {
+      work.emplace(product, c.classes, c.tokens, tiles.data(), tile_count(c.tokens));
+      operands.list = work->list;
+    }
     return launch(c.classes, c.tokens, operands, output, nullptr);
   }
 
   ProductCase c;
   GradientProduct* launch;
+  ProductOfGradient product;
   std::mt19937 random;
   GuardedMatrix<T> g, other;
   GuardedArray<uint8_t> tiles;
