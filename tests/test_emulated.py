@@ -119,7 +119,6 @@ def test_chunks(chunk_size: int, dtype: torch.dtype) -> None:
     [
         ("mean", ("token_chunks", "compact", "float32")),
         ("mean", ("vocab_slices", "compact", "compact")),
-        ("mean", ("vocab_slices", "exact", "compact")),
         ("none", ("vocab_slices", "compact", "compact")),
         ("none", ("vocab_slices", "exact", "compact")),
     ],
@@ -216,12 +215,12 @@ def test_products_from_scores(options: dict[str, Any], monkeypatch: pytest.Monke
     results, loads = [], []
     for kernels in ("sm90,sm90", "sm90,sm90rs"):
         monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
-        before = emulated.load().counters()["ldmatrix"]  # which no other sm90 kernel uses
+        before = emulated.load().counters()["ldmatrix"]  # by which scores come, and old sums
         results.append(run_memeff(case, inputs, backend="emulated"))
         loads.append(emulated.load().counters()["ldmatrix"] - before)
     for name in ("loss", "dx", "dw"):
         assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
-    assert loads[0] == 0 and (loads[1] > 0) == ("bias" not in options)
+    assert loads[1] == loads[0] if "bias" in options else loads[1] > loads[0]
 
 
 def test_statistics(dtype: torch.dtype) -> None:
