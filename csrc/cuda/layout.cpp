@@ -97,14 +97,12 @@ int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& pla
   int64_t rows = 0;
   if (!writes_gradients(t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
   if (plan.kind == PlanKind::kVocabSlices) {
-    const bool all_at_once = r.grad_weight && !plan.separate_sweeps;
+    const bool all_at_once = r.grad_weight && !plan.separate_sweeps && !plan.compact_input_sums;
     const int64_t fresh = fresh_tokens(r, plan);
     const int64_t block = plan.input_sweep_block > 0 ? plan.input_sweep_block : plan.token_block;
-    if (plan.compact_input_sums) {
-      if (!writes_gradients(t)) rows = std::max(rows, std::min(plan.token_block, fresh));
-    } else if (fresh > 0) {
-      rows = std::max(rows, all_at_once ? fresh : block);
-    }
+    const int64_t slice = plan.input_sweep_slice > 0 ? plan.input_sweep_slice : plan.slice_vocab;
+    const bool at_once = writes_gradients(t) && (plan.compact_input_sums || slice >= r.vocab);
+    if (!at_once) rows = std::max(rows, all_at_once ? fresh : std::min(block, fresh));
   }
   return std::min(rows, r.tokens);
 }

@@ -235,7 +235,8 @@ class Candidates {
     if (!r_.grad_input || !r_.grad_weight) return;
     consider(in_separate_sweeps(r_, t_, plan));
     if (!compact_ || fresh_tokens(r_, plan) == 0) return;
-    plan.compact_input_sums = ceil_div(r_.vocab, plan.slice_vocab) <= kMostCompactTerms;
+    const int64_t terms = ceil_div(r_.vocab, plan.slice_vocab);
+    plan.compact_input_sums = terms > 1 && terms <= kMostCompactTerms;
     if (plan.compact_input_sums) slices_with_more_scores(plan);
     // Parts of a slice of grad_weight that add up in its own memory. All scores that lie there must
     // leave it at once.
