@@ -110,7 +110,9 @@ MEMEFF_DEVICE void for_joined(float (&c)[kTileN / 2], Ring<kCluster>& ring, cons
   ptx::fence_proxy_async();        // TMA must not overtake ldmatrix
   __syncwarp();
 #pragma unroll
-  for (const int stage : stages) leave_stage(ring, stage);
+  for (const int stage : stages) {
+    leave_stage(ring, stage);
+  }
 }
 
 // The same where nothing but the gradient is joined: join(panel, pairs) of each 64 columns.
