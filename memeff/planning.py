@@ -35,8 +35,8 @@ class Plan:
     """What computes: "avx512_bf16" or "blas" (torch's products) on the CPU; on a GPU the families
     of kernels for scores and for products of gradients: "sm90,generic" (generic: cuBLAS)."""
     kernels_reason: str
-    """Why these: "default"; "predicted", where handwritten products are expected to win in the memory
-    that is allowed; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the
+    """Why these: "default"; "predicted", where handwritten products are expected to win in the
+    memory that is allowed; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the
     table of measured choices; or "MEMEFF_CUDA_KERNELS", the environment variable."""
     tokens_per_chunk: int
     num_chunks: int

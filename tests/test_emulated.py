@@ -143,8 +143,8 @@ def test_compact_sums(
     wanted: tuple[str, str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Gradients that add up in their own memory: grad_weight over chunks of tokens or the parts of a
-    slice, grad_input over slices. The smallest budget with such a plan, and more than one slice."""
+    """Gradients that add up in their own memory: grad_weight over chunks of tokens or the parts of
+    a slice, grad_input over slices. The smallest budget with such a plan and several slices."""
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
     case = Case((300,), 24, 700, dtype, reduction, ignored=0.1)
 
