@@ -17,6 +17,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "build" / "emulator-python"  # of the extension
 NAME = "_memeff_emulated"
+LIBRARIES = ("memeff_cuda_emulated", "memeff_emulator")
 SOURCES = (
     "tests/emulator/python/emulated_device.cpp",
     "csrc/bindings/call.cpp",
@@ -60,8 +61,17 @@ def compile_kernels() -> Path:
         configure += [f"-DCMAKE_CXX_COMPILER={checks_most}"] if checks_most else []
     subprocess.run(configure, check=True)
     build = ["cmake", "--build", folder, "--parallel", "2", "--target"]
-    subprocess.run([*build, "memeff_cuda_emulated", "memeff_emulator"], check=True)
+    subprocess.run([*build, *LIBRARIES], check=True)
     return folder
+
+
+def forget_older_module(kernels: Path) -> None:
+    """Removes the linked module where kernels have changed since: cpp_extension tells ninja about
+    sources and flags, not about libraries, and would leave it as it is."""
+    module = FOLDER / f"{NAME}.so"
+    changed = max((kernels / f"lib{library}.a").stat().st_mtime_ns for library in LIBRARIES)
+    if module.exists() and module.stat().st_mtime_ns < changed:
+        module.unlink()
 
 
 def load(verbose: bool = False) -> ModuleType:
@@ -70,6 +80,7 @@ def load(verbose: bool = False) -> ModuleType:
 
     kernels = compile_kernels()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    forget_older_module(kernels)
     module: ModuleType = cpp_extension.load(
         NAME,
         [str(ROOT / source) for source in SOURCES],
@@ -80,7 +91,7 @@ def load(verbose: bool = False) -> ModuleType:
             f"-isystem{cuda_include()}",
         ],
         extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests")],
-        extra_ldflags=[f"-L{kernels}", "-lmemeff_cuda_emulated", "-lmemeff_emulator", "-ldl"],
+        extra_ldflags=[f"-L{kernels}", *(f"-l{library}" for library in LIBRARIES), "-ldl"],
         build_directory=str(FOLDER),
         verbose=verbose,
     )
