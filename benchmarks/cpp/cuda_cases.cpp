@@ -128,10 +128,12 @@ class Maker {
     tokens_.lse = place<double>(n_, "lse");
     tokens_.target_logit = place<float>(n_, "target logit");
     tokens_.target_mass = place<double>(n_, "target mass");
-    for (void** array : {&tokens_.shift, &tokens_.softmax, &tokens_.target_rest})
+    for (void** array :
+         {&tokens_.shift, &tokens_.softmax, &tokens_.target_coefficient, &tokens_.target_rest})
       *array = place<float>(n_, "coefficients");
     tokens_.target_gradient = place<float>(n_, "target gradient");
     coefficients_.shift = tokens_.shift, coefficients_.softmax = tokens_.softmax;
+    coefficients_.target = tokens_.target_coefficient;
     coefficients_.target_rest = tokens_.target_rest;
     targets_.index = tokens_.target;
     check(prepare_tokens(problem_, tokens_, stream_));

@@ -68,11 +68,9 @@ Coefficients CallMemory::coefficients(Range tokens) const {
   c.softmax = from_token(tokens_.softmax, tokens.begin);
   c.entropy = from_token(tokens_.entropy_coefficient, tokens.begin);
   c.centre = from_token(tokens_.centre, tokens.begin);
-  if (problem_.probabilities != nullptr) {
-    c.target = from_token(tokens_.target_coefficient, tokens.begin);
-  } else {
+  c.target = from_token(tokens_.target_coefficient, tokens.begin);
+  if (problem_.probabilities == nullptr)
     c.target_rest = from_token(tokens_.target_rest, tokens.begin);
-  }
   if (!traits_.smoothing_apart) c.weighted = from_token(tokens_.weighted, tokens.begin);
   return c;
 }

@@ -67,9 +67,10 @@ struct PartialStatistics {
 ///   dz_v = p_v (softmax + entropy (z_v - centre)) + target [v == y] + weighted w_v
 ///   p_v = exp(z_v - shift)
 /// or, with class probabilities q,  ... + target w_v q_v. A token whose coefficients are all zero
-/// gets zeros, whatever its logits. For index targets the entry of y is computed as
+/// gets zeros, whatever its logits. The entry of an index target of p_y >= 1/2 is computed as
 ///   softmax expm1(z_y - shift) + target_rest + p_y entropy (z_y - centre) + weighted w_y
-/// whose digits survive a softmax close to 1; target_rest = softmax + target, made in fp64.
+/// whose digits survive a p_y close to 1; target_rest = softmax + target, made in fp64. At a small p_y
+/// it is this form that cancels, softmax - softmax, and p_y softmax + target that does not.
 /// Terms of the entropy cancel the expected logit, sum_v p_v z_v, which is thus what the centre is: with
 /// another one softmax would have to contain the difference, and errs by what fp32 loses of that.
 ///
@@ -82,8 +83,8 @@ struct Coefficients {
   const void* softmax = nullptr;      // includes exp(shift - lse)
   const void* entropy = nullptr;      // null: zero
   const void* centre = nullptr;       // of the entropy's term, rounded to A; null: zero
-  const void* target = nullptr;       // of class probabilities; null: none
-  const void* target_rest = nullptr;  // of index targets; null: none
+  const void* target = nullptr;       // null: targets count for nothing
+  const void* target_rest = nullptr;  // of index targets; goes with `target`
   const void* weighted = nullptr;     // null: zero
 };
 

@@ -38,8 +38,8 @@ struct TokenArrays {
   double* entropy = nullptr;       // null unless the problem wants statistics; so are:
   double* maximum = nullptr;
   int64_t* argmax = nullptr;
-  // The arrays of Coefficients (launch.h), of A: target_rest for index targets, target_coefficient
-  // for class probabilities, weighted with label smoothing; the others may be null.
+  // The arrays of Coefficients (launch.h), of A: target_rest for index targets, weighted with label
+  // smoothing, else they may be null.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
   // A; of token statistics with a gradient of the entropy

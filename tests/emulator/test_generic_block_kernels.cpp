@@ -194,7 +194,7 @@ struct LossCoefficients {
             softmax.data(),
             c.full ? entropy.data() : nullptr,
             c.full ? centre.data() : nullptr,
-            c.probabilities ? target.data() : nullptr,
+            target.data(),
             c.probabilities ? nullptr : target_rest.data(),
             c.full ? weighted.data() : nullptr};
   }
@@ -209,8 +209,9 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
     double largest = e.logit(0, n);
     for (int64_t v = 1; v < c.classes; ++v) largest = std::max(largest, e.logit(v, n));
     k.shift.set(n, largest + std::abs(normal(e.random)));
-    for (Array* array : {&k.softmax, &k.entropy, &k.target, &k.target_rest, &k.weighted})
+    for (Array* array : {&k.softmax, &k.entropy, &k.target, &k.weighted})
       array->set(n, left_out(n) ? 0.0 : normal(e.random));
+    k.target_rest.set(n, k.softmax.at(n) + k.target.at(n));
     k.centre.set(n, left_out(n) ? std::nan("") : normal(e.random));
     if (!left_out(n)) continue;
     k.shift.set(n, std::nan(""));
@@ -225,7 +226,7 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
       const double z = e.logit(v, n), p = std::exp(z - k.shift.at(n));
       std::vector<double> addends = {p * k.softmax.at(n)};
       if (e.local_target(n) == v) {
-        addends = {std::expm1(z - k.shift.at(n)) * k.softmax.at(n), k.target_rest.at(n)};
+        addends.push_back(k.target.at(n));
       } else if (c.probabilities) {
         addends.push_back(k.target.at(n) * e.weight(v) * e.probability(v, n));
       }
@@ -354,7 +355,7 @@ void test_special_values() {
     const bool counts = n == kOneFinite || n == kNan;
     k.shift.set(n, counts ? 1.0 : std::nan(""));
     for (Array* array : {&k.softmax, &k.entropy}) array->set(n, counts ? 1.0 : 0.0);
-    for (Array* array : {&k.centre, &k.target_rest, &k.weighted}) array->set(n, 0.0);
+    for (Array* array : {&k.centre, &k.target, &k.target_rest, &k.weighted}) array->set(n, 0.0);
   }
   CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kBFloat16,
                        {}, {}, k.of(Case{classes, kTokens, 2}), nullptr)
@@ -378,16 +379,38 @@ void test_target_of_a_peaked_softmax() {
   for (int64_t n = 0; n < 3; ++n) {
     e.target[n] = n % 2;
     for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, v == n % 2 ? -1e-9 : -20.0);
-    k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target_rest.set(n, 0.0);
+    k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target.set(n, -0.5), k.target_rest.set(n, 0.0);
   }
-  Coefficients coefficients;
-  coefficients.shift = k.shift.data(), coefficients.softmax = k.softmax.data();
-  coefficients.target_rest = k.target_rest.data();
+  const Coefficients coefficients{k.shift.data(), k.softmax.data(), nullptr,
+                                  nullptr,        k.target.data(),  k.target_rest.data()};
   CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32, {},
                        e.targets(), coefficients, nullptr)
             .ok());
   for (int64_t n = 0; n < 3; ++n)
     compare(e.products.at(n % 2 * e.stride + n), -5e-10, 1e-15, "peaked target", DType::kFloat32);
+}
+
+// So it does when p and the target's coefficient are small beside the softmax's: softmax - softmax
+// would leave nothing of them.
+void test_small_target_of_a_flat_softmax() {
+  Experiment e({2, 3, 1}, DType::kFloat32);
+  LossCoefficients k(DType::kFloat32, 3);
+  for (int64_t n = 0; n < 3; ++n) {
+    e.target[n] = n % 2;
+    for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, -20.0);
+    k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target.set(n, n * 1e-9);
+    k.target_rest.set(n, 0.5 + n * 1e-9);
+  }
+  const Coefficients coefficients{k.shift.data(), k.softmax.data(), nullptr,
+                                  nullptr,        k.target.data(),  k.target_rest.data()};
+  CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32, {},
+                       e.targets(), coefficients, nullptr)
+            .ok());
+  for (int64_t n = 0; n < 3; ++n) {
+    const double wanted = 0.5 * std::exp(-20.0) + n * 1e-9;
+    compare(e.products.at(n % 2 * e.stride + n), wanted, 1e-6 * wanted, "small target",
+            DType::kFloat32);
+  }
 }
 
 // Targets without coefficients are none: every entry is softmax p.
@@ -443,6 +466,7 @@ int main() {
   test_many_classes();
   test_special_values();
   test_target_of_a_peaked_softmax();
+  test_small_target_of_a_flat_softmax();
   test_targets_without_coefficients();
   test_statuses();
   CHECK(emulator::reports().empty());

@@ -110,10 +110,10 @@ void test_statistics() {
 }
 
 void test_gradients() {
-  Tokens shift(2.0), softmax(0.7), rest(-0.4), target_gradient(0.25);
+  Tokens shift(2.0), softmax(0.7), target(-1.1), rest(-0.4), target_gradient(0.25);
   Coefficients coefficients;
   coefficients.shift = shift.data(), coefficients.softmax = softmax.data();
-  coefficients.target_rest = rest.data();
+  coefficients.target = target.data(), coefficients.target_rest = rest.data();
   std::vector<int64_t> index(kColumns, kRows - 1);
   const emulator::GlobalBuffer guard(index.data(), kColumns * 8, "target");
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {

@@ -42,7 +42,7 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
       softmax(DType::kFloat32, c.tokens, "softmax", BufferAccess::kReadOnly),
       entropy(DType::kFloat32, c.tokens, "entropy", BufferAccess::kReadOnly),
       centre(DType::kFloat32, c.tokens, "centre", BufferAccess::kReadOnly),
-      rest(DType::kFloat32, c.tokens, "target_rest", BufferAccess::kReadOnly),
+      coefficient(DType::kFloat32, c.tokens, "target coefficient", BufferAccess::kReadOnly),
       weighted(DType::kFloat32, c.tokens, "weighted", BufferAccess::kReadOnly),
       target_gradient(DType::kFloat32, c.tokens, "target_gradient", BufferAccess::kReadOnly);
   std::vector<int64_t> target(c.tokens);
@@ -53,7 +53,7 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
   for (int64_t n = 0; n < c.tokens; ++n) {
     const bool left_out = n % 5 == 4;
     shift.set(n, left_out ? std::nan("") : 4 + std::abs(normal(random)));
-    for (Array* array : {&softmax, &entropy, &rest, &weighted, &target_gradient})
+    for (Array* array : {&softmax, &entropy, &coefficient, &weighted, &target_gradient})
       array->set(n, left_out ? 0.0 : normal(random));
     centre.set(n, left_out ? std::nan("") : normal(random));
     if (left_out) target_gradient.set(n, std::nan(""));
@@ -98,8 +98,8 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
                                   softmax.data(),
                                   c.entropy ? entropy.data() : nullptr,
                                   c.entropy ? centre.data() : nullptr,
+                                  coefficient.data(),
                                   nullptr,
-                                  rest.data(),
                                   c.weighted ? weighted.data() : nullptr};
   CHECK(stored_gradient({c.first_class, c.classes, c.tokens}, stored, gradient_dtype, terms,
                         {target.data()}, coefficients,

@@ -21,11 +21,10 @@ struct TokenCoefficients {
         softmax("softmax", tokens),
         entropy("entropy", tokens),
         centre("centre", tokens),
+        target("target", tokens),
         target_rest("target_rest", tokens),
-        weighted("weighted", tokens),
-        target(static_cast<std::size_t>(tokens)) {}
-  GuardedArray<float> shift, softmax, entropy, centre, target_rest, weighted;
-  std::vector<double> target;
+        weighted("weighted", tokens) {}
+  GuardedArray<float> shift, softmax, entropy, centre, target, target_rest, weighted;
 };
 
 struct GradientOptions {
@@ -43,8 +42,9 @@ void fill(TokenCoefficients& coefficients, LinearCase<T>& c) {
     coefficients.shift[n] = static_cast<float>(lse);
     const double softmax = upstream * std::exp(coefficients.shift[n] - lse);
     coefficients.softmax[n] = static_cast<float>(softmax);
-    coefficients.target[static_cast<std::size_t>(n)] = -upstream;
-    coefficients.target_rest[n] = c.target[n] < 0 ? 0.f : static_cast<float>(softmax - upstream);
+    const double target = c.target[n] < 0 ? 0 : -upstream;
+    coefficients.target[n] = static_cast<float>(target);
+    coefficients.target_rest[n] = static_cast<float>(softmax + target);
     coefficients.entropy[n] = 0.1f * c.normal();
     coefficients.centre[n] = c.normal();
     coefficients.weighted[n] = -0.01f * std::abs(c.normal());
@@ -60,7 +60,10 @@ Coefficients pass(TokenCoefficients& coefficients, const GradientOptions& option
     result.entropy = coefficients.entropy.data();
     result.centre = coefficients.centre.data();
   }
-  if (options.target) result.target_rest = coefficients.target_rest.data();
+  if (options.target) {
+    result.target = coefficients.target.data();
+    result.target_rest = coefficients.target_rest.data();
+  }
   if (options.weighted) result.weighted = coefficients.weighted.data();
   return result;
 }
@@ -72,14 +75,14 @@ double wanted_gradient(LinearCase<T>& c, TokenCoefficients& coefficients,
   const double softmax = coefficients.softmax[n];
   const double entropy = options.entropy ? coefficients.entropy[n] : 0;
   const double weighted = options.weighted ? coefficients.weighted[n] : 0;
-  const double rest = options.target ? coefficients.target_rest[n] : 0;
+  const double target = options.target ? coefficients.target[n] : 0;
   *tolerance = 0;
-  if (softmax == 0 && entropy == 0 && weighted == 0 && rest == 0) return 0;
+  if (softmax == 0 && entropy == 0 && weighted == 0 && target == 0) return 0;
   const double z = c.logit(n, v), p = std::exp(z - coefficients.shift[n]);
   double dz = p * softmax + weighted * c.class_weight(v);
   const double centre = coefficients.centre[n];
   if (p > 0) dz += p * entropy * (z - centre);
-  if (options.target && c.target_of(n) == v) dz += rest - softmax;
+  if (c.target_of(n) == v) dz += target;
   const double t = c.shape.softcap == 0 ? 0 : z / c.shape.softcap;
   const double wanted = dz * (1 - t * t);
   // Errors of z: of its sum in fp32, enlarged by exp and by the slope.
@@ -96,7 +99,7 @@ void check_gradient(LinearCase<T>& c, const GradientOptions& options) {
   fill(coefficients, c);
   // A token that takes no part, with a logit that is not a number; one whose loss is not a number.
   for (auto* values : {&coefficients.softmax, &coefficients.entropy, &coefficients.weighted,
-                       &coefficients.target_rest})
+                       &coefficients.target, &coefficients.target_rest})
     (*values)[c.shape.tokens / 2] = 0;
   GuardedMatrix<T> gradient("gradient", c.shape.classes, c.shape.tokens, options.padding,
                             options.offset, BufferAccess::kReadWrite);
@@ -165,7 +168,7 @@ void test_peaked_target() {
             .ok());
   const double rest = 127 * std::exp(-20.0), miss = -rest / (1 + rest);  // p - 1
   for (int64_t n = 0; n < 16; ++n) {
-    const double wanted = -coefficients.target[static_cast<std::size_t>(n)] * miss;
+    const double wanted = -coefficients.target[n] * miss;
     CHECK(std::abs(to_double(gradient.at(77, n)) / wanted - 1) < 0x1p-8);
   }
 }
@@ -190,7 +193,8 @@ void test_marks() {
   fill(coefficients, c);
   // The token with mass everywhere takes no part, and neither does its mass.
   for (int64_t k = 0; k < 1; ++k) c.x.at(200, k) = T(-9.f);
-  for (auto* values : {&coefficients.softmax, &coefficients.target_rest}) (*values)[200] = 0;
+  for (auto* values : {&coefficients.softmax, &coefficients.target, &coefficients.target_rest})
+    (*values)[200] = 0;
   c.target[200] = -1;
   c.compute_logits();
 

@@ -296,7 +296,8 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
   std::mt19937 random(31);
   std::normal_distribution<float> normal;
   Matrix<float> shift(1, c.tokens, 0, kInput), softmax(1, c.tokens, 0, kInput),
-      entropy(1, c.tokens, 0, kInput), centre(1, c.tokens, 0, kInput), rest(1, c.tokens, 0, kInput),
+      entropy(1, c.tokens, 0, kInput), centre(1, c.tokens, 0, kInput),
+      target(1, c.tokens, 0, kInput), rest(1, c.tokens, 0, kInput),
       weighted(1, c.tokens, 0, kInput);
   for (int64_t n = 0; n < c.tokens; ++n) {
     double total = 0;
@@ -306,14 +307,16 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
     softmax.at(0, n) = normal(random);
     entropy.at(0, n) = c.full ? normal(random) * 0.1f : 0.f;
     centre.at(0, n) = normal(random);
-    rest.at(0, n) = normal(random);
+    target.at(0, n) = normal(random);
+    rest.at(0, n) = softmax.at(0, n) + target.at(0, n);
     weighted.at(0, n) = smoothing ? normal(random) * 0.01f : 0.f;
   }
   const int64_t ignored = c.tokens - 1;  // whose logits are NaN in the cases with infinities
-  for (Matrix<float>* m : {&softmax, &entropy, &rest, &weighted}) m->at(0, ignored) = 0.f;
+  for (Matrix<float>* m : {&softmax, &entropy, &target, &rest, &weighted}) m->at(0, ignored) = 0.f;
   Coefficients coefficients;
   coefficients.shift = shift.data;
   coefficients.softmax = softmax.data;
+  coefficients.target = target.data;
   coefficients.target_rest = rest.data;
   if (c.full) {
     coefficients.entropy = entropy.data;
@@ -342,8 +345,8 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
       double terms = std::abs(p * softmax.at(0, n)) + std::abs(weighted.at(0, n) * w);
       if (p > 0) terms += std::abs(p * entropy.at(0, n) * (z - centre.at(0, n)));
       if (v == linear.target_of(n)) {
-        wanted += rest.at(0, n) - softmax.at(0, n);
-        terms += std::abs(rest.at(0, n)) + std::abs(softmax.at(0, n));
+        wanted += target.at(0, n);
+        terms += std::abs(target.at(0, n));
       }
       if (c.options) wanted *= 1 - z * z / 81;
       if (n == ignored) wanted = terms = 0;

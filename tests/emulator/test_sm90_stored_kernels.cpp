@@ -34,7 +34,7 @@ struct Scores {
               BufferAccess::kReadOnly),
         shift("shift", c.tokens),
         softmax("softmax", c.tokens),
-        rest("target_rest", c.tokens),
+        coefficient("target coefficient", c.tokens),
         entry("target_gradient", c.tokens),
         target("target", c.tokens),
         tiles("tiles", ceil_128(c.classes) * tiles_stride()),
@@ -49,7 +49,7 @@ struct Scores {
     for (int64_t n = 0; n < c.tokens; ++n) {
       shift[n] = 3 + normal();
       softmax[n] = normal();
-      rest[n] = normal();
+      coefficient[n] = normal();
       entry[n] = 4 * normal();
       target[n] = n % 7 == 3   ? -1
                   : n % 7 == 5 ? c.first_class - 1
@@ -62,7 +62,7 @@ struct Scores {
       // in the block, whose logits may be anything.
       softmax[2] = 0;
       for (const int64_t n : {8, 9}) {
-        softmax[n] = rest[n] = 0;
+        softmax[n] = coefficient[n] = 0;
         shift[n] = NAN;
         maxima.at(0, n) = NAN;
         for (int64_t v = 0; v < c.classes; v += 3) e.at(v, n) = __half(NAN);
@@ -94,7 +94,7 @@ struct Scores {
     if (c.targets) terms.targets.index = target.data();
     terms.coefficients.shift = shift.data();
     terms.coefficients.softmax = softmax.data();
-    terms.coefficients.target_rest = rest.data();
+    terms.coefficients.target = coefficient.data();
     terms.target_gradient = entry.data();
     return terms;
   }
@@ -122,7 +122,7 @@ struct Scores {
   // G in double precision, unrounded.
   double exact(int64_t v, int64_t n) {
     if (c.marks && tiles[v / 128 * tiles_stride() + n / 128] == 0) return 0;
-    if (softmax[n] == 0 && rest[n] == 0) return 0;
+    if (softmax[n] == 0 && coefficient[n] == 0) return 0;
     if (c.targets && target[n] == c.first_class + v && target[n] >= 0) return entry[n];
     return to_double(e.at(v, n)) * std::exp(double{maxima.at(v / 128, n)} - double{shift[n]}) *
            double{softmax[n]};
@@ -134,7 +134,7 @@ struct Scores {
   GuardedMatrix<T> gradient;
   GuardedMatrix<float> maxima;
   GuardedMatrix<T> other;
-  GuardedArray<float> shift, softmax, rest, entry;
+  GuardedArray<float> shift, softmax, coefficient, entry;
   GuardedArray<int64_t> target;
   GuardedArray<uint8_t> tiles;
   const ProductOfGradient product;

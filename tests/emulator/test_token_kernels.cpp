@@ -173,7 +173,8 @@ void test_target_out_of_range() {
     for (int64_t n = 0; n < c.tokens; ++n) {
       CHECK(std::isnan(e.statistics[n]) == (n == 2));
       CHECK(std::isnan(e.statistics[c.tokens + n]) == (n == 2));
-      CHECK(std::isnan(e.softmax[n]) == (n == 2) && std::isnan(e.rest[n]) == (n == 2));
+      for (auto* array : {&e.softmax, &e.coefficient, &e.rest})
+        CHECK(std::isnan((*array)[n]) == (n == 2));
       CHECK(std::isfinite(e.token_lse[n]));
     }
   }

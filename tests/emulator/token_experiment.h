@@ -141,7 +141,7 @@ struct Experiment {
     tokens.argmax = token_argmax.data_if(c.statistics);
     tokens.shift = shift.data();
     tokens.softmax = softmax.data();
-    tokens.target_coefficient = coefficient.data_if(c.probabilities);
+    tokens.target_coefficient = coefficient.data();
     tokens.target_rest = rest.data_if(!c.probabilities);
     tokens.weighted = weighted.data_if(c.smoothing > 0);
     tokens.target_gradient = target_gradient.data_if(!c.probabilities);
@@ -328,7 +328,7 @@ struct Experiment {
     const bool zero = ignored(n);
     if (zero) {
       CHECK(softmax[n] == 0);
-      CHECK((c.probabilities ? coefficient : rest)[n] == 0);
+      CHECK(coefficient[n] == 0 && (c.probabilities || rest[n] == 0));
       CHECK(c.smoothing == 0 || weighted[n] == 0);
       return;
     }
@@ -338,16 +338,13 @@ struct Experiment {
       if (c.probabilities)
         got += coefficient[n] * weights[v] * q[n * c.vocab + v];
       else if (v == target[n])
-        got = softmax[n] * std::expm1(away) + static_cast<double>(rest[n]);
+        got = std::exp(away) < 0.5 ? got + coefficient[n]
+                                   : softmax[n] * std::expm1(away) + static_cast<double>(rest[n]);
       if (c.smoothing > 0) got += weighted[n] * weights[v];
-      // The error of p: of the sums and exponentials that made lse, and of lse itself, in fp64. The
-      // form of the target's entry exchanges digits of a small p for those of 1 - p.
-      double size = e.gradient_size[v];
-      if (!c.probabilities && v == target[n])
-        size += std::abs(softmax[n] * scalars[0].output_scale);
+      // The error of p: of the sums and exponentials that made lse, and of lse itself, in fp64.
       const double fp64 = std::ldexp(1.0, -53) * (std::abs(e.lse) + std::abs(z(n, v)));
-      compare(got * scalars[0].output_scale, e.gradient[v], (16 * roundoff() + 4 * fp64) * size,
-              "gradient", c);
+      compare(got * scalars[0].output_scale, e.gradient[v],
+              (16 * roundoff() + 4 * fp64) * e.gradient_size[v], "gradient", c);
     }
   }
 

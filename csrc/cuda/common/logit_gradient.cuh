@@ -10,17 +10,20 @@ struct TokenCoefficients {
   A shift, softmax, entropy, centre, target, target_rest, weighted;
 
   MEMEFF_DEVICE bool all_zero() const {
-    return softmax == A(0) && entropy == A(0) && target == A(0) && target_rest == A(0) &&
-           weighted == A(0);
+    return softmax == A(0) && entropy == A(0) && target == A(0) && weighted == A(0);
   }
   // dz of a class of weight w that is no index target
   MEMEFF_DEVICE A gradient(A z, A w) const {
     return exponential(z - shift) * (softmax + entropy_term(z)) + weighted * w;
   }
-  // dz of the index target
+  // dz of the index target. Two forms of p softmax + target: the first one cancels where p is close
+  // to 1, the second where both p and target are small.
   MEMEFF_DEVICE A target_gradient(A z, A w) const {
-    const A p_entropy = entropy == A(0) ? A(0) : exponential(z - shift) * entropy_term(z);
-    return softmax * exponential_minus_1(z - shift) + target_rest + p_entropy + weighted * w;
+    const A p = exponential(z - shift);
+    const A p_entropy = entropy == A(0) ? A(0) : p * entropy_term(z);
+    const A p_target =
+        p < A(0.5) ? softmax * p + target : softmax * exponential_minus_1(z - shift) + target_rest;
+    return p_target + p_entropy + weighted * w;
   }
 
  private:

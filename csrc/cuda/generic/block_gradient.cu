@@ -14,8 +14,8 @@
 // read. Gradients as wide as the products have no such order: every step is a thread block of its
 // own.
 //
-// Numerics: everything in T, one rounding. The entry of an index target goes through expm1 and is
-// stored after the others.
+// Numerics: everything in T, one rounding. The entry of an index target has a form of its own
+// (target_gradient in logit_gradient.cuh) and is stored after the others.
 #include "core/tiling.h"
 #include "cuda/common/logit_gradient.cuh"
 
@@ -153,9 +153,9 @@ Status launch(const Block& block, void* products, int64_t stride, const LogitTer
   arguments.transform = logit_transform<T>(terms, block.first_class);
   arguments.coefficients = coefficients;
   // Targets without coefficients are none.
-  arguments.index = coefficients.target_rest == nullptr ? nullptr : targets.index;
-  arguments.probabilities = probability_targets<T>(targets, block.first_class);
-  if (coefficients.target == nullptr) arguments.probabilities.data = nullptr;
+  const Targets counted = coefficients.target == nullptr ? Targets{} : targets;
+  arguments.index = counted.index;
+  arguments.probabilities = probability_targets<T>(counted, block.first_class);
 
   const unsigned lanes = threads_along(block.tokens, kPerVector<T>, kThreads);
   const int64_t steps = ceil_div(block.tokens, lanes * kPerVector<T>);

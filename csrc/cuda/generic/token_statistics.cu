@@ -186,11 +186,10 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
   }
   static_cast<A*>(tokens.shift)[token] = shift;
   static_cast<A*>(tokens.softmax)[token] = static_cast<A>(softmax);
-  if (problem.probabilities != nullptr)
-    static_cast<A*>(tokens.target_coefficient)[token] = static_cast<A>(-factors.target);
-  else
-    static_cast<A*>(tokens.target_rest)[token] =
-        static_cast<A>(softmax - factors.target * target_mass);
+  const bool soft = problem.probabilities != nullptr;
+  const double target = soft ? -factors.target : -factors.target * target_mass;
+  static_cast<A*>(tokens.target_coefficient)[token] = static_cast<A>(target);
+  if (!soft) static_cast<A*>(tokens.target_rest)[token] = static_cast<A>(softmax + target);
   if (tokens.weighted != nullptr)
     static_cast<A*>(tokens.weighted)[token] = static_cast<A>(-factors.weighted);
   if (tokens.target_gradient == nullptr || tokens.target_logit == nullptr) return;

@@ -14,7 +14,8 @@
 // Shared memory: 48 KiB of pipeline; then the same memory takes half of the products (33 KiB) and
 // the masses. Two blocks of 128 threads per SM. x is read once per 128 classes, W once per 128
 // tokens, mostly from L2; 2 tokens features classes FLOPs on tensor cores, 2 tokens classes bytes
-// written. Numerics: everything in fp32, G rounded once to nearest.
+// written. Numerics: everything in fp32, G rounded once to nearest; the entry of a target has a form
+// of its own (logit_gradient.cuh) and is stored after the others.
 #include "cuda/sm80/logits_tile.cuh"
 
 namespace memeff::cuda::sm80 {
@@ -53,10 +54,10 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
   const int64_t token = first_token + half + staged_token;
   const int count = count_left<kTokens>(token, logits.block.tokens);
   TokenCoefficients<float> of_token[kTokens];
-  int target[kTokens];
-  coefficients.target = nullptr;  // of class probabilities: said here, it takes no registers
   load_coefficients(of_token, coefficients, token, count);
-  load_targets(target, logits.target, logits.block, token, count);
+  unsigned left_out = 0;  // bit e: token e has no gradient, whatever its logits
+#pragma unroll
+  for (int e = 0; e < kTokens; ++e) left_out |= (of_token[e].all_zero() ? 1u : 0u) << e;
 
   float mass[kTokens] = {};
 #pragma unroll 1
@@ -70,14 +71,30 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
       const TokenCoefficients<float>& c = of_token[e];
       const float z = transform.logit(staged[staged_at(staged_token + e, v)], bias);
       mass[e] += exponential(z - c.shift);
-      const float dz = in_block == target[e] ? c.target_gradient(z, weight) : c.gradient(z, weight);
-      values[e] = narrow<T>(c.all_zero() ? 0.f : dz * transform.slope(z));
+      const float du = c.gradient(z, weight) * transform.slope(z);
+      values[e] = narrow<T>((left_out >> e & 1) != 0 ? 0.f : du);
     }
     store(gradient + int64_t{in_block} * stride + token, values, count);
   }
+  // Entries of targets replace those just stored. What they alone need is loaded down here: above, it
+  // would take registers that there are not.
+  int target[kTokens];
+  load_targets(target, logits.target, logits.block, token, count);
 #pragma unroll
   for (int e = 0; e < kTokens; ++e) {
-    float sum = of_token[e].all_zero() ? 0.f : mass[e];  // no gradient, nothing to lose
+    const int v = target[e] - static_cast<int>(first_class);
+    if (target[e] < 0 || v < 0 || v >= kColumns || (left_out >> e & 1) != 0) continue;
+    if (v % kClassThreads != thread / kTokenThreads) continue;  // another thread's class
+    TokenCoefficients<float> c[1];
+    load_coefficients(c, coefficients, token + e, 1);
+    const float z =
+        transform.logit(staged[staged_at(staged_token + e, v)], transform.bias_of(target[e]));
+    const float du = c[0].target_gradient(z, transform.weight_of(target[e])) * transform.slope(z);
+    gradient[target[e] * stride + token + e] = narrow<T>(du);
+  }
+#pragma unroll
+  for (int e = 0; e < kTokens; ++e) {
+    float sum = (left_out >> e & 1) != 0 ? 0.f : mass[e];  // no gradient, nothing to lose
     sum += __shfl_xor_sync(~0u, sum, kTokenThreads);
     sum += __shfl_xor_sync(~0u, sum, 2 * kTokenThreads);
     if (thread % 32 < kTokenThreads) masses[thread / 32][half + staged_token + e] = sum;
@@ -177,9 +194,9 @@ Status linear_gradient(const Block& block, const LinearOperands& operands, const
   if (operands.features <= 0) return {"linear_gradient: features must be positive"};
   const TileMarks marks{tiles, tiles_stride,
                         static_cast<float>(skip_mass / static_cast<double>(vocab > 0 ? vocab : 1))};
-  // Without target_rest the entry of a target is like any other.
+  // Targets without coefficients are none.
   const LogitBlock logits =
-      logit_block(block, terms, coefficients.target_rest == nullptr ? Targets{} : targets);
+      logit_block(block, terms, coefficients.target == nullptr ? Targets{} : targets);
   switch (operands.dtype) {
     case DType::kBFloat16:
       return select<__nv_bfloat16>(operands, logits, coefficients, gradient, stride, marks, stream);

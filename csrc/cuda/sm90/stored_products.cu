@@ -44,8 +44,8 @@ struct ScoreFactors {
   Block block;
   const float* maxima;  // [tiles, tokens]
   int64_t maxima_stride;
-  const void *shift, *softmax, *target_rest;  // of Coefficients
-  const int64_t* index;                       // targets, or null
+  const void *shift, *softmax, *target;  // of Coefficients
+  const int64_t* index;                  // targets, or null
   const float* target_gradient;
 
   // Of kCount adjacent tokens. What this file does not take is known to be zero.
@@ -55,7 +55,7 @@ struct ScoreFactors {
     Coefficients known;
     known.shift = shift;
     known.softmax = softmax;
-    known.target_rest = target_rest;
+    known.target = target;
     load_coefficients(c, known, token, count);
   }
   template <int kCount>
@@ -467,7 +467,7 @@ Status prepare(const Block& block, const GradientOperands& operands, const Score
               scores.maxima_stride,
               scores.coefficients.shift,
               scores.coefficients.softmax,
-              scores.coefficients.target_rest,
+              scores.coefficients.target,
               scores.targets.index,
               scores.target_gradient};
   return {};
