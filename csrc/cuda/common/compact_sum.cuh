@@ -42,9 +42,11 @@ struct PlainCodes {
 // Of all others.
 class CompactCodes {
  public:
-  MEMEFF_DEVICE explicit CompactCodes(uint32_t exponent)
-      : unit_((exponent - 1) << 23),  // compact_unit(), compact_inverse_unit()
-        inverse_(__uint_as_float((255 - exponent) << 23)) {}
+  // No initialisers: nvcc leaves them to the host's compiler as well, which does not know the function.
+  MEMEFF_DEVICE explicit CompactCodes(uint32_t exponent) {
+    unit_ = (exponent - 1) << 23;  // compact_unit(), compact_inverse_unit()
+    inverse_ = __uint_as_float((255 - exponent) << 23);
+  }
   MEMEFF_DEVICE float value(uint32_t code) const {
     const uint32_t bits = ((code & 0x7fff0000u) >> kToUpper) + kCompactOffset;
     const float magnitude = __uint_as_float(bits) - __uint_as_float(kCompactOffset);
