@@ -240,7 +240,8 @@ class Candidates {
     if (plan.compact_input_sums) slices_with_more_scores(plan);
     // Parts of a slice of grad_weight that add up in its own memory. All scores that lie there must
     // leave it at once.
-    if (!writes_gradients(t_) || plan.token_block < stored_) return;
+    const int64_t parts = 2 + ceil_div(r_.tokens, plan.token_block);
+    if (!writes_gradients(t_) || plan.token_block < stored_ || parts > kMostCompactTerms) return;
     plan.accumulation = Accumulation::kCompact;
     slices_with_more_scores(plan);
   }

@@ -108,6 +108,7 @@ void check_plan(const Case& c, const Plan& plan) {
   if (plan.accumulation == Accumulation::kCompact && plan.kind == PlanKind::kVocabSlices) {
     // All scores leave a slice of the gradient before the first sums are written there.
     CHECK(plan.token_block >= plan.stored_in_gradient);
+    CHECK(r.tokens <= 256 * plan.token_block);
     CHECK(c.traits.kernels.products != Family::kGeneric && !c.traits.smoothing_apart);
   }
   if (plan.compact_input_sums)
