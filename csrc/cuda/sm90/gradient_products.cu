@@ -89,8 +89,9 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands,
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (output.beside) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
+  const Work work = work_of(operands, k, output);
   MEMEFF_LAUNCH_BESIDE(output.beside, kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes,
-                       stream, g, other, out, work_of(operands, k, output), to, order);
+                       stream, g, other, out, work, to, order);
   return launch_status();
 }
 

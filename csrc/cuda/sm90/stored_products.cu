@@ -443,8 +443,9 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands, const S
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (output.beside) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
+  const Work work = work_of(operands, k, output);
   MEMEFF_LAUNCH_BESIDE(output.beside, 1, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream,
-                       e, other, out, scores, work_of(operands, k, output), to, order);
+                       e, other, out, scores, work, to, order);
   return launch_status();
 }
 
