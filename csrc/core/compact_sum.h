@@ -1,5 +1,5 @@
-// Sums of a 16-bit gradient over chunks of tokens, kept in the gradient's own 16 bits per element
-// (Accumulation::kCompact): the format, for every backend.
+// Sums of a 16-bit gradient over chunks of tokens, or on GPUs over slices of classes, kept in the
+// gradient's own 16 bits per element (Accumulation::kCompact): the format, for every backend.
 //
 // The columns of a row form blocks of kCompactBlock. A block has one biased exponent in the workspace, that
 // of its largest magnitude. With unit = 2^(exponent - 128), so that the largest magnitude is 2 to 4 units,

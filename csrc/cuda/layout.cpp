@@ -112,7 +112,7 @@ int64_t summed_beside_scores(const PlanRequest& r, const PlanTraits& t, const Pl
   return sums && kept_tokens(r, plan) > 0 ? std::min(plan.input_block, r.tokens) : 0;
 }
 
-bool one_weight_product(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+bool products_write_weight(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (!writes_gradients(t)) return false;
   if (plan.kind == PlanKind::kTokenChunks) return plan.weight_block >= kept_tokens(r, plan);
   if (plan.accumulation == Accumulation::kCompact) return true;
@@ -215,7 +215,7 @@ Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   const int64_t input_end = cursor.offset();
   if (plan.kind == PlanKind::kTokenChunks || plan.separate_sweeps) cursor.move_to(steps);
   if (r.grad_weight) {
-    if (!one_weight_product(r, t, plan)) {
+    if (!products_write_weight(r, t, plan)) {
       at.weight_sum = cursor.take(plan.slice_vocab * r.features * sum_bytes);
     } else if (plan.stored_in_gradient > 0) {
       at.weight_copy = cursor.take(plan.slice_vocab * round_up(plan.stored_in_gradient, kRow) * 2);

@@ -279,9 +279,7 @@ class Candidates {
   bool compact_;           // the caller leaves to us how gradients add up
 };
 
-}  // namespace
-
-namespace {
+// ---- what a plan costs ----
 
 int64_t parts_of(int64_t tokens, int64_t part) {
   return ceil_div(tokens, std::max<int64_t>(1, part));
@@ -295,7 +293,7 @@ bool is_sm90(Family products) {
 /// scores in the gradient cannot: a copy lies in between.)
 bool run_beside(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   return r.grad_input && r.grad_weight && plan.kind == PlanKind::kTokenChunks && !t.skips &&
-         is_sm90(t.kernels.products) && one_weight_product(r, t, plan);
+         is_sm90(t.kernels.products) && products_write_weight(r, t, plan);
 }
 
 /// The products that make grad_weight, and the bytes that they move back and forth.
@@ -303,7 +301,7 @@ double weight_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, 
   const int64_t n = r.tokens, d = r.features, v = r.vocab, slice = plan.slice_vocab;
   const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
   const int64_t stored = plan.stored_in_gradient, rest = n - stored;
-  const bool direct = one_weight_product(r, t, plan);
+  const bool direct = products_write_weight(r, t, plan);
   double cost;
   int64_t passes = 1, products;  // passes: terms that are added in the gradient or beside it
   if (plan.kind == PlanKind::kTokenChunks) {

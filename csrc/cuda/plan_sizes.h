@@ -30,6 +30,6 @@ int64_t summed_beside_scores(const PlanRequest& request, const PlanTraits& trait
 
 /// Whether products write grad_weight by themselves, slice by slice: one product the whole slice, or
 /// several that add up in its own memory. No other sums are needed then.
-bool one_weight_product(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
+bool products_write_weight(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 
 }  // namespace memeff::cuda

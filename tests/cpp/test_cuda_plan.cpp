@@ -191,7 +191,7 @@ void maxima_make_room_for_the_sweeps() {
   test::context() = name_of(c);
   const Plan plan = plan_of(c);
   CHECK(plan.stored_in_gradient > 0 && plan.kind == PlanKind::kVocabSlices);
-  CHECK_EQ(plan.accumulation == Accumulation::kCompact, true);
+  CHECK(plan.accumulation == Accumulation::kCompact);
   const cuda::Layout with_input = layout(c.request, c.traits, plan);
   CHECK(with_input.weight_copy < with_input.kept_maxima);
   // They stay where the sweep itself turns scores into gradients, and where products read scores.
