@@ -19,7 +19,7 @@ BUILT_FROM := $(shell find csrc buildtools -type f -not -name '*.pyc') setup.py 
 
 # Two targets at once would be two pip processes in one environment.
 .NOTPARALLEL:
-.PHONY: help bench demo test ctest sanitize emulate ptxas verify-gpu lint format clean
+.PHONY: help bench demo test ctest sanitize emulate ptxas verify-gpu lint format docs clean
 
 help:
 	@echo "make bench      the loss of this library against the standard way, on this machine"
@@ -29,6 +29,7 @@ help:
 	@echo "make emulate    the CUDA kernels in the emulator (see tests/emulator)"
 	@echo "make ptxas      registers, shared memory and occupancy of the CUDA kernels into docs/ptxas.txt"
 	@echo "make verify-gpu everything that needs a GPU, results into OUT=folder"
+	@echo "make docs       the documentation into build/site"
 	@echo "make lint       what CI checks about style and types;  make format: mend what can be mended"
 
 $(BIN)/python:
@@ -77,6 +78,9 @@ format: $(STAMP)-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 CPP_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

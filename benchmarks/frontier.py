@@ -5,7 +5,7 @@
 
 A forward and backward pass in bfloat16. Times are the planner's own predictions (FLOPs, tiles that
 stay empty, launches, memory traffic: predicted_cost in csrc/cuda/plan.cpp) at the rates of
-predict_cuda.py. Nothing here is a measurement of memeff. The peers' places are their own figures.
+predict_cuda.py. Nothing here is a measurement of memeff. The peers' points are their own figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DRAWN = [gpu for gpu in GPUS if gpu.name in CAPABILITIES]
 BUDGETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 PRODUCTS = {"own": "own products", "cublas": "cuBLAS"}
 
-# On an H200, at this shape: (who, tokens, ms, MiB over the gradients). Liger's pull request 1472,
+# On an H200, at this shape: (what, tokens, ms, MiB over the gradients). Liger's pull request 1472,
 # Triton kernels in chunks, 1066 MiB of gradients taken off. (QuACK 0.6.1, 17.33 ms at 4096 tokens,
 # says nothing about its memory.)
 PEERS = (
@@ -35,8 +35,6 @@ PEERS = (
     ("8 chunks", 8192, 37.75, 1568.04 - 1066),
     ("16 chunks", 8192, 35.07, 2068.04 - 1066),
 )
-# What memeff is meant to reach on an H200: (tokens, ms, MiB over the gradients).
-GOALS = ((8192, 34.0, 512), (8192, 36.0, 256), (8192, 45.0, 32))
 
 
 @dataclass(frozen=True)
@@ -96,31 +94,39 @@ def table(gpu: Gpu, tokens: int) -> list[str]:
 
 
 def draw(path: str) -> None:
+    """A panel per GPU: time over that of the three bare products, against the workspace."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(TOKENS), figsize=(11, 4.4), layout="constrained")
-    for axis, tokens in zip(axes, TOKENS, strict=True):
-        for i, gpu in enumerate(DRAWN):
+    figure, axes = pyplot.subplots(
+        1, len(DRAWN), figsize=(12, 4.6), sharey=True, layout="constrained"
+    )
+    for axis, gpu in zip(axes, DRAWN, strict=True):
+        for i, tokens in enumerate(TOKENS):
             for products, style in zip(PRODUCTS, ("-", ":"), strict=True):
                 points = frontier(gpu, tokens, products)
-                label = f"{gpu.name}, {PRODUCTS[products]}"
-                memory, times = [p.mib for p in points], [p.ms for p in points]
-                axis.step(memory, times, style, where="post", color=f"C{i}", label=label)
-        for who, at, ms, mib in PEERS:
-            if at == tokens:
-                axis.plot(mib, ms, "k^", label="Liger on an H200, measured by Liger")
-                axis.annotate(who, (mib, ms), textcoords="offset points", xytext=(5, 4), fontsize=7)
-        for at, ms, mib in GOALS:
-            if at == tokens:
-                axis.plot(mib, ms, "r*", label="goal on an H200")
-        axis.set(title=f"{tokens} tokens", xscale="log", xlabel="workspace, MiB", ylim=(0, None))
+                memory = [point.mib for point in points]
+                ratios = [point.ms / floor_ms(gpu, tokens) for point in points]
+                label = f"{tokens} tokens, {PRODUCTS[products]}"
+                axis.step(memory, ratios, style, where="post", color=f"C{i}", label=label)
+            for chunks, at, ms, mib in PEERS:
+                if gpu.name == "H200" and at == tokens:
+                    ratio = ms / floor_ms(gpu, tokens)
+                    label = "Liger, 8192 tokens, measured by Liger"
+                    axis.plot(mib, ratio, "^", color=f"C{i}", mec="black", label=label)
+                    box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
+                    axis.annotate(
+                        chunks, (mib, ratio), (7, 5), textcoords="offset points", fontsize=8,
+                        bbox=box,
+                    )  # fmt: skip
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=gpu.name, xscale="log", xlabel="workspace, MiB")
         axis.set_xticks((32, 128, 512, 2048), ("32", "128", "512", "2048"))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms")
+    axes[0].set(ylabel="time, x floor (three bare products = 1)", ylim=(0.95, None))
     handles: dict[str, object] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

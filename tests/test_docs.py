@@ -1,4 +1,8 @@
-"""The snippets of README.md and docs/losses.md; those of a page run in order, in one namespace."""
+"""README.md and docs/: every snippet runs, every link to the project leads somewhere.
+
+The Python snippets of a page run in order, in one namespace. One behind `<!-- needs: package -->`
+has a test of its own here, which is skipped where the package is not installed.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,38 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+import memeff
+from buildtools.sources import ROOT
+
+REPOSITORY = "https://github.com/memeff/memeff"
+SITE = "https://memeff.github.io/memeff/"
+SNIPPET = re.compile(
+    r"(?:^<!-- needs: (?P<needs>\w+) -->\n)?^```python\n(?P<code>.*?)^```",
+    re.DOTALL | re.MULTILINE,
+)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages that are part of the site by inclusion.
+PAGES += [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+PAGES += [ROOT / "tests" / "emulator" / "README.md"]
+WITH_SNIPPETS = {
+    "README.md": 3,
+    "docs/quickstart.md": 3,
+    "docs/plans.md": 1,
+    "docs/losses.md": 14,
+}
 
 
-def run_snippets(page: str, least: int) -> dict[str, Any]:
-    """What is defined after all of them, of which there are at least so many."""
-    snippets = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert len(snippets) >= least
-    namespace: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(compile(snippet, page, "exec"), namespace)
+def snippets(page: Path, needs: str | None = None) -> list[str]:
+    """The snippets of a page that need the package `needs`, or, for None, none."""
+    return [m["code"] for m in SNIPPET.finditer(page.read_text()) if m["needs"] == needs]
+
+
+def run(page: Path, codes: list[str], namespace: dict[str, Any]) -> dict[str, Any]:
+    for code in codes:
+        exec(compile(code, str(page), "exec"), namespace)
     return namespace
 
 
@@ -32,10 +54,67 @@ def check(namespace: dict[str, Any], gradients: tuple[str, ...], scalars: tuple[
         assert isinstance(value, torch.Tensor) and value.dim() == 0 and value.isfinite(), name
 
 
-def test_readme() -> None:
-    check(run_snippets("README.md", 4), ("hidden", "weight"), ("loss",))
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
+def test_snippets_run(name: str) -> None:
+    codes = snippets(ROOT / name)
+    assert len(codes) >= WITH_SNIPPETS[name]
+    namespace = run(ROOT / name, codes, {})
+    check(namespace, ("hidden",), ())
+    if name == "docs/losses.md":
+        scalars = ("gspo", "ppo", "dpo", "orpo", "simpo", "cpo", "kto", "focal", "smooth", "loss")
+        check(namespace, ("weight", "scale"), scalars)
 
 
-def test_losses() -> None:
-    scalars = ("gspo", "ppo", "dpo", "orpo", "simpo", "cpo", "kto", "focal", "smooth", "loss")
-    check(run_snippets("docs/losses.md", 14), ("hidden", "weight", "scale"), scalars)
+def test_no_page_with_snippets_is_left_out() -> None:
+    pages = {page.relative_to(ROOT).as_posix() for page in PAGES if snippets(page)}
+    assert pages == set(WITH_SNIPPETS)
+
+
+def test_the_first_screen_has_all_that_a_beginner_needs() -> None:
+    first = "\n".join((ROOT / "README.md").read_text().splitlines()[:60])
+    for part in ("pip install", "memeff.patch(model)", "memeff.linear_cross_entropy(", "Status"):
+        assert part in first
+
+
+def test_readme_trains_a_hugging_face_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snippet as it stands, with a tiny random model in place of the download."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    if not hasattr(memeff, "patch"):
+        pytest.skip("this version has no memeff.patch")
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    before = model.lm_head.weight.detach().clone()
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_args, **_options: model
+    )
+    ids = torch.randint(512, (4, 16))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, learning_rate=0.1,
+    )  # fmt: skip
+    dataset = [{"input_ids": row, "labels": row} for row in ids]
+    (code,) = snippets(ROOT / "README.md", needs="transformers")
+    namespace = {"training_args": arguments, "dataset": dataset}
+    run(ROOT / "README.md", [code], namespace)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_to_the_project_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        address, _, _anchor = link.partition("#")
+        if address.startswith(REPOSITORY):
+            path = re.fullmatch(rf"{REPOSITORY}(?:/(?:blob|tree)/main/(.+))?", address)
+            assert path and (ROOT / (path[1] or ".")).exists(), link
+        elif address.startswith(SITE):
+            name = address.removeprefix(SITE).strip("/") or "index"
+            assert (ROOT / "docs" / f"{name}.md").exists(), link
+        elif not address.startswith("http"):
+            # Relative links are for pages of docs/, which mkdocs checks, too.
+            assert page.parent == ROOT / "docs" and (page.parent / address).exists(), link

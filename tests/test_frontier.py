@@ -1,4 +1,4 @@
-"""benchmarks/frontier.py: the table of docs/kernels.md is what the planner predicts today."""
+"""benchmarks/frontier.py: docs/predictions.md has the tables that the planner predicts today."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_page_shows_what_is_predicted(tokens: int, monkeypatch: pytest.Monke
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "")  # frontier() sets it
     (h200,) = (gpu for gpu in frontier.DRAWN if gpu.name == "H200")
     title, _, *rows = frontier.table(h200, tokens)
-    page = (ROOT / "docs" / "kernels.md").read_text()
+    page = (ROOT / "docs" / "predictions.md").read_text()
     assert "\n".join([f"**{title}**", "", *rows]) in page
 
 
