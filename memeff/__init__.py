@@ -6,9 +6,11 @@ Public names are loaded on first use: ``import memeff`` imports neither torch no
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from memeff import losses as losses
     from memeff import reference as reference
     from memeff.chunked import chunked_linear_apply as chunked_linear_apply
@@ -57,6 +59,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return importlib.metadata.version("memeff")
     if name in ("losses", "reference"):
         return importlib.import_module(f"memeff.{name}")
     home = _HOMES.get(name)
@@ -68,4 +72,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

@@ -47,26 +47,43 @@ def parse_memory_budget(memory_budget: int | str | None) -> int:
     return memory_budget
 
 
-def parse_chunk_size(chunk_size: int | None, options: Any) -> int:
-    """Tokens per chunk, 0 when the planner may choose.
+def merge_torch_options(
+    options: Any,
+    chunk_size: int | None,
+    accum_dtype: torch.dtype | None,
+    dtype: torch.dtype,
+) -> tuple[int | None, torch.dtype | None]:
+    """(chunk_size, accum_dtype) with what a torch.nn.LinearCrossEntropyOptions says about them.
 
-    ``options`` is a torch.nn.LinearCrossEntropyOptions or None. Its explicit ``batch_chunk_size``
-    is taken over. The rest of it needs no counterpart: the planner replaces the heuristics of
-    ``chunking_method``, sums are accumulated in float32 or exactly whatever ``acc_policy``, and
-    the graph may always be retained.
+    Its other fields need no counterpart: the planner replaces the heuristics of
+    ``chunking_method``, every ``acc_policy`` is met because sums are never rougher than torch's,
+    and the graph may always be retained.
     """
-    if options is not None:
-        if not hasattr(options, "batch_chunk_size"):
-            raise TypeError(
-                "options must be a torch.nn.LinearCrossEntropyOptions or None, got "
-                f"{type(options).__name__}"
-            )
-        if chunk_size is not None and options.batch_chunk_size is not None:
-            raise ValueError(
-                f"chunk_size is {chunk_size} and options.batch_chunk_size is "
-                f"{options.batch_chunk_size}, expected only one of them"
-            )
-        chunk_size = options.batch_chunk_size if chunk_size is None else chunk_size
+    if options is None:
+        return chunk_size, accum_dtype
+    if not hasattr(options, "batch_chunk_size"):
+        raise TypeError(
+            "options must be a torch.nn.LinearCrossEntropyOptions or None, got "
+            f"{type(options).__name__}"
+        )
+    parse_accum_dtype(options.acc_dtype, dtype, "options.acc_dtype")
+    return (
+        _only_one("chunk_size", chunk_size, "batch_chunk_size", options.batch_chunk_size),
+        _only_one("accum_dtype", accum_dtype, "acc_dtype", options.acc_dtype),
+    )
+
+
+def _only_one(name: str, value: Any, torch_name: str, torch_value: Any) -> Any:
+    if value is not None and torch_value is not None:
+        raise ValueError(
+            f"{name} is {value} and options.{torch_name} is {torch_value}, expected only one of "
+            "them"
+        )
+    return torch_value if value is None else value
+
+
+def parse_chunk_size(chunk_size: int | None) -> int:
+    """Tokens per chunk, 0 when the planner may choose."""
     if chunk_size is None:
         return 0
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, torch.SymInt)):
@@ -74,6 +91,26 @@ def parse_chunk_size(chunk_size: int | None, options: Any) -> int:
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected a number of tokens >= 1")
     return chunk_size
+
+
+def parse_accum_dtype(
+    accum_dtype: torch.dtype | None, dtype: torch.dtype, name: str = "accum_dtype"
+) -> str:
+    """How gradients of ``dtype`` are summed over chunks, as the ops call it."""
+    if accum_dtype is None:
+        return "auto"
+    if not isinstance(accum_dtype, torch.dtype):
+        raise TypeError(
+            f"{name} must be a torch.dtype or None, got {type(accum_dtype).__name__} "
+            f"{accum_dtype!r}"
+        )
+    plain = torch.promote_types(dtype, torch.float32)
+    if accum_dtype != plain:
+        raise ValueError(
+            f"{name} is {accum_dtype}, expected {plain} or None (the planner's choice) for "
+            f"input of dtype {dtype}"
+        )
+    return "float32"
 
 
 def parse_num_items(

@@ -17,7 +17,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 SMALL_INDEX_DTYPES = (torch.uint8, torch.int8, torch.int16)
 REDUCTIONS = ("mean", "sum", "none")
-GRAD_ACCUMULATIONS = ("auto", "float32", "native")
 
 
 class Geometry(NamedTuple):

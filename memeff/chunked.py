@@ -114,7 +114,7 @@ def chunked_linear_apply(
         len(rows),
         linear_weight,
         itemsize,
-        _arguments.parse_chunk_size(chunk_size, None),
+        _arguments.parse_chunk_size(chunk_size),
         _arguments.parse_memory_budget(memory_budget),
     )
     tensors = [t.reshape(len(rows), *t.shape[len(lead) :]) for t in per_token_tensors]

@@ -41,7 +41,7 @@ def linear_cross_entropy(
     return_statistics: Literal[False] = ...,
     memory_budget: int | str | None = ...,
     chunk_size: int | None = ...,
-    grad_accumulation: str = ...,
+    accum_dtype: torch.dtype | None = ...,
     skip_mass: float = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -68,7 +68,7 @@ def linear_cross_entropy(
     return_statistics: Literal[True],
     memory_budget: int | str | None = ...,
     chunk_size: int | None = ...,
-    grad_accumulation: str = ...,
+    accum_dtype: torch.dtype | None = ...,
     skip_mass: float = ...,
     backend: str = ...,
 ) -> tuple[Tensor, TokenStatistics]: ...
@@ -94,7 +94,7 @@ def linear_cross_entropy(
     return_statistics: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
-    grad_accumulation: str = "auto",
+    accum_dtype: torch.dtype | None = None,
     skip_mass: float = 0.0,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
@@ -120,7 +120,8 @@ def linear_cross_entropy(
             and is the only value allowed with class probabilities.
         label_smoothing: in [0, 1], the share of the target spread evenly over all classes.
         options: torch.nn.LinearCrossEntropyOptions, for torch's callers: its ``batch_chunk_size``
-            becomes ``chunk_size``, and the planner takes care of the rest.
+            and ``acc_dtype`` become ``chunk_size`` and ``accum_dtype``, and the planner takes care
+            of the rest.
         softcap: c > 0 caps the logits: c * tanh(z / c), after ``logit_scale``.
         logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature.
         z_loss: coefficient of logsumexp(logits)^2, added to each token's loss.
@@ -136,11 +137,11 @@ def linear_cross_entropy(
             and what torch's matrix products take where these are used.
         chunk_size: tokens per chunk, for those who want to fix what the planner chooses; at least 8
             where torch's matrix products compute the scores.
-        grad_accumulation: how the weight gradient is summed over chunks of tokens: "float32",
-            "native" (its own dtype), or "auto": float32 wherever the memory budget allows, and for
-            16-bit dtypes in smaller ones, or where it is faster on a GPU, 16-bit sums that are 32
-            times finer than bfloat16 (the plan calls them "compact"; GPUs sum the input's gradient
-            in the same way).
+        accum_dtype: how the weight gradient is summed over chunks of tokens. torch.float32
+            (torch.float64 for float64 inputs): in sums of that dtype. None: the same wherever the
+            memory budget allows, and for 16-bit dtypes in smaller ones, or where it is faster on a
+            GPU, in 16-bit sums that are 32 times finer than bfloat16 (the plan calls them
+            "compact"; GPUs sum the input's gradient in the same way).
         skip_mass: e > 0 lets the gradients leave out tiles of the softmax without much probability:
             less than e per token in all, so that the error of a token's input gradient is less than
             e * max_v ||linear_weight[v]|| times its share of the loss. Saves time on GPUs where the
@@ -185,14 +186,17 @@ def linear_cross_entropy(
     _checks.check_device(device, "token_weight", token_weight)
 
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_choice("grad_accumulation", grad_accumulation, _checks.GRAD_ACCUMULATIONS)
     _checks.check_ignore_index(ignore_index, geometry.probabilities)
     _checks.check_numbers(label_smoothing, softcap, logit_scale, z_loss)
     _checks.check_skip_mass(skip_mass)
     _checks.check_shift(shift, geometry.leading)
     denominator = _arguments.parse_num_items(num_items, reduction, device)
     budget = _arguments.parse_memory_budget(memory_budget)
-    chunk = _arguments.parse_chunk_size(chunk_size, options)
+    chunk_size, accum_dtype = _arguments.merge_torch_options(
+        options, chunk_size, accum_dtype, input.dtype
+    )
+    chunk = _arguments.parse_chunk_size(chunk_size)
+    grad_accumulation = _arguments.parse_accum_dtype(accum_dtype, input.dtype)
     needs_reference = _checks.check_differentiability(
         target, weight, token_weight, geometry.probabilities
     )

@@ -1,4 +1,4 @@
-"""``linear_loss``: a sum of per-token losses of token statistics, with gradients in one pass.
+"""``linear_loss``: a per-token loss of token statistics, reduced, with gradients in one pass.
 
 The work of linear_cross_entropy, three matrix products, for a loss that the caller writes. As soon
 as the statistics of a chunk of tokens are known, autograd differentiates the caller's function with
@@ -25,17 +25,16 @@ from memeff.token_statistics import check_shapes, linear_token_statistics
 
 __all__ = ["linear_loss"]
 
-REDUCTIONS = ("sum", "mean")
-
 
 def linear_loss(
+    fn: Callable[..., Tensor],
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor | None,
-    loss_fn: Callable[..., Tensor],
     *per_token_tensors: Tensor,
     linear_bias: Tensor | None = None,
-    reduction: str = "sum",
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -44,26 +43,33 @@ def linear_loss(
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Sum or mean over all tokens of ``loss_fn(statistics, *chunks)``, without storing the logits.
+    """The loss ``fn(statistics, *chunks)`` of every token, reduced, without storing the logits.
 
-    ``loss_fn`` gets the :class:`memeff.LogitStatistics` of c tokens (``logprob`` [c] or [c, K],
+    ``fn`` gets the :class:`memeff.LogitStatistics` of c tokens (``logprob`` [c] or [c, K],
     ``lse`` [c], ``max_logit`` [c], and ``entropy`` [c] if asked for) and the same c rows of each of
     ``per_token_tensors``; it returns their losses, [c]. A token's loss must depend on that token
     alone; what goes beyond (sequence-level ratios, say) takes :func:`linear_token_statistics`.
     Gradients flow to ``input``, ``linear_weight``, ``linear_bias``, ``per_token_tensors``, and
-    parameters that ``loss_fn`` closes over. They are computed in the forward pass (except those of
-    float16, which could underflow before a loss scale is applied, and on GPUs with several targets
-    per token: these recompute the scores).
+    parameters that ``fn`` closes over. They are computed in the forward pass, with three exceptions
+    that recompute the scores: float16, whose gradients could underflow before a loss scale is
+    applied; ``reduction="none"``; and on GPUs several targets per token.
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
             memory_budget, chunk_size, backend: as in :func:`linear_token_statistics`.
-        reduction: "sum", or "mean": the sum divided by the number of tokens, masked or not.
+        fn: as above; it is called once per chunk of tokens.
+        reduction: "mean": the sum divided by the number of tokens with a target other than
+            ``ignore_index`` (by that of all tokens without targets); "sum"; or "none": the loss of
+            every token. Tokens whose target is ``ignore_index`` have a log-probability of 0; what
+            ``fn`` makes of their other statistics is part of the sum.
+        num_items: with "mean", the denominator in place of that number: an int or a 0-d tensor. For
+            gradient accumulation over several calls.
 
     Returns:
-        The loss, 0-d, float32 (float64 for float64 inputs). Second derivatives raise an error.
+        The loss, 0-d or in the leading dimensions of ``input``, float32 (float64 for float64
+        inputs). Second derivatives raise an error.
     """
-    _checks.check_choice("reduction", reduction, REDUCTIONS)
+    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     options: dict[str, Any] = {
         "linear_bias": linear_bias, "ignore_index": ignore_index, "softcap": softcap,
         "logit_scale": logit_scale, "entropy": entropy, "memory_budget": memory_budget,
@@ -74,6 +80,7 @@ def linear_loss(
     for position, tensor in enumerate(per_token_tensors):
         _checks.check_tensor(f"per_token_tensors[{position}]", tensor)
     check_shapes(input, linear_weight, target, linear_bias)
+    denominator = _arguments.parse_num_items(num_items, reduction, input.device)
     lead = input.shape[:-1]
     for position, tensor in enumerate(per_token_tensors):
         if tensor.shape[: len(lead)] != lead:
@@ -89,14 +96,34 @@ def linear_loss(
     operands = [t for t in (x, linear_weight, linear_bias) if t is not None]
     resolved = _arguments.resolve_backend(backend, input.device, needs_reference=False)
     now = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
-    now = now and all(t.numel() > 0 for t in operands) and _can_stop(resolved, x, target)
+    now = (
+        now
+        and reduction != "none"
+        and all(t.numel() > 0 for t in operands)
+        and _can_stop(resolved, x, target)
+    )
     if not now:
         statistics = linear_token_statistics(x, linear_weight, target, argmax=False, **options)
-        total = _checked(loss_fn(statistics, *rows), len(x)).sum()
+        losses = _checked(fn(statistics, *rows), len(x))
+        if reduction == "none":
+            return losses.reshape(lead)
+        total = losses.sum()
     else:
-        call = _Call(statistics_ops.LIBRARIES[resolved], loss_fn, rows, target)
+        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target)
         total = torch.compiler.disable(call.run)(x, linear_weight, linear_bias, options)
-    return total / lead.numel() if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    if denominator is not None:
+        return total / denominator
+    return total / _counted_tokens(target, lead.numel(), ignore_index)
+
+
+def _counted_tokens(target: Tensor | None, tokens: int, ignore_index: int) -> Tensor | int:
+    """Tokens with a target other than ``ignore_index``; all of them without targets."""
+    if target is None:
+        return tokens
+    counted = target != ignore_index
+    return (counted if counted.dim() == 1 else counted.any(-1)).sum()
 
 
 def _can_stop(backend: str, input: Tensor, target: Tensor | None) -> bool:
@@ -112,7 +139,7 @@ def _can_stop(backend: str, input: Tensor, target: Tensor | None) -> bool:
 def _checked(losses: Tensor, tokens: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape != (tokens,):
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses)
-        raise RuntimeError(f"loss_fn returned {got} for {tokens} tokens, expected ({tokens},)")
+        raise RuntimeError(f"fn returned {got} for {tokens} tokens, expected shape ({tokens},)")
     return losses
 
 
@@ -125,11 +152,11 @@ class _Call:
     def __init__(
         self,
         library: statistics_ops.StatisticsOperators,
-        loss_fn: Callable[..., Tensor],
+        fn: Callable[..., Tensor],
         rows: list[Tensor],
         target: Tensor | None,
     ) -> None:
-        self.library, self.loss_fn, self.rows = library, loss_fn, rows
+        self.library, self.fn, self.rows = library, fn, rows
         self.one_target = target is not None and target.dim() == 1
         self.target = target if target is None or target.dim() == 2 else target.unsqueeze(1)
         self.total: Tensor | None = None
@@ -167,7 +194,7 @@ class _Call:
                 weight.requires_grad,
                 bias is not None and bias.requires_grad,
                 _arguments.parse_memory_budget(options["memory_budget"]),
-                _arguments.parse_chunk_size(options["chunk_size"], None),
+                _arguments.parse_chunk_size(options["chunk_size"]),
             )
         finally:
             del self.running[number]
@@ -206,7 +233,7 @@ class _Call:
                 top_ids=None,
             )  # fmt: skip
             chunks = [t[tokens].detach().requires_grad_(t.requires_grad) for t in self.rows]
-            loss = _checked(self.loss_fn(statistics, *chunks), len(lse)).sum()
+            loss = _checked(self.fn(statistics, *chunks), len(lse)).sum()
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
         if not loss.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
@@ -215,7 +242,7 @@ class _Call:
             others = captured_leaves(loss, own, number)
         except CapturedResult as node:
             raise RuntimeError(
-                f"loss_fn closes over a result ({node}) of other differentiable computations, "
+                f"fn closes over a result ({node}) of other differentiable computations, "
                 "expected parameters only; pass it as a per-token tensor, or use "
                 "memeff.linear_token_statistics"
             ) from None

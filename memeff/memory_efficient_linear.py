@@ -98,7 +98,7 @@ class MemoryEfficientLinear(torch.autograd.Function):
             bias_grad=bias.dtype if bias is not None and wanted[4] else None,
         )
         itemsize = head.logits_dtype.itemsize
-        size = _arguments.parse_chunk_size(chunk_size, None)
+        size = _arguments.parse_chunk_size(chunk_size)
         size = choose_chunk_size(len(rows), head.weight, itemsize, size)
         total = rows.new_zeros((), dtype=head.logits_dtype)
         shares = _shares(labels, size, ignore_index) if reduction == "mean" else None

@@ -30,7 +30,7 @@ _SETTINGS = (
     "shift",
     "memory_budget",
     "chunk_size",
-    "grad_accumulation",
+    "accum_dtype",
     "skip_mass",
     "backend",
 )
@@ -54,7 +54,7 @@ class LinearCrossEntropyLoss(nn.Module):
         linear: the classifier to share, instead of owning one.
         weight: class weights [V], kept as a buffer.
         reduction, ignore_index, label_smoothing, options, softcap, logit_scale, z_loss, shift,
-            memory_budget, chunk_size, grad_accumulation, skip_mass, backend: see
+            memory_budget, chunk_size, accum_dtype, skip_mass, backend: see
             :func:`memeff.linear_cross_entropy`.
 
     Under FSDP, wrap this module (or what contains it) so that its forward is where the weight is
@@ -84,7 +84,7 @@ class LinearCrossEntropyLoss(nn.Module):
         shift: bool | int = False,
         memory_budget: int | str | None = None,
         chunk_size: int | None = None,
-        grad_accumulation: str = "auto",
+        accum_dtype: torch.dtype | None = None,
         skip_mass: float = 0.0,
         backend: str = "auto",
     ) -> None:
@@ -134,7 +134,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.shift = shift
         self.memory_budget = memory_budget
         self.chunk_size = chunk_size
-        self.grad_accumulation = grad_accumulation
+        self.accum_dtype = accum_dtype
         self.skip_mass = skip_mass
         self.backend = backend
 

@@ -46,7 +46,7 @@ class Plan:
     """Tokens whose scores are kept in the memory of the weight gradient until it is written."""
     accumulation: str
     """How the weight gradient adds up: "exact" (one product), "float32", "compact" (a 16-bit
-    gradient's own bits with exponents in common: 32 times finer than bfloat16) or "native"."""
+    gradient's own bits with exponents in common: 32 times finer than bfloat16)."""
     input_accumulation: str
     """How the input's gradient adds up where slices of the vocabulary contribute to it: "float32",
     or "compact", in its own memory, on GPUs."""
@@ -109,7 +109,7 @@ def plan(
     return_statistics: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
-    grad_accumulation: str = "auto",
+    accum_dtype: torch.dtype | None = None,
     skip_mass: float = 0.0,
     backend: str = "auto",
     compute_capability: tuple[int, int] | None = None,
@@ -128,7 +128,7 @@ def plan(
             require; for numbers, yes.
         probabilities: whether the targets are class probabilities.
         reduction, label_smoothing, softcap, return_statistics, memory_budget, chunk_size,
-            grad_accumulation, skip_mass: as in the call.
+            accum_dtype, skip_mass: as in the call.
         backend: as in the call; "cuda" needs no GPU, nor a build with CUDA.
         compute_capability: of the GPU to plan for. None: of the current one, else (9, 0).
 
@@ -163,7 +163,6 @@ def plan(
     dtype_name = str(dtype).removeprefix("torch.")
     _checks.check_choice("dtype", dtype_name, tuple(_DTYPES))
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_choice("grad_accumulation", grad_accumulation, _checks.GRAD_ACCUMULATIONS)
     _checks.check_numbers(label_smoothing, softcap, 1.0, 0.0)
     _checks.check_skip_mass(skip_mass)
     planned = ("cpu", "cuda")
@@ -187,8 +186,8 @@ def plan(
         statistics=return_statistics,
         skip_mass=float(skip_mass),
         memory_budget=_arguments.parse_memory_budget(memory_budget),
-        chunk_size=_arguments.parse_chunk_size(chunk_size, None),
-        grad_accumulation=grad_accumulation,
+        chunk_size=_arguments.parse_chunk_size(chunk_size),
+        grad_accumulation=_arguments.parse_accum_dtype(accum_dtype, _DTYPES[dtype_name]),
         **_gpu(compute_capability, device),
     )
     return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=backend, **chosen)

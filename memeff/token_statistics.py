@@ -177,7 +177,7 @@ def _statistics(
     if not 0 <= top_k <= vocab:
         raise ValueError(f"top_k is {top_k}, expected a number of classes in [0, {vocab}]")
     budget = _arguments.parse_memory_budget(memory_budget)
-    chunk = _arguments.parse_chunk_size(chunk_size, None)
+    chunk = _arguments.parse_chunk_size(chunk_size)
     resolved = _arguments.resolve_backend(backend, input.device, needs_reference=False)
 
     kept = None

@@ -50,7 +50,7 @@ class Case:
     weight_layout: str = "contiguous"
     memory_budget: int | str | None = None
     chunk_size: int | None = None
-    grad_accumulation: str = "auto"
+    accum_dtype: torch.dtype | None = None
     differentiate: tuple[str, ...] = ("dx", "dw", "db")
     seed: int = 0
 
@@ -281,7 +281,7 @@ def run_memeff(case: Case, inputs: Inputs, **overrides: Any) -> Result:
         "shift": case.shift,
         "memory_budget": case.memory_budget,
         "chunk_size": case.chunk_size,
-        "grad_accumulation": case.grad_accumulation,
+        "accum_dtype": case.accum_dtype,
     }
     if case.ignore_index is not None:
         arguments["ignore_index"] = case.ignore_index

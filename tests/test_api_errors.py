@@ -133,8 +133,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     ),
     "reduction": ({"reduction": "average"}, ValueError, ("reduction", "'average'", "'mean'")),
     "backend": ({"backend": "tpu"}, ValueError, ("backend", "'tpu'", "'reference'")),
-    "grad_accumulation": (
-        {"grad_accumulation": "fp8"}, ValueError, ("grad_accumulation", "'fp8'", "'native'"),
+    "accum_dtype is a string": (
+        {"accum_dtype": "float32"}, TypeError, ("accum_dtype", "'float32'", "torch.dtype"),
+    ),
+    "accum_dtype of 16 bits": (
+        {"accum_dtype": torch.bfloat16}, ValueError,
+        ("accum_dtype", "torch.bfloat16", "torch.float32", "None"),
+    ),
+    "accum_dtype finer than the kernels' sums": (
+        {"accum_dtype": torch.float64}, ValueError,
+        ("accum_dtype", "torch.float64", "torch.float32", "None"),
     ),
     "softcap 0": ({"softcap": 0.0}, ValueError, ("softcap", "0.0", "> 0")),
     "softcap negative": ({"softcap": -30.0}, ValueError, ("softcap", "-30.0", "> 0")),
@@ -272,6 +280,20 @@ def test_chunk_size_twice() -> None:
     options = options_type(batch_chunk_size=4, chunking_method=None)
     with pytest.raises(ValueError, match=r"chunk_size is 8.*batch_chunk_size is 4"):
         memeff.linear_cross_entropy(**arguments(), options=options, chunk_size=8)
+
+
+def test_acc_dtype_of_torch_is_honoured_or_refused() -> None:
+    options_type = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options_type is None:
+        pytest.skip(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
+    call = arguments()
+    expected = memeff.linear_cross_entropy(**call, accum_dtype=torch.float32)
+    options = options_type(acc_dtype=torch.float32)
+    assert torch.equal(memeff.linear_cross_entropy(**call, options=options), expected)
+    with pytest.raises(ValueError, match=r"accum_dtype is .*options.acc_dtype is torch.float32"):
+        memeff.linear_cross_entropy(**call, options=options, accum_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"options.acc_dtype is torch.float16, expected torch.fl"):
+        memeff.linear_cross_entropy(**call, options=options_type(acc_dtype=torch.float16))
 
 
 def test_other_devices_are_refused() -> None:

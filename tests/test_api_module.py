@@ -156,7 +156,9 @@ def test_import_is_light() -> None:
     code = (
         "import sys, memeff\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
-        "assert set(memeff.__all__) <= set(dir(memeff))\n"
+        "assert dir(memeff) == sorted([*memeff.__all__, '__version__'])\n"
+        "from importlib.metadata import version\n"
+        "assert memeff.__version__ == version('memeff') and 'torch' not in sys.modules\n"
         "assert all(getattr(memeff, name) is not None for name in memeff.__all__)\n"
         "import memeff.planning, memeff.reference, memeff.statistics\n"
         "assert callable(memeff.plan) and callable(memeff.reference.linear_cross_entropy)\n"

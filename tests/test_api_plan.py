@@ -58,7 +58,7 @@ def test_small_budgets_keep_bfloat16_sums_compact() -> None:
     plan = memeff.plan(4096, 1024, 32768, "bfloat16", memory_budget="40MiB")
     assert plan.accumulation == "compact" or plan.kernels == "blas"
     exact = memeff.plan(
-        4096, 1024, 32768, "bfloat16", memory_budget="40MiB", grad_accumulation="float32"
+        4096, 1024, 32768, "bfloat16", memory_budget="40MiB", accum_dtype=torch.float32
     )
     assert exact.accumulation != "compact"
 

@@ -108,10 +108,8 @@ def test_products_in_pieces(shape: tuple[int, int, int], monkeypatch: pytest.Mon
 @pytest.mark.parametrize("chunk_size", [1, 100])
 def test_chunks(chunk_size: int, dtype: torch.dtype) -> None:
     tokens = 6 if chunk_size == 1 else 290
-    accumulation = "native" if dtype in (torch.float32, torch.float64) else "float32"
-    check_emulated(
-        Case((tokens,), 16, 140, dtype, chunk_size=chunk_size, grad_accumulation=accumulation)
-    )
+    accum_dtype = torch.promote_types(dtype, torch.float32)
+    check_emulated(Case((tokens,), 16, 140, dtype, chunk_size=chunk_size, accum_dtype=accum_dtype))
 
 
 @pytest.mark.parametrize(
@@ -314,7 +312,7 @@ def test_scores_kept_or_computed_again(
         s = SimpleNamespace(**plain_statistics(q, softcap))
         return loss(s, q.old.to(s.lse.dtype)).sum()
 
-    kept = memeff.linear_loss(p.x, p.w, p.target, loss, p.old, **options)
+    kept = memeff.linear_loss(loss, p.x, p.w, p.target, p.old, reduction="sum", **options)
     again = loss(memeff.linear_token_statistics(p.x, p.w, p.target, **options), p.old).sum()
     plain, expected = of_plain(p), of_plain(exact)
     for name, ours in (("kept", kept), ("computed again", again)):
@@ -340,7 +338,7 @@ def test_linear_loss_runs_per_chunk(several: bool) -> None:
         return -statistics.lse
 
     total = memeff.linear_loss(
-        problem.x, problem.w, target, loss, chunk_size=128, backend="emulated"
+        loss, problem.x, problem.w, target, chunk_size=128, backend="emulated"
     )
     total.backward()
     assert (len(sizes) == 1) == several and sum(sizes) == 300

@@ -49,9 +49,9 @@ class Problem:
 
     def ours(self, **options: Any) -> Tensor:
         return memeff.linear_loss(
-            self.x, self.w, self.target,
             lambda s, old: self.per_token(s.logprob, s.lse, s.entropy, old),
-            self.old, linear_bias=self.b, entropy=True, **options,
+            self.x, self.w, self.target, self.old, linear_bias=self.b, entropy=True,
+            **({"reduction": "sum"} | options),
         )  # fmt: skip
 
     def plain(
@@ -66,7 +66,9 @@ class Problem:
         entropy = torch.special.entr(log_p.exp()).sum(-1)
         logprob = logprob.masked_fill(ignored, 0)
         losses = self.per_token(logprob, z.logsumexp(-1), entropy, self.old.to(z.dtype))
-        return losses.mean() if reduction == "mean" else losses.sum()
+        if reduction == "none":
+            return losses
+        return losses.sum() / (~ignored).sum() if reduction == "mean" else losses.sum()
 
 
 NAMES = ("dx", "dw", "db", "old", "scale")
@@ -122,7 +124,9 @@ def test_equals_the_other_forms() -> None:
         return F.cross_entropy(z, y, reduction="sum")
 
     forms = [
-        memeff.linear_loss(p.x, p.w, p.target, lambda s: -s.logprob, linear_bias=p.b),
+        memeff.linear_loss(
+            lambda s: -s.logprob, p.x, p.w, p.target, linear_bias=p.b, reduction="sum"
+        ),
         -memeff.linear_logprobs(p.x, p.w, p.target, linear_bias=p.b).sum(),
         memeff.chunked_linear_apply(nll, p.x, p.w, p.target, linear_bias=p.b, chunk_size=30),
         memeff.linear_cross_entropy(p.x, p.w, p.target, linear_bias=p.b, reduction="sum"),
@@ -139,7 +143,9 @@ def test_all_rows_masked(dtype: torch.dtype) -> None:
     and the other statistics are those of the rows."""
     p = Problem(dtype)
     p.target.fill_(-100)
-    loss = memeff.linear_loss(p.x, p.w, p.target, lambda s: -s.logprob, linear_bias=p.b)
+    loss = memeff.linear_loss(
+        lambda s: -s.logprob, p.x, p.w, p.target, linear_bias=p.b, reduction="sum"
+    )
     assert loss == 0
     assert not any(g.any() for g in torch.autograd.grad(loss, [p.x, p.w, p.b]))
     check(p, {})
@@ -153,7 +159,7 @@ def test_gradcheck() -> None:
             return (s.logprob - old).exp() * scale + s.entropy.square() * s.lse
 
         return memeff.linear_loss(
-            x, w, p.target, of_tokens, old, linear_bias=b, entropy=True, softcap=2.0,
+            of_tokens, x, w, p.target, old, linear_bias=b, entropy=True, softcap=2.0,
             logit_scale=0.7, reduction="mean", chunk_size=2,
         )  # fmt: skip
 
@@ -169,7 +175,7 @@ def test_inside_compiled_code(backend: str) -> None:
 
     def step(x: Tensor, w: Tensor, b: Tensor, old: Tensor) -> Tensor:
         loss = memeff.linear_loss(
-            x * 2, w, p.target, lambda s, old: (s.logprob - old).exp(), old, linear_bias=b
+            lambda s, old: (s.logprob - old).exp(), x * 2, w, p.target, old, linear_bias=b
         )
         return loss * 3
 
@@ -215,30 +221,71 @@ def test_shapes_and_partial_gradients(several: bool) -> None:
         shapes.append(s.logprob.shape[1:])
         return (s.logprob.sum(-1) if several else s.logprob) * mask
 
-    ours = memeff.linear_loss(x, w, y, fn, mask, chunk_size=4)
+    ours = memeff.linear_loss(fn, x, w, y, mask, chunk_size=4, reduction="sum")
     assert set(shapes) == {(2,) if several else ()}
     picked = memeff.linear_logprobs(x, w, y)
     expected = ((picked.sum(-1) if several else picked) * mask).sum()
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(torch.autograd.grad(ours, w), torch.autograd.grad(expected, w))
-    without = memeff.linear_loss(x, w.detach(), y, fn, mask)
+    without = memeff.linear_loss(fn, x, w.detach(), y, mask, reduction="sum")
     torch.testing.assert_close(without, expected.detach())
-    assert memeff.linear_loss(x[:0], w, y[:0], fn, mask[:0]) == 0
-    constant = memeff.linear_loss(x, w, None, lambda s: s.lse.detach())
+    assert memeff.linear_loss(fn, x[:0], w, y[:0], mask[:0], reduction="sum") == 0
+    constant = memeff.linear_loss(lambda s: s.lse.detach(), x, w, None)
     assert not torch.autograd.grad(constant, w)[0].any()
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(2.5)], ids=str)
+def test_mean_is_that_of_linear_cross_entropy(num_items: int | Tensor | None) -> None:
+    """Over tokens that have a target, or over num_items; "mean" is the default."""
+    p = Problem(torch.float64)
+    ours = memeff.linear_loss(lambda s: -s.logprob, p.x, p.w, p.target, num_items=num_items)
+    theirs = memeff.linear_cross_entropy(p.x, p.w, p.target, num_items=num_items)
+    torch.testing.assert_close(ours, theirs)
+    pairs = (torch.autograd.grad(loss, [p.x, p.w]) for loss in (ours, theirs))
+    for a, b in zip(*pairs, strict=True):
+        torch.testing.assert_close(a, b)
+    # Of several targets per token one is enough to count; without targets all tokens do.
+    two = torch.stack([p.target, torch.full_like(p.target, -100)], 1)
+    both = memeff.linear_loss(lambda s: -s.logprob.sum(-1), p.x, p.w, two, num_items=num_items)
+    torch.testing.assert_close(both, theirs)
+    lse = memeff.linear_loss(lambda s: s.lse, p.x, p.w, None)
+    torch.testing.assert_close(lse, F.linear(p.x, p.w).logsumexp(-1).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_losses_per_token(dtype: torch.dtype) -> None:
+    p = Problem(dtype)
+    lead = (7, 29)
+    x, target, old = (t.view(*lead, *t.shape[1:]) for t in (p.x, p.target, p.old))
+    ours = memeff.linear_loss(
+        lambda s, old: p.per_token(s.logprob, s.lse, s.entropy, old),
+        x, p.w, target, old, linear_bias=p.b, entropy=True, reduction="none",
+    )  # fmt: skip
+    assert ours.shape == lead
+    upstream = torch.randn(lead)
+    gradients = torch.autograd.grad(ours, p.leaves, upstream.to(ours.dtype))
+    exact = p.in_float64()
+    sides = []
+    for q in (p, exact):
+        losses = q.plain(reduction="none").view(lead)
+        sides.append(torch.autograd.grad(losses, q.leaves, upstream.to(losses.dtype)))
+    for name, *three in zip(NAMES, gradients, *sides, strict=True):
+        assert_close_as_plain(name, *three)
 
 
 def test_errors() -> None:
     p = Problem(torch.float32)
-    with pytest.raises(RuntimeError, match=r"loss_fn returned shape \(\) for"):
-        memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse.sum())
+    with pytest.raises(RuntimeError, match=r"fn returned shape \(\) for"):
+        memeff.linear_loss(lambda s: s.lse.sum(), p.x, p.w, p.target)
     outside = p.scale * 2
-    with pytest.raises(RuntimeError, match="loss_fn closes over a result"):
-        memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse * outside)
-    with pytest.raises(ValueError, match="reduction is 'none'"):
-        memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse, reduction="none")
+    with pytest.raises(RuntimeError, match="fn closes over a result"):
+        memeff.linear_loss(lambda s: s.lse * outside, p.x, p.w, p.target)
+    with pytest.raises(ValueError, match="reduction is 'max'"):
+        memeff.linear_loss(lambda s: s.lse, p.x, p.w, p.target, reduction="max")
+    with pytest.raises(ValueError, match="num_items is given with reduction='sum'"):
+        memeff.linear_loss(lambda s: s.lse, p.x, p.w, p.target, reduction="sum", num_items=3)
     with pytest.raises(RuntimeError, match=r"per_token_tensors\[0\] has shape"):
-        memeff.linear_loss(p.x, p.w, p.target, lambda s, t: s.lse, torch.zeros(3))
-    loss = memeff.linear_loss(p.x, p.w, p.target, lambda s: s.lse)  # still works afterwards
+        memeff.linear_loss(lambda s, t: s.lse, p.x, p.w, p.target, torch.zeros(3))
+    loss = memeff.linear_loss(lambda s: s.lse, p.x, p.w, p.target)  # still works afterwards
     with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(loss, p.x, create_graph=True)

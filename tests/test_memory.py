@@ -50,7 +50,7 @@ def measure_step(function: str, dtype: str, **fields: Any) -> dict[str, int]:
         softcap=case.softcap,
         memory_budget=case.memory_budget,
         chunk_size=case.chunk_size,
-        grad_accumulation=case.grad_accumulation,
+        accum_dtype=case.accum_dtype,
     )
     return {
         "peak": peak.extra_bytes,
@@ -107,7 +107,7 @@ def test_memory_budget_is_kept(dtype: str, reduction: str, budget: int) -> None:
         ("float32", {"weight_layout": "padded"}),
         ("bfloat16", {"differentiate": ["dx"]}),
         ("float32", {"differentiate": ["dw"]}),
-        ("bfloat16", {"grad_accumulation": "native"}),
+        ("bfloat16", {"accum_dtype": torch.float32}),
     ],
     ids=str,
 )
@@ -135,7 +135,7 @@ def step_of_loss(name: str, tokens: int, vocab: int, budget: int) -> int:
         if name == "linear_cross_entropy":
             loss = memeff.linear_cross_entropy(x, w, y, memory_budget=budget)
         elif name == "linear_loss":
-            loss = memeff.linear_loss(x, w, y, lambda s: s.logprob.exp(), memory_budget=budget)
+            loss = memeff.linear_loss(lambda s: s.logprob.exp(), x, w, y, memory_budget=budget)
         else:
             logprobs = memeff.linear_logprobs(x, w, y, memory_budget=budget)
             old = logprobs.detach() - 0.1

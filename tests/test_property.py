@@ -45,11 +45,12 @@ def cases(draw: st.DrawFn) -> Case:
     if len(lead) >= 2 and lead[-1] > 2 and not probabilities:
         shift = draw(st.sampled_from([0, 0, 1, 2]))
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
+    dtype = draw(st.sampled_from(DTYPES))
     return Case(
         lead=lead,
         features=draw(sizes(150)),
         vocab=vocab,
-        dtype=draw(st.sampled_from(DTYPES)),
+        dtype=dtype,
         reduction=reduction,
         bias=draw(st.booleans()),
         class_weights=draw(st.booleans()),
@@ -70,7 +71,7 @@ def cases(draw: st.DrawFn) -> Case:
         input_layout=draw(st.sampled_from(INPUT_LAYOUTS)),
         weight_layout=draw(st.sampled_from(WEIGHT_LAYOUTS)),
         chunk_size=draw(st.sampled_from([None, None, None, 1, 17, 64])),
-        grad_accumulation=draw(st.sampled_from(["auto", "float32"])),
+        accum_dtype=draw(st.sampled_from([None, torch.promote_types(dtype, torch.float32)])),
         differentiate=draw(
             st.sampled_from(
                 [("dx", "dw", "db"), ("dx", "dw", "db"), ("dx",), ("dw",), ("dw", "db"), ()]

@@ -45,7 +45,7 @@ def step(variant: str, p: Problem, budget: int | None) -> None:
         old = torch.full((tokens,), -9.0, device=w.device)
         advantages = torch.linspace(-1, 1, tokens, device=w.device)
         memeff.linear_loss(
-            p.x, w, p.labels, dapo_of_tokens, old, advantages, linear_bias=b, memory_budget=budget
+            dapo_of_tokens, p.x, w, p.labels, old, advantages, linear_bias=b, memory_budget=budget
         ).backward()
     else:
         x, y = p.x.view(*lead, -1), p.labels.view(lead)

@@ -76,7 +76,7 @@ def linear_distillation_loss(
         lead.numel(),
         student_weight,
         2 * max(4, student_input.element_size()),  # two heads
-        _arguments.parse_chunk_size(chunk_size, None),
+        _arguments.parse_chunk_size(chunk_size),
         _arguments.parse_memory_budget(memory_budget),
     )
     teacher = Head(
