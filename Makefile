@@ -26,7 +26,7 @@ help:
 	@echo "make demo       train a small language model with both"
 	@echo "make test       every test"
 	@echo "make ctest      the C++ tests only;  make sanitize: the same with ASan and UBSan"
-	@echo "make emulate    the CUDA kernels in the emulator (see tests/emulator)"
+	@echo "make emulate    the CUDA kernels in the emulator (see tests/kernels)"
 	@echo "make ptxas      registers, shared memory and occupancy of the CUDA kernels into docs/ptxas.txt"
 	@echo "make verify-gpu everything that needs a GPU, results into OUT=folder"
 	@echo "make docs       the documentation into build/site"
@@ -54,10 +54,10 @@ test: $(STAMP)-test
 
 # The CUDA kernels on the CPU, checked; needs the headers of a CUDA toolkit.
 emulate:
-	cmake -S tests/emulator -B build/emulator \
+	cmake -S tests/kernels -B build/kernels \
 	  $(addprefix -DPython3_EXECUTABLE=,$(wildcard $(BIN)/python))
-	cmake --build build/emulator --parallel 2
-	ctest --test-dir build/emulator --parallel 2 --output-on-failure
+	cmake --build build/kernels --parallel 2
+	ctest --test-dir build/kernels --parallel 2 --output-on-failure
 
 # Needs nvcc, no GPU; some minutes.
 ptxas:

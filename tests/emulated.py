@@ -1,4 +1,4 @@
-"""The backend "emulated": the CUDA kernels on CPU tensors, run and checked by tests/emulator."""
+"""The backend "emulated": the CUDA kernels on CPU tensors, run and checked by the emulator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 from memeff import _arguments, ops, statistics_ops
 
-_BUILD = Path(__file__).parent / "emulator" / "python" / "build.py"
+_BUILD = Path(__file__).parent / "kernels" / "torch_backend" / "build.py"
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 from buildtools.cuda_archs import Arch
 from buildtools.sources import ROOT
 
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "emulator")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "kernels")]
 
 import measured_choices
 import mutate

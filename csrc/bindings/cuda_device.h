@@ -1,4 +1,4 @@
-// A GPU as a device of the operators: real (cuda_device.cpp) or emulated (tests/emulator/python).
+// A GPU as a device of the operators: real (cuda_device.cpp) or emulated (tests/kernels/torch_backend).
 #pragma once
 
 #include <ATen/ops/empty.h>

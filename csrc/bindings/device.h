@@ -1,5 +1,5 @@
 // What the operators need of the device that their tensors are on. One implementation per device:
-// cpu_device.cpp, cuda_device.cpp, and the emulated GPU of tests/emulator.
+// cpu_device.cpp, cuda_device.cpp, and the emulated GPU of tests/kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,8 +1,8 @@
 // Gradient products into compact sums, every family, emulated: the bits that the scalar model makes of
 // the same products' fp32 sums, over several chunks, down to the final rounding.
 #include <optional>
-#include "emulator/compact_gradient.h"
-#include "emulator/work_list.h"
+#include "kernels/compact_gradient.h"
+#include "kernels/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

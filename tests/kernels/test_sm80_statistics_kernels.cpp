@@ -1,7 +1,7 @@
 // linear_statistics of sm_80, emulated, against double precision.
 #include <algorithm>
 
-#include "emulator/linear_case.h"
+#include "kernels/linear_case.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

@@ -4,8 +4,8 @@
 #include <random>
 
 #include "cuda/launch.h"
-#include "emulator/arrays.h"
-#include "emulator/compact_gradient.h"
+#include "kernels/arrays.h"
+#include "kernels/compact_gradient.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

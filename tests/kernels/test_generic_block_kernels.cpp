@@ -4,7 +4,7 @@
 #include <random>
 
 #include "cuda/launch.h"
-#include "emulator/arrays.h"
+#include "kernels/arrays.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

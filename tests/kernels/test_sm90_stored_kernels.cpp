@@ -4,9 +4,9 @@
 #include <cstring>
 #include <memory>
 
-#include "emulator/compact_gradient.h"
-#include "emulator/linear_case.h"
-#include "emulator/work_list.h"
+#include "kernels/compact_gradient.h"
+#include "kernels/linear_case.h"
+#include "kernels/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

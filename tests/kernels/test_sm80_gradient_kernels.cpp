@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <memory>
 
-#include "emulator/linear_case.h"
-#include "emulator/work_list.h"
+#include "kernels/linear_case.h"
+#include "kernels/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

@@ -1,11 +1,11 @@
 // One consumer warpgroup of sm90 leads the other by two steps of k, in every tile that has as many
 // steps as the ring has stages, whatever the schedule (class Lead of csrc/cuda/sm90/pipeline.cuh).
 // Which group issues its products when is all that is looked at here; numbers are checked by
-// test_sm90_kernels.cpp and test_sm90_stored_kernels.cpp.
+// test_sm90_*_kernels.cpp.
 #include <optional>
 
-#include "emulator/linear_case.h"
-#include "emulator/work_list.h"
+#include "kernels/linear_case.h"
+#include "kernels/work_list.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

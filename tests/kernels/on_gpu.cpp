@@ -1,5 +1,5 @@
-// What lets the emulator's kernel tests (tests/emulator/test_generic_*, test_sm80_*, ...) run on a
-// GPU, unchanged: this file takes the place of the emulator, and nvcc's kernels that of the emulated
+// What lets the tests of the kernels (test_generic_*, test_sm80_*, ... of this folder) run on a GPU,
+// unchanged: this file takes the place of the emulator, and nvcc's kernels that of the emulated
 // ones. The tests then compare what the GPU computed with double precision. Reports stay empty: a
 // GPU detects nothing, compute-sanitizer does when a test runs under it.
 //

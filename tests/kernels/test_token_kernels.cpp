@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "emulator/token_experiment.h"
+#include "kernels/token_experiment.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

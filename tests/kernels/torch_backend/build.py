@@ -1,9 +1,9 @@
 """Builds the CUDA kernels for the emulator as a Python extension of torch operators.
 
-    python tests/emulator/python/build.py
+    python tests/kernels/torch_backend/build.py
 
-Kernels and emulator come from tests/emulator/CMakeLists.txt; here the code above them (backend,
-driver, operators) is compiled against torch and linked to them. tests/conftest.py loads the result.
+Kernels and emulator come from tests/kernels/CMakeLists.txt; here the code above them (backend,
+driver, operators) is compiled against torch and linked to them. tests/emulated.py loads the result.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "build" / "emulator-python"  # of the extension
+FOLDER = ROOT / "build" / "kernels-torch"  # of the extension
 NAME = "_memeff_emulated"
 SOURCES = (
-    "tests/emulator/python/emulated_device.cpp",
+    "tests/kernels/torch_backend/emulated_device.cpp",
     "csrc/bindings/call.cpp",
     "csrc/bindings/statistics_call.cpp",
     "csrc/core/planner.cpp",
@@ -54,8 +54,8 @@ def missing() -> str | None:
 
 def compile_kernels() -> Path:
     """The static libraries of kernels and emulator, shared with `make emulate`; their folder."""
-    folder = ROOT / "build" / "emulator"
-    configure = ["cmake", "-S", ROOT / "tests/emulator", "-B", folder]
+    folder = ROOT / "build" / "kernels"
+    configure = ["cmake", "-S", ROOT / "tests/kernels", "-B", folder]
     if "CXX" not in os.environ and not (folder / "CMakeCache.txt").exists():
         checks_most = shutil.which("clang++-19") or shutil.which("clang++")
         configure += [f"-DCMAKE_CXX_COMPILER={checks_most}"] if checks_most else []

@@ -5,7 +5,7 @@
 #include <random>
 
 #include "cuda/launch.h"
-#include "emulator/arrays.h"
+#include "kernels/arrays.h"
 
 using namespace memeff;
 using namespace memeff::cuda;

@@ -7,7 +7,7 @@
 
 #include "core/weight_update.h"
 #include "cpu/compact_sum.h"
-#include "emulator/linear_case.h"
+#include "kernels/linear_case.h"
 
 namespace memeff::cuda {
 

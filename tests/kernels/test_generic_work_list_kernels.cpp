@@ -1,6 +1,6 @@
 // What products that leave out tiles have to do: the list that make_work_list makes of marks, emulated,
 // and how WorkSchedule divides it among the blocks of a persistent grid.
-#include "emulator/work_list.h"
+#include "kernels/work_list.h"
 
 #include <algorithm>
 #include <cstdio>

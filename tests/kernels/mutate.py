@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Removes every barrier, wait and fence from the CUDA kernels, one by one: some test must notice.
+"""Removes every barrier, wait and fence from the CUDA kernels, one by one: some test must catch it.
 
-    python tests/emulator/mutate.py tests/emulator/mutants.txt --compiler clang++-19
+    python tests/kernels/mutate.py tests/kernels/mutants.txt --compiler clang++-19
 
 The table gets a line per mutant: what gave it away, or that it survived. What was caught is not
 tried again as long as its file is as it was at the commit of the line, so a run that was cut off
@@ -44,7 +44,7 @@ CALL = (
 # Such a call as a statement of its own, possibly under an `if` of the same line.
 STATEMENT = re.compile(rf"^(\s*(?:if \(.*\) )?)({CALL}[^;]*\);)")
 
-# (file below csrc/cuda, statement): why the tests cannot notice its absence.
+# (file below csrc/cuda, statement): why the tests cannot catch its absence.
 SURVIVORS: dict[tuple[str, str], str] = {}
 
 # Included before every file of the copy. The emulator must not see the accesses in here.
@@ -63,10 +63,10 @@ __attribute__((noinline, no_sanitize("thread"))) inline bool memeff_left_out(int
 """
 
 HEADER = """\
-Every barrier, wait and fence of the kernels, removed alone: what noticed. Written by
-tests/emulator/mutate.py; each line is true for its file as of the commit it names.
+Every barrier, wait and fence of the kernels, removed alone: what caught it. Written by
+tests/kernels/mutate.py; each line is true for its file as of the commit it names.
 """
-COLUMNS = ("result", "place", "statement", "noticed by", "commit")
+COLUMNS = ("result", "place", "statement", "caught by", "commit")
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Program:
 def build_programs(compiler: str, jobs: int, mutants: Sequence[Mutant]) -> list[Program]:
     """The test programs of the kernels, with mutants numbered as they come; shortest first."""
     shutil.rmtree(COPY, ignore_errors=True)
-    for part in ("csrc", "tests/emulator", "benchmarks/cpp"):
+    for part in ("csrc", "tests/emulator", "tests/kernels", "benchmarks/cpp"):
         shutil.copytree(ROOT / part, COPY / part)
     for file in {mutant.file for mutant in mutants}:
         own = {number: mutant for number, mutant in enumerate(mutants) if mutant.file == file}
@@ -174,7 +174,7 @@ def build_programs(compiler: str, jobs: int, mutants: Sequence[Mutant]) -> list[
     question = COPY / "question.h"
     question.write_text(QUESTION)
     build = COPY / "build"
-    configure = ["cmake", "-S", COPY / "tests/emulator", "-B", build, "-G", "Ninja"]
+    configure = ["cmake", "-S", COPY / "tests/kernels", "-B", build, "-G", "Ninja"]
     configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_CXX_FLAGS=-include {question}"]
     if shutil.which("ccache"):
         configure.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
@@ -197,7 +197,7 @@ def build_programs(compiler: str, jobs: int, mutants: Sequence[Mutant]) -> list[
     return sorted(programs, key=lambda program: program.seconds)
 
 
-def who_notices(number: int, programs: Sequence[Program]) -> str | None:
+def who_catches(number: int, programs: Sequence[Program]) -> str | None:
     """`program: complaint`, or None."""
     for program in programs:
         if number in program.reaches:
@@ -267,10 +267,10 @@ def main() -> int:
     programs = build_programs(arguments.compiler, arguments.jobs, todo) if todo else []
     for number, mutant in enumerate(todo):
         begin = time.monotonic()
-        noticed = who_notices(number, programs)
+        catcher = who_catches(number, programs)
         reason = SURVIVORS.get((mutant.file, mutant.statement), "")
-        result = "caught" if noticed else "explained" if reason else "SURVIVED"
-        row = [result, mutant.place, mutant.statement, noticed or reason or "nobody", commit]
+        result = "caught" if catcher else "explained" if reason else "SURVIVED"
+        row = [result, mutant.place, mutant.statement, catcher or reason or "nobody", commit]
         rows[mutant.place] = row
         write_table(arguments.table, rows)  # at once: a run may be cut off
         seconds = time.monotonic() - begin
