@@ -2,15 +2,24 @@
 
 import json
 import os
+import re
+import sys
 
 import pytest
 import torch
 
-from memeff.bench import cli, variants
-from memeff.bench.environment import command_line
+from buildtools.sources import ROOT
+from memeff.bench import cli, report, variants
+from memeff.bench.environment import command_line, warn_if_busy
+from memeff.bench.measure import Settings, ShapeResult, VariantResult
 from memeff.bench.problem import make_problem
 from memeff.bench.shapes import Shape
+from memeff.bench.timing import Timing
 from memeff.bench.variants import DEFAULT_VARIANTS, check_names, make_variant
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import losses
 
 
 def test_a_small_run(tmp_path, capsys):
@@ -55,6 +64,53 @@ def test_default_variants_are_known():
         check_names(list(names))
 
 
+def test_help_lists_the_variants(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_arguments(["--help"])
+    listed = capsys.readouterr().out.partition("variants:")[2]
+    for names in DEFAULT_VARIANTS.values():
+        for name in (re.sub("@.*", "@SIZE", name) for name in names):
+            assert f"\n  {name} " in listed
+
+
+@pytest.mark.parametrize(("load", "warns"), [(0.01, False), (100.0, True)])
+def test_a_busy_machine_is_reported(load, warns, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    warn_if_busy()
+    assert ("the machine is busy" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "0.5 us"), (999.0, "999 us"), (2000.0, "2 ms"), (3e7, "30 s")]
+)
+def test_ticks_have_units(value, text):
+    assert report.with_unit(value, ("us", "ms", "s"), 1000) == text
+
+
+def test_a_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    settings = Settings("float32", True, 1, 1, ["standard", "missing", "memeff"])
+    timing = Timing([0.1, 0.2, 0.4])
+    results = [
+        ShapeResult(
+            Shape(8, 4, vocab), timing, 4 * vocab,
+            [VariantResult("standard", timing, None, 2**20), VariantResult("missing", note="why"),
+             VariantResult("memeff", timing)],
+        )
+        for vocab in (16, 32)
+    ]  # fmt: skip
+    report.plot(str(tmp_path / "plot.png"), settings, results)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_any_function_by_name(softcap):
+    problem = make_problem(Shape(8, 4, 16), torch.float32)
+    inputs = (problem.x, problem.w, problem.y, softcap)
+    expected = make_variant("standard").loss(*inputs)
+    torch.testing.assert_close(make_variant("memeff-apply").loss(*inputs), expected)
+
+
 def test_memory_budget_by_name():
     problem = make_problem(Shape(8, 4, 16), torch.float32)
     loss = make_variant("memeff@4MiB").loss(problem.x, problem.w, problem.y, None)
@@ -86,6 +142,15 @@ def test_peaked_raises_the_target_alone():
     others = raised[torch.arange(300) != flat.y[:, None]]
     assert others.std() < 30.0 / 512**0.5 * 1.5  # the weights' own chance products
     assert torch.softmax(peaked.x @ flat.w.T, 1)[torch.arange(40), flat.y].min() > 0.99
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_losses_beyond_cross_entropy_take_a_step(name):
+    """benchmarks/losses.py: gradients of each of its losses."""
+    problem = make_problem(Shape(16, 8, 40), torch.float32)
+    losses.step(name, problem, 2**25)
+    for gradient in (problem.x.grad, problem.w.grad):
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
 @pytest.mark.cuda

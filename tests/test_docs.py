@@ -6,6 +6,7 @@ has a test of its own here, which is skipped where the package is not installed.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,48 @@ def test_readme_trains_a_hugging_face_model(
     namespace = {"training_args": arguments, "dataset": dataset}
     run(ROOT / "README.md", [code], namespace)
     assert not torch.equal(model.lm_head.weight, before)
+
+
+def measured(file: str) -> dict[str, dict[str, Any]]:
+    """Variant -> figures of a committed result."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / file).read_text())["runs"]
+    return {variant["name"]: variant for variant in runs[0]["variants"]}
+
+
+def over_gradients(figures: dict[str, Any]) -> str:
+    return f"{figures['over_gradients_bytes'] / 2**20:.0f}"
+
+
+def test_the_figures_of_readme_are_committed_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    results = measured("cpu-zen4-2core-bf16-4096x1024x32768.json")
+    rows = re.findall(r"^\| (?:\*\*)?`([^`]+)`[^|]*\| (\d.*) \|$", text, re.MULTILINE)
+    assert 4 <= len(rows) <= 6
+    for name, cells in rows:
+        figures = results[name]
+        errors = (f"{figures['errors'][part]:.1e}" for part in ("loss", "dx", "dw"))
+        time = (f"{figures['median_s'] * 1e3:.0f}", f"{figures['floor_ratio']:.2f}")
+        assert cells.split(" | ") == [*time, over_gradients(figures), *errors], name
+    head = measured("cpu-zen4-2core-bf16-2048x2048x128256.json")
+    ours, standard = (over_gradients(head[name]) for name in ("memeff", "standard"))
+    assert f"takes {ours} MiB in addition to the gradients" in text
+    assert f"takes {standard} MiB" in text
+
+
+def test_the_table_of_benchmarks_is_committed_results() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    names = re.findall(r"`([^`]+)`", re.findall(r"^\| N, D, V, dtype.*$", text, re.MULTILINE)[0])
+    rows = re.findall(r"^\| (\d+), (\d+), (\d+), (\w+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    for n, d, v, dtype, cells in rows:
+        file = f"cpu-zen4-2core-{dtype}-{n}x{d}x{v}"
+        results = measured(f"{file}.json")
+        if (ROOT / "benchmarks" / "results" / f"{file}-budget.json").exists():
+            results |= measured(f"{file}-budget.json")  # newer
+        for name, cell in zip(names, cells.split(" | "), strict=True):
+            figures = results.get(name)
+            ratio = figures and f"{figures['floor_ratio']:.2f}, {over_gradients(figures)}"
+            assert cell == (ratio or "-"), (file, name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -158,7 +158,7 @@ def measure_loss(name: str) -> int:
 
 
 def test_other_losses_take_what_cross_entropy_takes() -> None:
-    """Within 5 % with the same budget; benchmarks/challenge_task_e.py measures all losses."""
+    """Within 5 % with the same budget; benchmarks/losses.py measures all losses."""
     expected = call_isolated(measure_loss, name="linear_cross_entropy")
     for name in ("grpo", "dpo", "linear_loss"):
         assert call_isolated(measure_loss, name=name) <= 1.05 * expected, name

@@ -1,4 +1,4 @@
-"""memeff-bench: time, memory and error of linear cross entropy, memeff beside its peers."""
+"""memeff-bench: time, memory and error of linear cross entropy, memeff and its peers."""
 
 import argparse
 import json
@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from memeff.bench import report
-from memeff.bench.environment import describe_environment, has_fast_bfloat16
+from memeff.bench.environment import describe_environment, has_fast_bfloat16, warn_if_busy
 from memeff.bench.measure import Settings, ShapeResult, measure_shape
 from memeff.bench.problem import DTYPES
 from memeff.bench.progress import Progress
 from memeff.bench.shapes import MODELS, Shape, largest_affordable, parse_shape, sweep
 from memeff.bench.timing import matmul_rate
-from memeff.bench.variants import DEFAULT_VARIANTS, check_names
+from memeff.bench.variants import DEFAULT_VARIANTS, DESCRIPTIONS, check_names
 
 # A default run makes about 80 passes of the length of the GEMM floor (all variants, warm-up,
 # rounds, memory), next to about 50 s for compiling and for starting processes; 0.7 s a pass keeps
@@ -24,12 +24,19 @@ _DEFAULT_FLOOR_SECONDS = 0.7
 _DEFAULT_TOKENS = 2048
 
 
+def _list_of_variants() -> str:
+    lines = [f"  {name:<24}{description}" for name, description in DESCRIPTIONS.items()]
+    return "\n".join(["variants:", *lines])
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="memeff-bench",
-        description="Compares ways to compute linear cross entropy: time against the bare matrix "
-        "products, measured peak memory, error against float64. Without options: one shape sized "
-        "to this machine, within two minutes.",
+        description="Compares ways to compute linear cross entropy: time against the bare matrix\n"
+        "products, measured peak memory, error against float64. Without options: one shape\n"
+        "sized to this machine, within two minutes.",
+        epilog=_list_of_variants(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--shape",
@@ -60,7 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument(
         "--variants",
-        help="comma-separated (default: all that the device can have)",
+        metavar="NAME,...",
+        help="comma-separated, from the list below (default: all that the device can have)",
     )
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 5, on GPUs 20)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
@@ -88,7 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(
             f"--device is {options.device!r}, but torch finds {torch.cuda.device_count()} CUDA "
-            "devices (python -m memeff.diagnostics tells why)"
+            "devices (python -m memeff.diagnostics reports why)"
         )
     if options.variants is None:
         options.variants = list(DEFAULT_VARIANTS[device.type])
@@ -151,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = environment["machine"]
     print(f"{machine.get('gpu', machine['cpu'])}, {threads} threads, torch {environment['torch']}, "
           f"memeff {environment['memeff']}", flush=True)  # fmt: skip
+    warn_if_busy()
 
     progress = Progress()
     finished: list[tuple[Settings, ShapeResult]] = []

@@ -46,8 +46,8 @@ def describe_environment(threads: int, device: str) -> dict[str, Any]:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command to repeat a measurement; where its results were written to is nobody's business
-    (--json FILE, --json=FILE)."""
+    """The command to repeat a measurement, without the path of the results (--json FILE,
+    --json=FILE)."""
     kept = [Path(argv[0]).name]
     for before, argument in itertools.pairwise(argv):
         if "--json" not in (before, argument.partition("=")[0]):
@@ -77,6 +77,18 @@ def describe_gpu(device: torch.device) -> dict[str, Any]:
         "memeff_cuda": build["cuda"],
         "memeff_cuda_archs": build["cuda_archs"],
     }
+
+
+def warn_if_busy() -> None:
+    """Print a warning where other processes already keep more than a tenth of the CPUs busy."""
+    busy, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if busy > 0.1 * cpus:
+        print(
+            f"Warning: the machine is busy ({busy:.1f} processes ran on average in the "
+            f"last minute, on {cpus} CPUs); times will not be comparable.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def cpu_model() -> str:

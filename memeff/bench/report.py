@@ -129,6 +129,32 @@ def _variant_json(result: ShapeResult, row: VariantResult) -> dict[str, Any]:
     return entry
 
 
+# Colours of the plots: memeff's stand out, those of the other ways are pale.
+_OURS = ("#c1121f", "#e36414", "#7b2cbf", "#003049")
+_OTHERS = ("#5b7ea4", "#7fa99b", "#a08f70", "#8d8d8d", "#9a8fb5", "#6f9db5", "#b58f9a", "#8fa35b")
+_MARKERS = "osD^vP*X"
+
+
+def with_unit(value: float, units: Sequence[str], base: float) -> str:
+    """`value` in the largest of `units`, each `base` times the one before, that keeps it >= 1."""
+    index = 0
+    while value >= base and index + 1 < len(units):
+        value, index = value / base, index + 1
+    return f"{value:.3g} {units[index]}"
+
+
+def _label_axis(axis: Any, units: Sequence[str], base: float) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5 times powers of ten (or of two), with their units."""
+    from matplotlib import ticker
+
+    if base == 1024:
+        axis.set_major_locator(ticker.LogLocator(base=4, numticks=12))
+    else:
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: with_unit(value, units, base)))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def plot(path: str, settings: Settings, results: Sequence[ShapeResult]) -> None:
     """Image of time and peak memory against whichever of N and V differs between results."""
     import matplotlib
@@ -137,11 +163,13 @@ def plot(path: str, settings: Settings, results: Sequence[ShapeResult]) -> None:
     from matplotlib import pyplot
 
     varies_n = len({r.shape.tokens for r in results}) > 1
-    axis_name = "N (tokens)" if varies_n else "V (vocabulary)"
+    axis_name = "N, tokens" if varies_n else "V, classes"
     ordered = sorted(results, key=lambda r: r.shape.tokens if varies_n else r.shape.vocab)
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in settings.variants:
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    ours = iter(_OURS * len(settings.variants))
+    others = iter(_OTHERS * len(settings.variants))
+    for i, name in enumerate(settings.variants):
         points = [
             (r.shape.tokens if varies_n else r.shape.vocab, row)
             for r in ordered
@@ -150,31 +178,45 @@ def plot(path: str, settings: Settings, results: Sequence[ShapeResult]) -> None:
         ]
         if not points:
             continue
+        is_ours = name.startswith("memeff")
+        style: dict[str, Any] = {
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "markersize": 6 if is_ours else 5,
+            "linewidth": 2.5 if is_ours else 1.2,
+            "color": next(ours if is_ours else others),
+            "zorder": 3 if is_ours else 2,
+            "label": name,
+        }
         sizes = [size for size, _ in points]
-        medians = [row.timing.median * 1e3 for _, row in points if row.timing]
-        spreads = [row.timing.spread * 1e3 / 2 for _, row in points if row.timing]
-        left.errorbar(sizes, medians, yerr=spreads, marker="o", capsize=3, label=name)
-        memory = [
-            (size, row.extra_bytes / MIB) for size, row in points if row.extra_bytes is not None
-        ]
-        right.plot(*zip(*memory, strict=True), marker="o", label=name) if memory else None
+        medians = [row.timing.median * 1e6 for _, row in points if row.timing]
+        spreads = [row.timing.spread * 1e6 / 2 for _, row in points if row.timing]
+        left.errorbar(sizes, medians, yerr=spreads, capsize=3, **style)
+        memory = [(size, row.extra_bytes) for size, row in points if row.extra_bytes is not None]
+        if memory:
+            right.plot(*zip(*memory, strict=True), **style)
     xs = [r.shape.tokens if varies_n else r.shape.vocab for r in ordered]
-    left.plot(xs, [r.floor.median * 1e3 for r in ordered], "k--", label="GEMM floor")
+    left.plot(xs, [r.floor.median * 1e6 for r in ordered], "k--", label="bare matrix products")
     if settings.backward:
-        right.plot(xs, [r.gradient_bytes / MIB for r in ordered], "k--", label="gradients")
-    left.set(title="time", ylabel="ms")
-    right.set(title="peak extra memory", ylabel="MiB")
+        right.plot(xs, [r.gradient_bytes for r in ordered], "k:", label="the gradients themselves")
+    left.set(title="time", xscale="log", yscale="log")
+    right.set(title="peak memory over the inputs", xscale="log", yscale="log")
     for axes in (left, right):
-        axes.set(xlabel=axis_name, xscale="log", yscale="log")
-        axes.set_xticks(xs, [str(x) for x in xs])
-        axes.minorticks_off()
+        axes.set(xlabel=axis_name)
+        axes.set_xticks(xs, [f"{x:,}" for x in xs])
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    _label_axis(left.yaxis, ("us", "ms", "s"), 1000)
+    _label_axis(right.yaxis, ("B", "KiB", "MiB", "GiB"), 1024)
     fixed = ordered[0].shape
     held = f"V={fixed.vocab}" if varies_n else f"N={fixed.tokens}"
     direction = "forward + backward" if settings.backward else "forward"
     figure.suptitle(
         f"{direction}, {settings.dtype}, D={fixed.features}, {held}, {settings.threads} threads"
     )
+    handles: dict[str, Any] = {}
+    for axes in (left, right):
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

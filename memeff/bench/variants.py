@@ -16,9 +16,24 @@ import torch.nn.functional as F
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 
-# Used by the default run, by type of device. "memeff@BYTES" is memeff with that memory budget,
-# "memeff~MASS" with that skip_mass, for any number; "memeff=SCORES+PRODUCTS" (also behind one of
-# the others) with those families of CUDA kernels, as MEMEFF_CUDA_KERNELS names them.
+# Name -> what it is, as `memeff-bench --help` lists them.
+DESCRIPTIONS = {
+    "standard": "F.cross_entropy((x @ w.T).float(), y), what model code does",
+    "eager": "the same without the upcast to float32",
+    "compile": "torch.compile of standard, compiled for exactly the shape",
+    "torch-chunked": "torch's F.linear_cross_entropy with its options, torch >= 2.13",
+    "cce": "Cut Cross Entropy, if installed (on the CPU: torch_compile)",
+    "cce-exact": "the same without its filter, which drops small probabilities; GPUs only",
+    "liger": "Liger's fused linear cross entropy, if installed; GPUs only",
+    "quack": "QuACK's chunked_linear_cross_entropy, if installed; GPUs only",
+    "memeff": "memeff.linear_cross_entropy with its defaults",
+    "memeff@SIZE": "the same with memory_budget=SIZE: memeff@32MiB",
+    "memeff~MASS": "the same with skip_mass=MASS: memeff~1e-3",
+    "memeff=SCORES+PRODUCTS": "on these CUDA kernels, also after the above: memeff=sm90+sm90",
+    "memeff-apply": "memeff.chunked_linear_apply of F.cross_entropy, the way of any function",
+}
+
+# Used by the default run, by type of device.
 DEFAULT_VARIANTS = {
     "cpu": (
         "standard",
@@ -209,6 +224,22 @@ def _make_memeff(name: str, softcap: float | None) -> Variant:
     return Variant(name, loss)
 
 
+def _make_memeff_apply(device: str, softcap: float | None) -> Variant:
+    import memeff
+
+    def loss(
+        x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, softcap: float | None
+    ) -> torch.Tensor:
+        def summed(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(_softcapped(logits, softcap), y, reduction="sum")
+
+        total = memeff.chunked_linear_apply(summed, x, w, y)
+        assert isinstance(total, torch.Tensor)  # one result, as `summed` returns
+        return total / len(y)
+
+    return Variant("memeff-apply", loss)
+
+
 _MAKERS: dict[str, Callable[[str, float | None], Variant]] = {
     "standard": _make_standard,
     "eager": _make_eager,
@@ -218,6 +249,7 @@ _MAKERS: dict[str, Callable[[str, float | None], Variant]] = {
     "cce-exact": _make_cce_exact,
     "liger": _make_liger,
     "quack": _make_quack,
+    "memeff-apply": _make_memeff_apply,
 }
 
 _MEMEFF = re.compile(r"memeff(@[^~=]+|~[\d.e-]+)?(=\w+\+\w+)?")
@@ -229,8 +261,7 @@ def check_names(names: list[str]) -> None:
     """ValueError naming the first unknown variant."""
     for name in names:
         if not _MEMEFF.fullmatch(name) and name not in _MAKERS:
-            of_memeff = ("", "@BYTES", "~SKIP_MASS", "=SCORES+PRODUCTS")
-            known = ", ".join([*_MAKERS, *(f"memeff{suffix}" for suffix in of_memeff)])
+            known = ", ".join(DESCRIPTIONS)
             raise ValueError(f"variants: {name!r} is unknown; expected some of {known}")
 
 
