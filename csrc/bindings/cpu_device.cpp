@@ -65,8 +65,8 @@ class CpuDevice : public Device {
   bool values_are_at_hand() const override { return true; }
 
   std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
-    complete_request(problem, request);
-    return memeff::make_plan(*request, plan);
+    const std::string error = complete_request(problem, request);
+    return error.empty() ? memeff::make_plan(*request, plan) : error;
   }
 
   void run(const Problem& problem, const PlanRequest& request, const Plan& plan,

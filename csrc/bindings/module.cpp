@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <string>
 
@@ -154,13 +155,11 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   Planner planner;
   std::string kernels, reason;
   if (backend == "cpu") {
-    PlanRequest completed;
-    complete_request(problem, &completed);
-    kernels = completed.bf16_kernels ? "avx512_bf16" : "blas";
-    reason = "default";
-    planner = [](const Problem& planned, PlanRequest* request_of_call, Plan* chosen) {
-      complete_request(planned, request_of_call);
-      return make_plan(*request_of_call, chosen);
+    reason = std::getenv("MEMEFF_CPU_KERNELS") != nullptr ? "MEMEFF_CPU_KERNELS" : "default";
+    planner = [&](const Problem& planned, PlanRequest* request_of_call, Plan* chosen) {
+      const std::string error = complete_request(planned, request_of_call);
+      kernels = kernels_name(*request_of_call);
+      return error.empty() ? make_plan(*request_of_call, chosen) : error;
     };
   } else if (backend == "cuda") {
     std::string error;

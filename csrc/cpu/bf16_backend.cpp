@@ -15,9 +15,9 @@ static_assert(kTileVocab * kTileStride * 4 + kTileVocab * copy_stride(kInnerBloc
 
 }  // namespace
 
-Bf16Backend::Bf16Backend(const CpuContext& context)
+Bf16Backend::Bf16Backend(const CpuContext& context, const Bf16Kernels& kernels)
     : CpuBackend<float>(context),
-      kernels_(bf16_kernels_avx512bf16()),
+      kernels_(kernels),
       input_(static_cast<const uint16_t*>(problem_.input)),
       weight_(static_cast<const uint16_t*>(problem_.weight)) {}
 

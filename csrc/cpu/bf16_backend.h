@@ -1,5 +1,5 @@
-// CPU backend for bf16 on AVX512-BF16: handwritten products (bf16_kernels.h) with the softmax
-// statistics in the epilogue of the first one.
+// CPU backend for bf16: handwritten products (bf16_kernels.h) with the softmax statistics in the
+// epilogue of the first one.
 //
 // Scores are kept as fp16 exp(z - max of tile and token), 2^-11 relative error, and turned into bf16
 // dlogits in place, so grad_weight's rows have room for the scores of D tokens.
@@ -12,7 +12,7 @@ namespace memeff {
 
 class Bf16Backend final : public CpuBackend<float> {
  public:
-  explicit Bf16Backend(const CpuContext& context);
+  Bf16Backend(const CpuContext& context, const Bf16Kernels& kernels);
 
   void scores(Range tokens, const ScoreBlock* block) override;
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override;

@@ -1,6 +1,7 @@
-// Handwritten bf16 products for AVX512-BF16: C[m,n] (fp32) = A[m,k] B[k,n] in bf16.
+// Handwritten bf16 products: C[m,n] (fp32) = A[m,k] B[k,n] in bf16. Two versions: for AVX512-BF16, whose
+// shapes are what follows, and a portable one.
 //
-// The instruction (VDPBF16PS) multiplies pairs of bf16 that are adjacent along the inner dimension and
+// The instruction of AVX512-BF16 (VDPBF16PS) multiplies pairs of bf16 that are adjacent along the inner dimension and
 // adds both products to an fp32 lane. Hence two packings:
 //
 //   panel       B: [k/2][32 columns][2]      two vectors per step, read in order
@@ -110,6 +111,10 @@ struct Bf16Kernels {
   void (*update_rows)(const RowUpdate& update);
 };
 
+#if defined(__x86_64__)
 Bf16Kernels bf16_kernels_avx512bf16();
+#endif
+/// For any processor; for tests of what surrounds them (see bf16_kernels_portable.cpp).
+Bf16Kernels bf16_kernels_portable();
 
 }  // namespace memeff

@@ -1,16 +1,14 @@
-// Packing, tiles and epilogues around the bf16 micro-tile. See bf16_kernels.h.
+// The bf16 kernels for AVX512-BF16. See bf16_kernels.h.
 #include "cpu/bf16_kernels.h"
 
 #if defined(__x86_64__)
 
+#include "core/compact_sum.h"
+#include "cpu/bf16_kernels_impl.h"
 #include "cpu/bf16_microkernel.h"
-#include "cpu/column_kernels_impl.h"
-#include "cpu/compact_sum.h"
 
 namespace memeff {
 namespace {
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// Low n bits set, n <= 32.
 inline uint32_t lane_mask(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
@@ -77,43 +75,6 @@ void interleave_rows(const uint16_t* source, int64_t stride, const int64_t* rows
           k + 1 < inner ? _mm512_slli_epi32(load(k + 1), 16) : _mm512_setzero_si512();
       _mm512_mask_storeu_epi32(out + k * width + 2 * j, kept, _mm512_or_si512(load(k), high));
     }
-  }
-}
-
-void copy_rows(const uint16_t* source, int64_t stride, int64_t rows, int64_t inner, uint16_t* out) {
-  for (int64_t i = 0; i < rows; ++i) {
-    uint16_t* to = out + i * copy_stride(inner);
-    std::memcpy(to, source + i * stride, static_cast<size_t>(inner) * 2);
-    if (inner % 2 != 0) to[inner] = 0;
-  }
-}
-
-/// C += A B for one block of the inner dimension, panel by panel (B stays in the first-level cache).
-template <bool kPacked>
-void multiply_block(const uint16_t* a, int64_t a_stride, int64_t rows, const uint16_t* panels,
-                    int64_t panel_stride, int64_t columns, int64_t inner, float* c,
-                    int64_t c_stride, bool accumulate) {
-  const int64_t steps = (inner + 1) / 2;
-  for (int64_t j = 0; j < columns; j += kPanel) {
-    const uint16_t* panel = panels + j / kPanel * panel_stride;
-    for (int64_t i = 0; i < rows; i += kMicroRows) {
-      const int64_t height = smaller(kMicroRows, rows - i);
-      const uint16_t* left =
-          kPacked ? a + i / kMicroRows * a_stride + i % kMicroRows * 2 : a + i * a_stride;
-      MicroTiles<kPacked>::kByRows[height](left, a_stride, panel, steps, c + i * c_stride + j,
-                                           c_stride, accumulate);
-    }
-  }
-}
-
-template <bool kPacked>
-void multiply(const Product& p) {
-  const int64_t step =
-      kPacked ? kMicroRows : 1;  // elements of A per row and unit of the inner dimension
-  for (int64_t k = 0; k < p.inner; k += kInnerBlock) {
-    multiply_block<kPacked>(p.a + k * step, p.a_stride, p.rows, p.panels + k * kPanel,
-                            p.panel_stride, p.columns, smaller(kInnerBlock, p.inner - k), p.c,
-                            p.c_stride, p.accumulate || k > 0);
   }
 }
 
@@ -218,53 +179,16 @@ void update_rows(const RowUpdate& u) {
   }
 }
 
-inline void store_half(uint16_t* to, __m512 value, int64_t count) {
-  const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+inline void store_half(uint16_t* to, Vec<float> value, int64_t count) {
+  const __m256i half =
+      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lane_mask(smaller(16, count))), half);
 }
 
-void score_tile(const ScoreTile& tile) {
-  float* z = tile.scratch;
-  uint16_t* copy = reinterpret_cast<uint16_t*>(z + kTileVocab * kTileStride);
-  for (int64_t k = 0; k < tile.features; k += kInnerBlock) {
-    const int64_t inner = smaller(kInnerBlock, tile.features - k);
-    copy_rows(tile.weight + k, tile.weight_stride, tile.classes, inner, copy);
-    multiply_block<false>(copy, copy_stride(inner), tile.classes, tile.panels + k * kPanel,
-                          tile.panel_stride, tile.tokens, inner, z, kTileStride, k > 0);
-  }
-
-  const float inverse_cap = tile.transform.softcap > 0 ? 1 / tile.transform.softcap : 0;
-  for (int64_t t = 0; t < tile.tokens; t += 16) {
-    const int64_t count = smaller(16, tile.tokens - t);
-    // Statistics see whole strips (the scratch is padded); partial ones are stored with `count`.
-    finish_strip(z + t, kTileStride, tile.classes, count, t, tile.transform, tile.partials,
-                 [&](int64_t v, Vec<float> score, Vec<float> e) {
-                   if (tile.exponentials == nullptr) return;
-                   if (inverse_cap > 0) {
-                     const Vec<float> ratio = score * inverse_cap;
-                     e *= 1 - ratio * ratio;
-                   }
-                   store_half(tile.exponentials + v * tile.exponentials_stride + t, (__m512)e,
-                              count);
-                 });
-  }
-}
+void score_tile(const ScoreTile& tile) { compute_score_tile<MicroTiles<false>>(tile, store_half); }
 
 void gradient_tile(const GradientTile& tile) {
-  float* log_factors = tile.factors + (tile.tokens + kPanel - 1) / kPanel * kPanel;
-  for (int64_t t = 0; t < tile.tokens; t += 16) {
-    const int64_t count = smaller(16, tile.tokens - t);
-    const Vec<float> shift = load_strip(tile.maxima + t, count) - load_vector(tile.shift + t);
-    const Vec<float> ratio = exp_vector<float>(shift);
-    Vec<float> factor = load_vector(tile.scale_p + t);
-    if (tile.scale_entropy != nullptr) {
-      // log p = log e + shift: p (P + B log p) = e (ratio (P + B shift) + ratio B log e)
-      const Vec<float> entropy = load_vector(tile.scale_entropy + t);
-      factor += ratio > 0 ? entropy * shift : Vec<float>{};
-      store_vector(log_factors + t, ratio * entropy);
-    }
-    store_vector(tile.factors + t, ratio * factor);
-  }
+  const float* log_factors = fill_gradient_factors(tile);
   for (int64_t v = 0; v < tile.classes; ++v) {
     uint16_t* row = tile.data + v * tile.stride;
     const __m512 w = _mm512_set1_ps(tile.class_weight != nullptr ? tile.class_weight[v] : 1.0f);
@@ -293,8 +217,14 @@ void gradient_tile(const GradientTile& tile) {
 }  // namespace
 
 Bf16Kernels bf16_kernels_avx512bf16() {
-  return {pack_transposed, interleave_rows, score_tile,     gradient_tile,
-          copy_rows,       multiply<false>, multiply<true>, update_rows};
+  return {pack_transposed,
+          interleave_rows,
+          score_tile,
+          gradient_tile,
+          copy_rows,
+          multiply<MicroTiles<false>>,
+          multiply<MicroTiles<true>>,
+          update_rows};
 }
 
 }  // namespace memeff

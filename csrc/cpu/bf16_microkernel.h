@@ -4,6 +4,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // g++ 12 finds its own intrinsics' deliberately undefined operands uninitialised.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #include <immintrin.h>
@@ -16,7 +17,7 @@
 namespace memeff {
 namespace {
 
-constexpr int kMicroRows = 14;
+static_assert(kMicroRows == 14, "the rows unrolled below");
 
 inline __m512bh broadcast_pair(const uint16_t* pair) {
   int bits;
@@ -59,8 +60,9 @@ using MicroTile = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, f
                            bool);
 
 /// Versions for 1 to 14 rows: the last rows of a matrix cost no more than they are.
-template <bool kPacked>
+template <bool kPackedPairs>
 struct MicroTiles {
+  static constexpr bool kPacked = kPackedPairs;
   static constexpr MicroTile kByRows[kMicroRows + 1] = {nullptr,
                                                         micro_tile<1, kPacked>,
                                                         micro_tile<2, kPacked>,
@@ -76,6 +78,11 @@ struct MicroTiles {
                                                         micro_tile<12, kPacked>,
                                                         micro_tile<13, kPacked>,
                                                         micro_tile<14, kPacked>};
+
+  static void multiply(int64_t rows, const uint16_t* a, int64_t row_stride, const uint16_t* panel,
+                       int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+    kByRows[rows](a, row_stride, panel, steps, c, c_stride, accumulate);
+  }
 };
 
 }  // namespace

@@ -4,50 +4,14 @@
 #include <cstring>
 
 #include "core/tiling.h"
-#include "cpu/compact_sum.h"
 #include "cpu/number.h"
 #include "cpu/parallel.h"
+#include "cpu/row_update.h"
 
 namespace memeff {
 namespace {
 
 constexpr int64_t kRowGrain = 8;
-
-/// One row of split sums (core/weight_update.h) with fp32 halves: row += scale * sums.
-template <class T>
-void update_fp32_row(const T* sums, T scale, int64_t columns, WeightUpdate update, BFloat16* row,
-                     uint16_t* low) {
-  const bool last = update == WeightUpdate::kSplitLast;
-  for (int64_t d = 0; d < columns; ++d) {
-    float value = static_cast<float>(sums[d] * scale);
-    if (update != WeightUpdate::kSplitFirst) {
-      value += float_from_bits(uint32_t{row[d].bits} << 16 | low[d]);
-    }
-    const uint32_t bits = bits_of(value);
-    row[d].bits = last ? bf16_bits(value) : static_cast<uint16_t>(bits >> 16);
-    if (!last) low[d] = static_cast<uint16_t>(bits);
-  }
-}
-
-/// The same with compact sums.
-template <class T>
-void update_compact_row(const T* sums, T scale, int64_t columns, WeightUpdate update, BFloat16* row,
-                        uint8_t* exponents) {
-  for (int64_t begin = 0; begin < columns; begin += kCompactBlock, ++exponents) {
-    const int64_t count = std::min(kCompactBlock, columns - begin);
-    float values[kCompactBlock];
-    for (int64_t i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(sums[begin + i] * scale);
-      if (update != WeightUpdate::kSplitFirst) {
-        values[i] += load_compact(row[begin + i].bits, *exponents);
-      }
-    }
-    // A sum that is complete becomes plain bf16.
-    *exponents =
-        update == WeightUpdate::kSplitLast ? kPlainExponent : compact_exponent(values, count);
-    for (int64_t i = 0; i < count; ++i) row[begin + i].bits = compact_code(values[i], *exponents);
-  }
-}
 
 }  // namespace
 
@@ -122,12 +86,15 @@ void CpuBackend<T>::update_grad_weight(Range classes, WeightUpdate update) {
             store(row + d, to_arithmetic(row[d]) + sum[d] * scale);
         } else if constexpr (std::is_same_v<U, BFloat16>) {
           const int64_t v = classes.begin + i;
+          const bool read = update != WeightUpdate::kSplitFirst;
+          const bool round = update == WeightUpdate::kSplitLast;
+          auto* const bits = reinterpret_cast<uint16_t*>(row);
           if (plan_.accumulation == Accumulation::kCompact) {
             const int64_t blocks = ceil_div(features, kCompactBlock);
-            update_compact_row(sum, scale, features, update, row,
+            update_compact_row(sum, scale, features, read, round, bits,
                                at<uint8_t>(layout_.exponents) + v * blocks);
           } else {
-            update_fp32_row(sum, scale, features, update, row,
+            update_fp32_row(sum, scale, features, read, round, bits,
                             at<uint16_t>(layout_.remainder) + v * features);
           }
         }

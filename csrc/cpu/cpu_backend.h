@@ -2,10 +2,11 @@
 // CpuTokens' business (tokens.h); the backends add the matrix products.
 //
 //   BlasBackend<T>   any dtype: products by torch (MKL, oneDNN), scores kept as T
-//   Bf16Backend      bf16 on AVX512-BF16: handwritten products, scores kept in 16 bits
+//   Bf16Backend      bf16: handwritten products, scores kept in 16 bits
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "core/planner.h"
 #include "core/problem.h"
@@ -64,6 +65,15 @@ extern template class CpuBackend<double>;
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context);
 /// Completes a request by what depends on the problem's options, this machine and its threads. Of the
 /// problem's pointers it matters only which are null.
-void complete_request(const Problem& problem, PlanRequest* request);
+///
+/// The environment variable MEMEFF_CPU_KERNELS chooses what computes the products of bf16 calls whose
+/// options the bf16 kernels support; all others are computed by "blas":
+///   avx512_bf16     handwritten kernels; the default on processors with AVX512-BF16
+///   bf16_portable   the same kernels in plain C++, slow, for tests on any processor
+///   blas            torch's products of fp32 numbers; the default on other processors
+/// Returns "", or what is wrong with the variable's value.
+std::string complete_request(const Problem& problem, PlanRequest* request);
+/// The name, of those above, of what runs a completed request.
+const char* kernels_name(const PlanRequest& request);
 
 }  // namespace memeff

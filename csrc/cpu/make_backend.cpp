@@ -1,4 +1,7 @@
-// Chooses the CPU backend, and tells the planner about it.
+// Chooses the CPU backend, and reports it to the planner.
+#include <cstdlib>
+#include <string>
+
 #include "cpu/bf16_backend.h"
 #include "cpu/blas_backend.h"
 #include "cpu/features.h"
@@ -7,7 +10,16 @@
 namespace memeff {
 namespace {
 
-bool uses_bf16_kernels(const Problem& problem) {
+constexpr char kAvx512Bf16[] = "avx512_bf16", kPortable[] = "bf16_portable", kBlas[] = "blas";
+
+/// What computes the products of bf16 calls.
+std::string bf16_products() {
+  const char* forced = std::getenv("MEMEFF_CPU_KERNELS");
+  if (forced != nullptr && *forced != '\0') return forced;
+  return cpu_features().avx512_bf16 ? kAvx512Bf16 : kBlas;
+}
+
+bool bf16_kernels_support(const Problem& problem) {
   // With a soft cap, label smoothing and the gradient of the entropy need the score itself, which the bf16
   // kernels do not keep; the largest scores are picked from whole slices, and probability targets are
   // read element by element anyway.
@@ -17,7 +29,7 @@ bool uses_bf16_kernels(const Problem& problem) {
       problem.softcap > 0 && (problem.label_smoothing > 0 || entropy_gradient);
   const bool top = statistics != nullptr && statistics->top > 0;
   return problem.dtype == DType::kBFloat16 && problem.probabilities == nullptr && !needs_scores &&
-         !top && problem.features > 0 && cpu_features().avx512_bf16;
+         !top && problem.features > 0;
 }
 
 /// Per-tile partial sums that the problem needs: see Partial in cpu/tokens.h.
@@ -28,18 +40,38 @@ int count_partials(const Problem& problem) {
 
 }  // namespace
 
-void complete_request(const Problem& problem, PlanRequest* request) {
-  request->bf16_kernels = uses_bf16_kernels(problem);
+std::string complete_request(const Problem& problem, PlanRequest* request) {
+  const std::string products = bf16_products();
+  const bool handwritten = products == kAvx512Bf16 || products == kPortable;
+  if (!handwritten && products != kBlas) {
+    return "MEMEFF_CPU_KERNELS='" + products + "': expected '" + kAvx512Bf16 + "', '" + kPortable +
+           "' or '" + kBlas + "'";
+  }
+  if (products == kAvx512Bf16 && !cpu_features().avx512_bf16) {
+    return std::string("MEMEFF_CPU_KERNELS='") + kAvx512Bf16 +
+           "': this processor has no AVX512-BF16, expected '" + kPortable + "' or '" + kBlas + "'";
+  }
+  request->bf16_kernels = handwritten && bf16_kernels_support(problem);
   request->cpu_blas = !request->bf16_kernels;
   request->compact_sums = true;
   request->partials = count_partials(problem);
   request->threads = max_threads();
+  return "";
+}
+
+const char* kernels_name(const PlanRequest& request) {
+  if (!request.bf16_kernels) return kBlas;
+  return bf16_products() == kAvx512Bf16 ? kAvx512Bf16 : kPortable;
 }
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context) {
+  if (context.request->bf16_kernels) {
 #if defined(__x86_64__)
-  if (context.request->bf16_kernels) return std::make_unique<Bf16Backend>(context);
+    if (bf16_products() == kAvx512Bf16)
+      return std::make_unique<Bf16Backend>(context, bf16_kernels_avx512bf16());
 #endif
+    return std::make_unique<Bf16Backend>(context, bf16_kernels_portable());
+  }
   if (context.problem->dtype == DType::kFloat64)
     return std::make_unique<BlasBackend<double>>(context);
   return std::make_unique<BlasBackend<float>>(context);

@@ -430,6 +430,12 @@ int main() {
   const Shape usual = {70, 17, 270};
   const Shape others[] = {{1, 1, 1}, {45, 7, 230}, {75, 130, 460}};
   const std::vector<Options> options = all_options();
+  std::vector<const char*> bf16_kernels = {"bf16_portable"};
+  if (cpu_features().avx512_bf16) {
+    bf16_kernels.push_back("avx512_bf16");
+  } else {
+    std::cout << "portable bf16 kernels only: this processor has no AVX512-BF16" << std::endl;
+  }
   for (size_t i = 0; i < options.size(); ++i) {
     for (const Shape& shape : {usual, others[i % 3]}) {
       const bool vary_threads = i % 6 == 4;  // smoothing, everything
@@ -437,11 +443,12 @@ int main() {
            {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
         test_case(shape, dtype, false, options[i], vary_threads);
       }
-      if (cpu_features().avx512_bf16) {
+      for (const char* kernels : bf16_kernels) {
+        setenv("MEMEFF_CPU_KERNELS", kernels, 1);
         test_case(shape, DType::kBFloat16, true, options[i], vary_threads);
       }
+      unsetenv("MEMEFF_CPU_KERNELS");
     }
   }
-  if (!cpu_features().avx512_bf16) std::cout << "bf16 kernels not run: no AVX512-BF16" << std::endl;
   return test::result();
 }

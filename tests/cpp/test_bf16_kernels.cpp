@@ -1,5 +1,5 @@
-// The AVX512-BF16 kernels against plain loops: packings element by element, products for every height
-// of the micro-tile and odd inner sizes, epilogues, and no byte written beyond the result.
+// The bf16 kernels, portable and AVX512-BF16, against plain loops: packings element by element, products
+// for every height of the micro-tile and odd inner sizes, epilogues, and no byte written beyond the result.
 #include <algorithm>
 #include <cmath>
 #include <iostream>
@@ -14,14 +14,12 @@
 #include "cpu/number.h"
 #include "memory.h"
 
-#if defined(__x86_64__)
-
 namespace {
 
 using namespace memeff;
 using test::GuardedBuffer;
 
-const Bf16Kernels kKernels = bf16_kernels_avx512bf16();
+Bf16Kernels kernels;  // the version under test
 constexpr int64_t kMostInner = 2 * kInnerBlock + 5;
 
 double from_bf16(uint16_t bits) { return to_arithmetic(BFloat16{bits}); }
@@ -63,8 +61,8 @@ void test_pack_transposed() {
       const std::vector<int64_t> rows = some_rows(count, source.rows);
       const int64_t pairs = ceil_div(inner, 2);
       GuardedBuffer panel(pairs * kPanel * 4);
-      kKernels.pack_transposed(source.data(), source.stride, rows.data(), count, inner,
-                               panel.as<uint16_t>());
+      kernels.pack_transposed(source.data(), source.stride, rows.data(), count, inner,
+                              panel.as<uint16_t>());
       for (int64_t k = 0; k < 2 * pairs; ++k) {
         for (int64_t i = 0; i < kPanel; ++i) {
           const bool inside = k < inner && i < count;
@@ -88,8 +86,8 @@ void test_interleave_rows() {
           const std::vector<int64_t> rows = some_rows(inner, inner);
           const int64_t pairs = ceil_div(inner, 2);
           GuardedBuffer out(pairs * width * 4);
-          kKernels.interleave_rows(source.data(), source.stride, listed ? rows.data() : nullptr,
-                                   inner, columns, width, out.as<uint16_t>());
+          kernels.interleave_rows(source.data(), source.stride, listed ? rows.data() : nullptr,
+                                  inner, columns, width, out.as<uint16_t>());
           for (int64_t k = 0; k < 2 * pairs; ++k) {
             for (int64_t j = 0; j < width; ++j) {
               const bool inside = k < inner && j < columns;
@@ -111,7 +109,7 @@ void test_copy_rows() {
     Matrix source(5, inner, inner + 2, 3);
     const int64_t written = round_up(inner, 2);
     GuardedBuffer out((4 * copy_stride(inner) + written) * 2);
-    kKernels.copy_rows(source.data(), source.stride, 5, inner, out.as<uint16_t>());
+    kernels.copy_rows(source.data(), source.stride, 5, inner, out.as<uint16_t>());
     for (int64_t i = 0; i < 5; ++i) {
       for (int64_t k = 0; k < written; ++k) {
         const int expected = k < inner ? source.at(i, k) : 0;
@@ -131,12 +129,12 @@ void test_product(int64_t rows, int64_t inner, int64_t columns) {
   const int64_t panels = ceil_div(columns, kPanel);
   GuardedBuffer packed_b(panels * panel_stride * 2);
   for (int64_t j = 0; j < panels; ++j) {
-    kKernels.interleave_rows(b.data() + j * kPanel, b.stride, nullptr, inner,
-                             std::min(kPanel, columns - j * kPanel), kPanel,
-                             packed_b.as<uint16_t>() + j * panel_stride);
+    kernels.interleave_rows(b.data() + j * kPanel, b.stride, nullptr, inner,
+                            std::min(kPanel, columns - j * kPanel), kPanel,
+                            packed_b.as<uint16_t>() + j * panel_stride);
   }
   GuardedBuffer copy(rows * copy_stride(inner) * 2);
-  kKernels.copy_rows(a.data(), a.stride, rows, inner, copy.as<uint16_t>());
+  kernels.copy_rows(a.data(), a.stride, rows, inner, copy.as<uint16_t>());
   const int64_t group_stride = pairs * 2 * kMicroRows;
   GuardedBuffer packed_a(ceil_div(rows, kMicroRows) * group_stride * 2);
   for (int64_t i = 0; i < rows; ++i) {
@@ -165,7 +163,7 @@ void test_product(int64_t rows, int64_t inner, int64_t columns) {
     product.c_stride = c_stride;
     for (const int times : {1, 2}) {
       product.accumulate = times == 2;
-      (pairs_of_a ? kKernels.multiply_pairs : kKernels.multiply_rows)(product);
+      (pairs_of_a ? kernels.multiply_pairs : kernels.multiply_rows)(product);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           double expected = 0;
@@ -222,7 +220,7 @@ void test_update_rows() {
       update.low = split ? low.data() : nullptr;
       update.read = mode != kWrite && mode != kSplitFirst;
       update.round = !split || mode == kSplitLast;
-      kKernels.update_rows(update);
+      kernels.update_rows(update);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t d = 0; d < columns; ++d) {
           float expected = 0.25f * update.sums[i * sums_stride + d];
@@ -276,7 +274,7 @@ void test_update_compact_rows() {
       update.gradient = gradient.data(), update.gradient_stride = stride;
       update.exponents = exponents.as<uint8_t>(), update.exponents_stride = exponents_stride;
       update.read = mode != kFirst, update.round = mode == kLast;
-      kKernels.update_rows(update);
+      kernels.update_rows(update);
       for (int64_t i = 0; i < rows; ++i) {
         for (int64_t b = 0; b < blocks; ++b) {
           const int64_t at = i * exponents_stride + b, first = b * kCompactBlock;
@@ -316,9 +314,9 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
   std::vector<int64_t> rows(static_cast<size_t>(tokens));
   for (int64_t t = 0; t < tokens; ++t) rows[static_cast<size_t>(t)] = t;
   for (int64_t t = 0; t < tokens; t += kPanel) {
-    kKernels.pack_transposed(input.data(), input.stride, rows.data() + t,
-                             std::min(kPanel, tokens - t), features,
-                             panels.as<uint16_t>() + t / kPanel * panel_stride);
+    kernels.pack_transposed(input.data(), input.stride, rows.data() + t,
+                            std::min(kPanel, tokens - t), features,
+                            panels.as<uint16_t>() + t / kPanel * panel_stride);
   }
   std::vector<float> bias(static_cast<size_t>(classes)), class_weight(static_cast<size_t>(classes));
   for (int64_t v = 0; v < classes; ++v) {
@@ -336,7 +334,7 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
   tile.partials.maximum = maximum.as<float>(), tile.partials.sum = sum.as<float>();
   tile.exponentials = exponentials.as<uint16_t>(), tile.exponentials_stride = stride;
   tile.scratch = scratch.as<float>();
-  kKernels.score_tile(tile);
+  kernels.score_tile(tile);
 
   const auto score = [&](int64_t v, int64_t t) {
     double z = bias[static_cast<size_t>(v)];
@@ -377,7 +375,7 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
   gradient.scale_w = smoothing ? scale_w.data() : nullptr;
   gradient.class_weight = smoothing ? class_weight.data() : nullptr;
   gradient.bias_sum = bias_sum.as<float>();
-  kKernels.gradient_tile(gradient);
+  kernels.gradient_tile(gradient);
   for (int64_t v = 0; v < classes; ++v) {
     double row_sum = 1;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -396,13 +394,7 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
   CHECK(exponentials.intact() && bias_sum.intact());
 }
 
-}  // namespace
-
-int main() {
-  if (!cpu_features().avx512_bf16) {
-    std::cout << "skipped: this processor has no AVX512-BF16" << std::endl;
-    return test::kSkipped;
-  }
+void test_kernels() {
   test_pack_transposed();
   test_interleave_rows();
   test_copy_rows();
@@ -414,12 +406,21 @@ int main() {
   test_tile(kTileVocab, 40, 7, 2, true);
   test_tile(30, kTileTokens, 64, 0, false);
   test_tile(kTileVocab, 33, kInnerBlock + 3, 30, true);
-  return test::result();
 }
 
-#else
+}  // namespace
+
 int main() {
-  std::cout << "skipped: not an x86-64 processor" << std::endl;
-  return memeff::test::kSkipped;
-}
+  kernels = bf16_kernels_portable();
+  test_kernels();
+  if (!cpu_features().avx512_bf16) {
+    std::cout << "portable kernels only: this processor has no AVX512-BF16" << std::endl;
+    return test::result();
+  }
+#if defined(__x86_64__)
+  std::cout << "AVX512-BF16" << std::endl;
+  kernels = bf16_kernels_avx512bf16();
+  test_kernels();
 #endif
+  return test::result();
+}
