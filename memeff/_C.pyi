@@ -21,4 +21,5 @@ def plan(
     grad_accumulation: str,
     capability: int,
     gpu: str,
+    multiprocessors: int,
 ) -> dict[str, str | int | float]: ...

@@ -17,7 +17,7 @@ recompute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,13 +87,43 @@ def chunked_linear_apply(
         TypeError, ValueError, RuntimeError: an argument, or a result of ``fn``, of the wrong type
             or shape.
     """
+    return apply_to_chunks(
+        lambda chunk, *tensors: fn(chunk.logits(), *tensors),
+        input,
+        linear_weight,
+        {f"per_token_tensors[{i}]": tensor for i, tensor in enumerate(per_token_tensors)},
+        linear_bias=linear_bias,
+        chunk_size=chunk_size,
+        memory_budget=memory_budget,
+        upcast=upcast,
+        recompute=recompute,
+    )
+
+
+def apply_to_chunks(
+    fn: Callable[..., Results],
+    input: Tensor,
+    linear_weight: Tensor,
+    per_token: Mapping[str, Tensor],
+    *,
+    linear_bias: Tensor | None,
+    chunk_size: int | None,
+    memory_budget: int | str | None = None,
+    upcast: bool = True,
+    recompute: bool | None,
+) -> Results:
+    """As :func:`chunked_linear_apply`, for a function of a chunk: its ``logits()``, and with
+    ``recompute=False`` all that :class:`Chunk` has.
+
+    ``per_token``: the tensors by the names that error messages give them.
+    """
     _checks.check_tensor("input", input)
     _checks.check_tensor("linear_weight", linear_weight)
     if linear_bias is not None:
         _checks.check_tensor("linear_bias", linear_bias)
-    for position, tensor in enumerate(per_token_tensors):
-        _checks.check_tensor(f"per_token_tensors[{position}]", tensor)
-    _check_shapes(input, linear_weight, linear_bias, per_token_tensors)
+    for name, tensor in per_token.items():
+        _checks.check_tensor(name, tensor)
+    _check_shapes(input, linear_weight, linear_bias, per_token)
     cast_to = _arguments.autocast_dtype(input.device)
     if cast_to is not None:
         input = _arguments.autocast_to(input, cast_to)
@@ -117,7 +147,7 @@ def chunked_linear_apply(
         _arguments.parse_chunk_size(chunk_size),
         _arguments.parse_memory_budget(memory_budget),
     )
-    tensors = [t.reshape(len(rows), *t.shape[len(lead) :]) for t in per_token_tensors]
+    tensors = [t.reshape(len(rows), *t.shape[len(lead) :]) for t in per_token.values()]
     call = _Call(fn, rows, linear_weight, linear_bias, tensors, size, upcast)
     # Compiled code breaks its graph here: what runs twice cannot be one graph of it.
     results: list[Tensor] = torch.compiler.disable(call.run)(recompute)
@@ -126,7 +156,7 @@ def chunked_linear_apply(
 
 
 def _check_shapes(
-    input: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]
+    input: Tensor, weight: Tensor, bias: Tensor | None, per_token: Mapping[str, Tensor]
 ) -> None:
     if input.dim() < 1 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
         raise RuntimeError(
@@ -138,11 +168,11 @@ def _check_shapes(
             f"linear_bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
         )
     lead = input.shape[:-1]
-    for position, tensor in enumerate(tensors):
+    for name, tensor in per_token.items():
         if tensor.shape[: len(lead)] != lead:
             raise RuntimeError(
-                f"per_token_tensors[{position}] has shape {tuple(tensor.shape)}, expected one that "
-                f"begins with {tuple(lead)}, the leading dimensions of input"
+                f"{name} has shape {tuple(tensor.shape)}, expected one that begins with "
+                f"{tuple(lead)}, the leading dimensions of input"
             )
 
 
@@ -182,7 +212,7 @@ class _Call:
         if not torch.is_grad_enabled():
             rows = self.rows.detach()
             return self._join(
-                self.apply(self.head.logits(rows[slice(*b)]), self._rows_of(b), b[1] - b[0])
+                self.apply(Chunk(self.head, rows[slice(*b)], False), self._rows_of(b), b[1] - b[0])
                 for b in self.bounds
             )
         if recompute or (recompute is None and self.rows.dtype == torch.float16):
@@ -196,10 +226,11 @@ class _Call:
         state.restore()
         return self._recompute_later()
 
-    def apply(self, logits: Tensor, chunks: Sequence[Tensor], tokens: int) -> tuple[Tensor, ...]:
+    def apply(
+        self, chunk: Chunk | _RecomputedChunk, tensors: Sequence[Tensor], tokens: int
+    ) -> tuple[Tensor, ...]:
         """fn on one chunk, its results checked."""
-        results = self.fn(logits, *chunks)
-        del logits
+        results = self.fn(chunk, *tensors)
         self.returns_tuple = isinstance(results, (tuple, list))
         listed = tuple(results) if isinstance(results, (tuple, list)) else (results,)
         for result in listed:
@@ -264,7 +295,7 @@ class _Call:
             part.detach().requires_grad_(part.requires_grad) for part in self._rows_of(bounds)
         ]
         number = node_number(self.rows.device)
-        results = self.apply(chunk.logits(), leaves, end - begin)
+        results = self.apply(chunk, leaves, end - begin)
         position = self._differentiable(results)
         detached = tuple(result.detach() for result in results)
         if position is None:
@@ -285,7 +316,8 @@ class _Call:
         sums.add(bounds, [gradients.get(leaf) for leaf in leaves])
         for leaf in captured:
             add_gradient(sums.captured, leaf, gradients[leaf])
-        chunk.write_gradient(sums.rows, begin, None)
+        direct = gradients.get(chunk.rows)  # where fn uses the rows without projecting them
+        chunk.write_gradient(sums.rows, begin, direct)
         return detached, position
 
     @staticmethod
@@ -297,7 +329,7 @@ class _Call:
         if positions and results[positions[0]].dim() > 0:
             shape = tuple(results[positions[0]].shape)
             raise _NotPossible(
-                f"the differentiable result of fn is no scalar, it has shape {shape}"
+                f"the differentiable result of fn is not a scalar, it has shape {shape}"
             )
         return positions[0] if positions else None
 
@@ -311,8 +343,9 @@ class _Call:
         parts = [tensor.split(sizes) for tensor in self.tensors]
 
         def one_chunk(bounds: tuple[int, int], *chunks: Tensor) -> tuple[Tensor, ...]:
-            logits = _ChunkLogits.apply(token, shared, *bounds)
-            return self.apply(logits, chunks, bounds[1] - bounds[0])
+            return self.apply(
+                _RecomputedChunk(token, shared, bounds), chunks, bounds[1] - bounds[0]
+            )
 
         return self._join(
             checkpoint(one_chunk, bounds, *(part[i] for part in parts), use_reentrant=False)
@@ -370,6 +403,17 @@ class _Shared:
             self._grad_rows = None
             self.head.drop_gradients()
             self._backward = current
+
+
+class _RecomputedChunk:
+    """Tokens begin..end, whose logits hang on what :class:`_Operands` returns."""
+
+    def __init__(self, token: Tensor, shared: _Shared, bounds: tuple[int, int]) -> None:
+        self._arguments = token, shared, *bounds
+
+    def logits(self) -> Tensor:
+        logits: Tensor = _ChunkLogits.apply(*self._arguments)
+        return logits
 
 
 class _Operands(torch.autograd.Function):

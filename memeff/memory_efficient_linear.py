@@ -1,4 +1,4 @@
-"""``MemoryEfficientLinear``: a loss over a projection, as an autograd function called like this:
+"""``MemoryEfficientLinear``: a loss over a projection, written in terms of the projection:
 
     MemoryEfficientLinear.apply(hidden, linear.weight, labels, forward_function, linear.bias)
 
@@ -9,40 +9,32 @@ projects by ``linear(hidden_chunk)``, upcasts with ``.float()`` and returns a sc
         logits = linear(hidden).float()
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
 
-:func:`memeff.chunked_linear_apply` does the same for functions of logits and more: results per
-token, several results, and parameters that the function closes over.
+An adapter over :func:`memeff.chunked_linear_apply`, which takes functions of logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memeff import _arguments, _checks
-from memeff._gradient_sums import GradientSum, keep_gradients, scale_kept_gradients
-from memeff._gradients import (
-    CapturedResult,
-    captured_leaves,
-    first_derivatives_only,
-    node_number,
-)
-from memeff._heads import Chunk, Head, choose_chunk_size
+from memeff import _checks
+from memeff._heads import Chunk
+from memeff.chunked import apply_to_chunks
 
 __all__ = ["MemoryEfficientLinear"]
 
 _REDUCTIONS = ("mean", "sum")
 
 
-class MemoryEfficientLinear(torch.autograd.Function):
+class MemoryEfficientLinear:
     """``apply(X, weight, labels, forward_function, bias=None, reduction="mean", chunk_size=None,
     ignore_index=-100)`` returns what ``forward_function(X, linear, labels)`` does, in float32.
 
-    Gradients of ``X``, ``weight`` and ``bias`` are computed chunk by chunk in the forward pass by
-    autograd, whatever ``forward_function`` does; backward multiplies them by the upstream gradient,
-    and only then are they rounded to 16 bits.
+    Gradients of ``X``, ``weight``, ``bias`` and of parameters that ``forward_function`` closes over
+    are computed chunk by chunk in the forward pass by autograd, whatever ``forward_function`` does;
+    backward multiplies them by the upstream gradient, and only then are they rounded to 16 bits.
 
     Memory: the gradients themselves, a 32nd more for their sums, and what ``forward_function``
     keeps of one chunk. For cross entropy that is three float32 blocks [chunk, V], where the
@@ -64,13 +56,13 @@ class MemoryEfficientLinear(torch.autograd.Function):
         ignore_index: the label that a "mean" does not count.
 
     Raises:
-        RuntimeError: ``forward_function`` depends on other tensors that require gradients, which
-            would not get any.
+        TypeError, ValueError, RuntimeError: an argument, or a result of ``forward_function``, of
+            the wrong type or shape; or ``forward_function`` closes over a result of other
+            differentiable computations.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def apply(
         X: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -81,47 +73,35 @@ class MemoryEfficientLinear(torch.autograd.Function):
         ignore_index: int = -100,
     ) -> Tensor:
         _checks.check_choice("reduction", reduction, _REDUCTIONS)
-        if labels.shape[: X.dim() - 1] != X.shape[:-1]:
-            raise RuntimeError(
-                f"labels has shape {tuple(labels.shape)}, expected one that begins with "
-                f"{tuple(X.shape[:-1])}, the leading dimensions of X"
-            )
-        cast_to = _arguments.autocast_dtype(X.device)
-        wanted = ctx.needs_input_grad
-        rows = _cast(X, cast_to).reshape(-1, X.shape[-1]).detach()
-        labels = labels.reshape(len(rows), *labels.shape[X.dim() - 1 :])
-        head = Head(
-            _cast(weight, cast_to),
-            None if bias is None else _cast(bias, cast_to),
-            upcast=True,
-            weight_grad=weight.dtype if wanted[1] else None,
-            bias_grad=bias.dtype if bias is not None and wanted[4] else None,
-        )
-        itemsize = head.logits_dtype.itemsize
-        size = _arguments.parse_chunk_size(chunk_size)
-        size = choose_chunk_size(len(rows), head.weight, itemsize, size)
-        total = rows.new_zeros((), dtype=head.logits_dtype)
-        shares = _shares(labels, size, ignore_index) if reduction == "mean" else None
-        grad_rows = GradientSum(rows.shape, X.dtype, X.device) if wanted[0] else None
-        for i, begin in enumerate(range(0, len(rows), size)):
-            share = 1.0 if shares is None else shares[i]
+        _checks.check_tensor("labels", labels)
+        total = _count(labels, ignore_index) if reduction == "mean" else None
+
+        def of_chunk(chunk: Chunk, labels: Tensor) -> Tensor:
+            share = 1.0 if total is None else _count(labels, ignore_index) / max(total, 1)
             if share == 0:
-                continue  # no mean of no labels, and 0 times its gradient may be nan
-            part = slice(begin, begin + size)
-            chunk = Chunk(head, rows[part], wanted[0])
-            value, gradient = _differentiate(forward_function, chunk, labels[part], share)
-            total += value
-            chunk.write_gradient(grad_rows, begin, gradient)
+                return (
+                    chunk.token.to(chunk.head.logits_dtype) * 0
+                )  # a mean of no labels would be nan
+            value = forward_function(chunk.rows, _Linear(chunk), labels)
+            if not isinstance(value, Tensor) or value.dim() != 0:
+                got = getattr(value, "shape", type(value).__name__)
+                raise RuntimeError(
+                    f"forward_function returned {got}, expected a scalar tensor; "
+                    "memeff.chunked_linear_apply takes functions with results per token"
+                )
+            return value * share
 
-        keep_gradients(ctx, total, (grad_rows, *head.take_gradients()))
-        ctx.shape = X.shape
-        return total if shares is None or any(shares) else total.fill_(torch.nan)
-
-    @staticmethod
-    @first_derivatives_only
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = scale_kept_gradients(ctx, grad)
-        return None if x is None else x.view(ctx.shape), weight, None, None, bias, None, None, None
+        loss = apply_to_chunks(
+            of_chunk,
+            X,
+            weight,
+            {"labels": labels},
+            linear_bias=bias,
+            chunk_size=chunk_size,
+            recompute=False,
+        )
+        assert isinstance(loss, Tensor)
+        return loss if total is None or total > 0 else loss + torch.nan
 
 
 class _Linear:
@@ -136,57 +116,7 @@ class _Linear:
         return self._chunk.logits(hidden)
 
 
-def _differentiate(
-    function: Callable[..., Tensor], chunk: Chunk, labels: Tensor, share: float
-) -> tuple[Tensor, Tensor | None]:
-    """share * function(...), and what of its gradient with respect to the rows does not come
-    through their logits."""
-    with torch.enable_grad():
-        number = node_number(chunk.rows.device)
-        value = function(chunk.rows, _Linear(chunk), labels)
-        _check(value)
-        value = value * share
-        inputs = chunk.leaves
-        if not value.requires_grad:
-            return value, None
-        _refuse_captured(value, inputs, number)
-        gradients = torch.autograd.grad(value, inputs, allow_unused=True)
-    return value.detach(), gradients[0] if chunk.rows_grad else None
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else _arguments.autocast_to(tensor, dtype)
-
-
-def _shares(labels: Tensor, size: int, ignore_index: int) -> list[float]:
-    """Each chunk's share of all counted labels; zeros if there are none."""
-    counted = torch.ones_like(labels) if labels.is_floating_point() else labels != ignore_index
-    per_token = counted.reshape(len(labels), -1).sum(1, dtype=torch.float64)
-    counts = [part.sum() for part in per_token.split(size)]
-    shares: list[float] = (torch.stack(counts) / per_token.sum().clamp(min=1)).tolist()
-    return shares
-
-
-def _check(value: object) -> None:
-    if not isinstance(value, Tensor) or value.dim() != 0:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise RuntimeError(
-            f"forward_function returned {got}, expected a scalar tensor; "
-            "memeff.chunked_linear_apply takes functions with results per token"
-        )
-
-
-def _refuse_captured(value: Tensor, inputs: list[Tensor], before: int) -> None:
-    try:
-        captured = captured_leaves(value, inputs, before)
-    except CapturedResult as node:
-        raise RuntimeError(_captured_message(f"a result of {node}")) from None
-    if captured:
-        raise RuntimeError(_captured_message(f"a tensor of shape {tuple(captured[0].shape)}"))
-
-
-def _captured_message(what: str) -> str:
-    return (
-        f"forward_function depends on {what} that requires grad, expected none beside hidden and "
-        "linear: a torch.autograd.Function has no gradient for it; memeff.chunked_linear_apply has"
-    )
+def _count(labels: Tensor, ignore_index: int) -> int:
+    if labels.is_floating_point():
+        return labels.numel()
+    return int((labels != ignore_index).sum())

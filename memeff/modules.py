@@ -40,18 +40,21 @@ class LinearCrossEntropyLoss(nn.Module):
     """Cross entropy of a linear classifier's logits, which are not stored.
 
     Constructed like :class:`torch.nn.LinearCrossEntropyLoss`, it owns its classifier,
-    ``self.linear`` (and has the same state dict). Given ``linear``, it shares the classifier of
-    another module: an nn.Linear, or an nn.Parameter [V, D] such as the weight of an embedding that
-    it is tied to.
+    ``self.linear`` (and has the same state dict). Given ``linear`` or ``linear_weight``, it shares
+    the classifier of a model instead: its parameters stay those of the model, and appear neither
+    among the parameters nor in the state dict of this module.
 
     Args:
-        in_features: D. With ``linear`` given it may be left out, and must otherwise agree.
+        in_features: D. With a shared classifier it may be left out, and must otherwise agree.
         num_classes: V, likewise.
         out_features: (d1, ..., dK) for K-dimensional losses; the classifier then has
             V * d1 * ... * dK rows.
         bias: whether an owned classifier has a bias.
         device, dtype: of an owned classifier.
-        linear: the classifier to share, instead of owning one.
+        linear: the module to share, an nn.Linear, or the nn.Embedding that the classifier is tied
+            to. Its weight may be replaced later on, as ``to_empty`` and FSDP do.
+        linear_weight: the tensor [V, D] to share, where there is no such module.
+        linear_bias: the bias [V] that belongs to ``linear_weight``.
         weight: class weights [V], kept as a buffer.
         reduction, ignore_index, label_smoothing, options, softcap, logit_scale, z_loss, shift,
             memory_budget, chunk_size, accum_dtype, skip_mass, backend: see
@@ -72,7 +75,9 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        linear: nn.Linear | nn.Parameter | None = None,
+        linear: nn.Linear | nn.Embedding | None = None,
+        linear_weight: Tensor | None = None,
+        linear_bias: Tensor | None = None,
         reduction: str = "mean",
         weight: Tensor | None = None,
         ignore_index: int | None = None,
@@ -90,7 +95,16 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         positions = math.prod(out_features)
-        if linear is None:
+        shared = {"linear": linear, "linear_weight": linear_weight}
+        given = [name for name, value in shared.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError("linear and linear_weight are both given, expected only one of them")
+        if linear_bias is not None and linear_weight is None:
+            raise ValueError("linear_bias is given without linear_weight, expected both or neither")
+        # Not registered (what is shared has an owner that registers it): see _share.
+        self.linear: nn.Linear | nn.Embedding | None
+        self._shared: tuple[Tensor, Tensor | None] | None = None
+        if not given:
             if in_features is None or num_classes is None:
                 raise TypeError(
                     f"in_features is {in_features} and num_classes is {num_classes}, expected two "
@@ -103,17 +117,19 @@ class LinearCrossEntropyLoss(nn.Module):
             if bias or device is not None or dtype is not None:
                 raise ValueError(
                     f"bias is {bias}, device {device} and dtype {dtype}, expected none of them "
-                    "together with linear, which has its own"
+                    f"together with {given[0]}, which has its own"
                 )
-            self.linear = _shared_linear(linear)
-        rows, features = self.linear.weight.shape
+            self._share(linear, linear_weight, linear_bias)
+        rows, features = self.linear_weight.shape
         if in_features not in (None, features):
-            raise ValueError(f"in_features is {in_features}, expected that of linear, {features}")
+            raise ValueError(
+                f"in_features is {in_features}, expected that of the classifier, {features}"
+            )
         classes, rest = divmod(rows, positions) if positions else (num_classes or 0, rows)
         if rest or num_classes not in (None, classes):
             raise ValueError(
                 f"num_classes is {num_classes} with out_features {out_features}, expected their "
-                f"product to be the {rows} rows of linear"
+                f"product to be the {rows} rows of the classifier"
             )
         if weight is not None and weight.shape != (classes,):
             raise RuntimeError(
@@ -138,8 +154,52 @@ class LinearCrossEntropyLoss(nn.Module):
         self.skip_mass = skip_mass
         self.backend = backend
 
+    def _share(
+        self, linear: nn.Module | None, linear_weight: Tensor | None, linear_bias: Tensor | None
+    ) -> None:
+        """Keeps what is shared in __dict__, where nn.Module does not look for parameters."""
+        if linear is not None and not isinstance(linear, (nn.Linear, nn.Embedding)):
+            raise TypeError(
+                "linear must be an nn.Linear or an nn.Embedding, got "
+                f"{type(linear).__name__}; a tensor [V, D] goes by linear_weight"
+            )
+        if linear_weight is not None:
+            tensors = {"linear_weight": (linear_weight, 2), "linear_bias": (linear_bias, 1)}
+            for name, (tensor, dimensions) in tensors.items():
+                if tensor is None:
+                    continue
+                _checks.check_tensor(name, tensor)
+                if tensor.dim() != dimensions or len(tensor) != len(linear_weight):
+                    raise RuntimeError(
+                        f"{name} has shape {tuple(tensor.shape)}, expected linear_weight [V, D] "
+                        "and linear_bias [V]"
+                    )
+            self.__dict__["_shared"] = linear_weight, linear_bias
+        self.__dict__["linear"] = linear
+
+    @property
+    def linear_weight(self) -> Tensor:
+        """The classifier's weight, [V * d1 * ... * dK, D]."""
+        if self.linear is None:
+            assert self._shared is not None
+            return self._shared[0]
+        return self.linear.weight
+
+    @property
+    def linear_bias(self) -> Tensor | None:
+        """The classifier's bias, [V * d1 * ... * dK], or None."""
+        if self.linear is None:
+            assert self._shared is not None
+            return self._shared[1]
+        return getattr(self.linear, "bias", None)
+
     def reset_parameters(self) -> None:
-        """Initialise the classifier anew, as nn.Linear does (also one that is shared)."""
+        """Initialise the classifier's module anew (also one that is shared)."""
+        if self.linear is None:
+            raise RuntimeError(
+                "linear_weight is shared: expected its owner to initialise it, as this module does "
+                "not know how"
+            )
         self.linear.reset_parameters()
 
     @overload
@@ -174,8 +234,7 @@ class LinearCrossEntropyLoss(nn.Module):
         return_statistics: bool = False,
     ) -> Tensor | tuple[Tensor, TokenStatistics]:
         """Loss of input [..., D] against target; arguments and result as in the function."""
-        linear_weight: Tensor = self.linear.weight
-        linear_bias: Tensor | None = self.linear.bias
+        linear_weight, linear_bias = self.linear_weight, self.linear_bias
         if self.out_features:
             classes = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*classes, linear_weight.shape[-1])
@@ -197,12 +256,12 @@ class LinearCrossEntropyLoss(nn.Module):
     def extra_repr(self) -> str:
         """The classifier's shape, the reduction, and every setting that is not the default."""
         shown: dict[str, Any] = {
-            "in_features": self.linear.in_features,
+            "in_features": self.linear_weight.shape[1],
             "num_classes": self.num_classes,
         }
         if self.out_features:
             shown["out_features"] = self.out_features
-        shown["bias"] = self.linear.bias is not None
+        shown["bias"] = self.linear_bias is not None
         if self.weight is not None:
             shown["weight"] = tuple(self.weight.shape)
         defaults = inspect.signature(linear_cross_entropy).parameters
@@ -211,18 +270,3 @@ class LinearCrossEntropyLoss(nn.Module):
             if name == "reduction" or value != defaults[name].default:
                 shown[name] = value
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
-
-
-def _shared_linear(linear: nn.Linear | nn.Parameter) -> nn.Linear:
-    """``linear`` itself, or an nn.Linear around the parameter [V, D]."""
-    if isinstance(linear, nn.Linear):
-        return linear
-    if not isinstance(linear, nn.Parameter) or linear.dim() != 2:
-        raise TypeError(
-            "linear must be an nn.Linear or an nn.Parameter of two dimensions [V, D], got "
-            f"{type(linear).__name__}"
-            + (f" of shape {tuple(linear.shape)}" if isinstance(linear, Tensor) else "")
-        )
-    module = nn.Linear(linear.shape[1], linear.shape[0], bias=False, device="meta")
-    module.weight = linear
-    return module

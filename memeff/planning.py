@@ -13,6 +13,8 @@ from memeff import _arguments, _checks, _library
 __all__ = ["Plan", "plan"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _checks.DTYPES}
+_OPTIONAL_FLAGS = ("input_grad", "weight_grad")
+_OLDEST_CAPABILITY = (7, 5)  # the generic kernels' first
 _KINDS = {
     "statistics": "statistics only, no gradients",
     "token_chunks": "token chunks, gradients in forward",
@@ -20,7 +22,7 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """How a call is computed. ``str(plan)`` is a readable summary."""
 
@@ -46,6 +48,8 @@ class Plan:
     num_slices: int
     stored_in_gradient: int
     """Tokens whose scores are kept in the memory of the weight gradient until it is written."""
+    stored_in_workspace: int
+    """Vocabulary slices: tokens whose scores are kept in the workspace."""
     accumulation: str
     """How the weight gradient adds up: "exact" (one product), "float32", "compact" (a 16-bit
     gradient's own bits with exponents in common: 32 times finer than bfloat16)."""
@@ -67,15 +71,41 @@ class Plan:
     """On GPUs: of products that would fill the GPU for as long as the plan is predicted to take.
     What exceeds ``flops`` is for tiles that stay empty, launches, memory traffic. 0 on the CPU."""
 
+    @property
+    def steps(self) -> str:
+        """What happens, in a sentence."""
+        kept = min(self.stored_in_gradient, self.tokens)
+        rest = self.tokens - kept
+        chunk = min(self.tokens_per_chunk, rest)
+        chunks = _count(-(-rest // chunk), "chunk") if chunk else "0 chunks"
+        in_gradient = f"{kept} tokens kept in the gradient's memory"
+        if self.kind != "vocab_slices":
+            if not rest:
+                return in_gradient
+            of_tokens = f"{chunks} of up to {chunk} tokens"
+            return f"{in_gradient}, then {chunks} of up to {chunk}" if kept else of_tokens
+        in_workspace = min(self.stored_in_workspace, rest)
+        again = rest - in_workspace
+        parts = [in_gradient] if kept else []
+        parts += [f"{in_workspace} in the workspace"] if in_workspace else []
+        parts += [f"scores of {again} computed again"] if again else []
+        slices = f"{_count(self.num_slices, 'slice')} of up to {self.vocab_per_slice} classes"
+        return f"{', '.join(parts)}; {slices}"
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"<memeff.Plan of {self.tokens} x {self.features} x {self.vocab} {dtype} on "
+            f"{self.backend}: {self.steps}; {_mebibytes(self.workspace_bytes)} of workspace>"
+        )
+
     def __str__(self) -> str:
         lines = {
             "problem": f"{self.tokens} tokens x {self.features} features x {self.vocab} classes, "
             f"{str(self.dtype).removeprefix('torch.')}",
             "plan": _KINDS.get(self.kind, self.kind),
             "kernels": f"{self.backend}: {self.kernels}",
-            "chunks": f"{self.num_chunks} of {self.tokens_per_chunk} tokens, "
-            f"{self.num_slices} of {self.vocab_per_slice} classes",
-            "kept": f"scores of {self.stored_in_gradient} tokens, in the weight gradient's memory",
+            "steps": self.steps,
             "accumulation": self.accumulation,
             "of the input": self.input_accumulation,
             "workspace": _mebibytes(self.workspace_bytes),
@@ -88,8 +118,6 @@ class Plan:
             lines["kernels"] += f" ({self.kernels_reason})"
         if self.input_accumulation != "compact":
             del lines["of the input"]
-        if not self.stored_in_gradient:
-            del lines["kept"]
         if not self.library_bytes:
             del lines["library"]
         return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
@@ -132,11 +160,13 @@ def plan(
         reduction, label_smoothing, softcap, return_statistics, memory_budget, chunk_size,
             accum_dtype, skip_mass: as in the call.
         backend: as in the call; "cuda" needs no GPU, nor a build with CUDA.
-        compute_capability: of the GPU to plan for. None: of the current one, else (9, 0).
+        compute_capability: (major, minor) of the GPU to plan for; ``backend="auto"`` then means
+            "cuda". None: of the current GPU, else (9, 0).
 
     Raises:
-        ValueError: a bad value, or a memory_budget in which no plan fits; the message says the
-            least that works.
+        TypeError: a missing argument, or one of the wrong type.
+        ValueError: a bad value, or a memory_budget in which no plan fits; the message states the
+            minimum.
     """
     if isinstance(tokens, Tensor):
         input, linear_weight = tokens, features
@@ -162,6 +192,18 @@ def plan(
             raise TypeError(f"{name} must be an int, got {size!r}")
         if size < 0:
             raise ValueError(f"{name} is {size}, expected a number >= 0")
+    if dtype is None:
+        raise TypeError(
+            f"plan is missing the dtype, expected one as in plan({tokens}, {features}, {vocab}, "
+            "torch.bfloat16)"
+        )
+    flags = {
+        "input_grad": input_grad, "weight_grad": weight_grad, "bias_grad": bias_grad,
+        "probabilities": probabilities, "return_statistics": return_statistics,
+    }  # fmt: skip
+    for name, flag in flags.items():
+        if not isinstance(flag, bool) and not (flag is None and name in _OPTIONAL_FLAGS):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
     dtype_name = str(dtype).removeprefix("torch.")
     _checks.check_choice("dtype", dtype_name, tuple(_DTYPES))
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
@@ -169,7 +211,10 @@ def plan(
     _checks.check_skip_mass(skip_mass)
     planned = ("cpu", "cuda")
     _checks.check_choice("backend", backend, ("auto", *planned, "reference"))
-    if backend == "auto":
+    _check_capability(compute_capability, backend)
+    if backend == "auto" and compute_capability is not None:
+        backend = "cuda"
+    elif backend == "auto":
         backend = device.type if device.type in planned else "cpu"
     if backend == "reference":
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
@@ -195,6 +240,25 @@ def plan(
     return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=backend, **chosen)
 
 
+def _check_capability(capability: Any, backend: str) -> None:
+    if capability is None:
+        return
+    pair = isinstance(capability, tuple) and len(capability) == 2
+    if not pair or not all(type(number) is int for number in capability):
+        raise TypeError(
+            f"compute_capability must be a tuple of two ints such as (9, 0), got {capability!r}"
+        )
+    if capability < _OLDEST_CAPABILITY or capability[1] > 9:
+        raise ValueError(
+            f"compute_capability is {capability}, expected (7, 5) or newer, such as (9, 0)"
+        )
+    if backend == "cpu":
+        raise ValueError(
+            f"compute_capability is {capability} with backend='cpu', expected a GPU: "
+            "backend='cuda' or 'auto'"
+        )
+
+
 def _gpu(given: tuple[int, int] | None, device: torch.device) -> dict[str, int | str]:
     """The GPU to plan for: its compute capability, 10 * major + minor; its name and number of
     multiprocessors where they are known."""
@@ -206,6 +270,10 @@ def _gpu(given: tuple[int, int] | None, device: torch.device) -> dict[str, int |
         multiprocessors = properties.multi_processor_count
     major, minor = given or (9, 0)
     return {"capability": 10 * major + minor, "gpu": name, "multiprocessors": multiprocessors}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _mebibytes(size: int) -> str:

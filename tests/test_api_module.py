@@ -45,11 +45,13 @@ def test_like_torch(out_features: tuple[int, ...], bias: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_shares_a_tied_parameter() -> None:
+@pytest.mark.parametrize("by", ["linear", "linear_weight"])
+def test_shares_a_tied_embedding(by: str) -> None:
     embedding = nn.Embedding(13, 6)
-    loss = memeff.LinearCrossEntropyLoss(linear=embedding.weight, shift=True)
-    assert loss.linear.weight is embedding.weight
-    assert (loss.linear.in_features, loss.num_classes) == (6, 13)
+    shared = {by: embedding if by == "linear" else embedding.weight}
+    loss = memeff.LinearCrossEntropyLoss(**shared, shift=True)
+    assert loss.linear_weight is embedding.weight and loss.linear_bias is None
+    assert loss.num_classes == 13 and "in_features=6" in repr(loss)
     tokens = torch.randint(13, (2, 5))
     loss(embedding(tokens), tokens).backward()
     gradient = embedding.weight.grad
@@ -68,9 +70,59 @@ def test_shares_a_linear() -> None:
     x, target = torch.randn(3, 6), torch.randint(13, (3,))
     expected = nn.functional.cross_entropy(head(x), target)
     torch.testing.assert_close(loss(x, target), expected)
+    assert torch.equal(
+        memeff.LinearCrossEntropyLoss(linear_weight=head.weight, linear_bias=head.bias)(x, target),
+        loss(x, target),
+    )
     before = head.weight.clone()
     loss.reset_parameters()
     assert not torch.equal(before, head.weight)
+
+
+class Model(nn.Module):
+    """A head, and a loss that shares it in one of two ways."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 13)
+        if by == "linear":
+            self.loss = memeff.LinearCrossEntropyLoss(linear=self.head)
+        else:
+            self.loss = memeff.LinearCrossEntropyLoss(
+                linear_weight=self.head.weight, linear_bias=self.head.bias
+            )
+
+
+@pytest.mark.parametrize("by", ["linear", "linear_weight"])
+def test_sharing_adds_nothing_to_the_model(by: str) -> None:
+    model = Model(by)
+    names = ["head.weight", "head.bias"]
+    assert list(model.state_dict()) == names
+    assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
+    assert not list(model.loss.parameters()) and not model.loss.state_dict()
+
+
+@pytest.mark.parametrize("by", ["linear", "linear_weight"])
+def test_sharing_survives_copies_moves_and_loading(by: str) -> None:
+    model = Model(by)
+    twin = copy.deepcopy(model)
+    assert twin.loss.linear_weight is twin.head.weight is not model.head.weight
+    twin.double().load_state_dict(Model(by).state_dict())
+    assert twin.loss.linear_weight is twin.head.weight
+    assert twin.loss.linear_bias is twin.head.bias and twin.head.bias.dtype == torch.float64
+    x, target = torch.randn(5, 6, dtype=torch.float64), torch.randint(13, (5,))
+    expected = nn.functional.cross_entropy(twin.head(x), target)
+    torch.testing.assert_close(twin.loss(x, target), expected)
+
+
+def test_shared_weight_may_be_replaced() -> None:
+    """As to_empty does with a model that was made on the meta device."""
+    with torch.device("meta"):
+        model = Model("linear")
+    model.to_empty(device="cpu").load_state_dict(Model("linear").state_dict())
+    loss = model.loss(torch.randn(5, 6), torch.randint(13, (5,)))
+    loss.backward()
+    assert loss.isfinite() and model.head.weight.grad is not None
 
 
 def test_forward_arguments_and_statistics() -> None:
@@ -126,7 +178,20 @@ def test_copies_and_moves() -> None:
         ({}, TypeError, "in_features is None"),
         ({"in_features": 6}, TypeError, "num_classes is None"),
         ({"linear": torch.ones(3, 4)}, TypeError, "linear must be"),
-        ({"linear": nn.Parameter(torch.ones(3))}, TypeError, "linear must be"),
+        ({"linear": nn.Parameter(torch.ones(3, 4))}, TypeError, "goes by linear_weight"),
+        ({"linear": nn.Conv1d(3, 4, 1)}, TypeError, "got Conv1d"),
+        ({"linear_weight": torch.ones(3)}, RuntimeError, "linear_weight has shape"),
+        ({"linear_weight": nn.Linear(6, 13)}, TypeError, "linear_weight must be a torch.Tensor"),
+        (
+            {"linear_weight": torch.ones(3, 4), "linear_bias": torch.ones(4)}, RuntimeError,
+            "linear_bias has shape",
+        ),
+        ({"linear_bias": torch.ones(4)}, ValueError, "without linear_weight"),
+        ({"linear_weight": torch.ones(3, 4), "bias": True}, ValueError, "with linear_weight"),
+        (
+            {"linear": nn.Linear(6, 13), "linear_weight": torch.ones(3, 4)}, ValueError,
+            "only one of them",
+        ),
         ({"linear": nn.Linear(6, 13), "bias": True}, ValueError, "bias is True"),
         ({"linear": nn.Linear(6, 13), "in_features": 5}, ValueError, "in_features is 5"),
         ({"linear": nn.Linear(6, 13), "num_classes": 12}, ValueError, "num_classes is 12"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -120,6 +121,39 @@ def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         plan()
 
 
+def test_compute_capability_means_a_gpu() -> None:
+    problem = (4096, 1024, 32768, "bfloat16")
+    assert memeff.plan(*problem, compute_capability=(8, 0)) == memeff.plan(
+        *problem, compute_capability=(8, 0), backend="cuda"
+    )
+    assert memeff.plan(*problem).backend == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("budget", [None, "40MiB"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_steps_account_for_every_token(backend: str, budget: str | None, reduction: str) -> None:
+    plan = memeff.plan(
+        6000, 1024, 32768, "bfloat16", backend=backend, memory_budget=budget, reduction=reduction
+    )
+    assert plan.steps in str(plan) and plan.steps in repr(plan)
+    kept, chunks, kept_too, again = (
+        sum(map(int, re.findall(pattern, plan.steps)))
+        for pattern in (
+            r"(\d+) tokens kept in the gradient's memory", r"(\d+) chunks? of up to",
+            r"(\d+) in the workspace", r"scores of (\d+) computed again",
+        )
+    )  # fmt: skip
+    assert kept == plan.stored_in_gradient
+    if plan.kind == "vocab_slices":
+        assert kept + kept_too + again == 6000
+        computed_again = (plan.flops - plan.floor_flops) / (2 * 1024 * 32768)
+        # One sweep over the slices for both gradients, or one for each.
+        assert any(computed_again == pytest.approx(sweeps * again) for sweeps in (1, 2))
+    else:
+        assert chunks == plan.num_chunks - (kept > 0)
+
+
 def test_readable() -> None:
     text = str(memeff.plan(4096, 1024, 32768, "bfloat16"))
     for part in (
@@ -138,7 +172,7 @@ def test_readable() -> None:
 @pytest.mark.parametrize(
     ("arguments", "keywords", "kind", "text"),
     [
-        ((10, 10, 10), {}, ValueError, "dtype is 'None'"),
+        ((10, 20, 30), {}, TypeError, r"missing the dtype, .* plan\(10, 20, 30, torch.bfloat16\)"),
         ((10, 10, 10, "int8"), {}, ValueError, "dtype is 'int8'"),
         ((10, 10, None, "float32"), {}, TypeError, "vocab must be an int"),
         ((-1, 10, 10, "float32"), {}, ValueError, "tokens is -1"),
@@ -149,9 +183,20 @@ def test_readable() -> None:
         ((10, 10, 10, "float32"), {"backend": "reference"}, ValueError, 'backend is "reference"'),
         ((10, 10, 10, "float32"), {"chunk_size": 0}, ValueError, "chunk_size is 0"),
         ((4096, 512, 32000, "float32"), {"memory_budget": 100}, ValueError, "memory_budget"),
+        ((10, 10, 10, "float32"), {"input_grad": 1}, TypeError, "input_grad must be a bool, got 1"),
+        ((10, 10, 10, "float32"), {"bias_grad": None}, TypeError, "bias_grad must be a bool"),
+        ((10, 10, 10, "float32"), {"probabilities": "no"}, TypeError, "probabilities must be"),
+        ((10, 10, 10, "float32"), {"compute_capability": "sm_90"}, TypeError, "'sm_90'"),
+        ((10, 10, 10, "float32"), {"compute_capability": (9, 0, 0)}, TypeError, "two ints"),
+        ((10, 10, 10, "float32"), {"compute_capability": (9.0, 0)}, TypeError, "two ints"),
+        ((10, 10, 10, "float32"), {"compute_capability": (7, 0)}, ValueError, r"\(7, 5\) or newer"),
+        (
+            (10, 10, 10, "float32"), {"compute_capability": (9, 0), "backend": "cpu"}, ValueError,
+            "backend='cpu', expected a GPU",
+        ),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_bad_input(
     arguments: tuple[object, ...], keywords: dict[str, object], kind: type[Exception], text: str
 ) -> None:

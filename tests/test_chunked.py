@@ -432,7 +432,7 @@ def test_budget_becomes_a_chunk_size() -> None:
     [
         ([lambda z: 1.0], {}, TypeError, "fn returned float"),
         ([lambda z: z[:3]], {}, RuntimeError, r"shape \(3, 11\) for a chunk of 21 tokens"),
-        ([lambda z: z], {"recompute": False}, RuntimeError, "no scalar, it has shape"),
+        ([lambda z: z], {"recompute": False}, RuntimeError, "not a scalar, it has shape"),
         ([lambda z: (z.sum(), z.sum())], {"recompute": False}, RuntimeError, "2 differentiable"),
         ([lambda z: z.sum()], {"chunk_size": 0}, ValueError, "chunk_size is 0"),
         ([lambda z: z.sum()], {"memory_budget": 10}, ValueError, "expected at least 352"),

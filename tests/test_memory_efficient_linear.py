@@ -88,6 +88,8 @@ def test_all_labels_ignored() -> None:
     y.fill_(-100)
     loss = MemoryEfficientLinear.apply(x, linear.weight, y, cross_entropy, linear.bias, "mean", 4)
     assert loss.isnan()
+    loss.backward()  # as a step of distributed training has to
+    assert x.grad is not None and not x.grad.any() and not linear.weight.grad.any()
 
 
 def test_another_ignore_index() -> None:
@@ -139,6 +141,21 @@ def test_bfloat16_gradients_are_rounded_once(chunk_size: int) -> None:
         assert error <= 1.05 * rounding, (name, error / rounding)
 
 
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_parameters_that_the_function_closes_over(chunk_size: int) -> None:
+    """And hidden states that do not pass through the projection only."""
+    x, linear, y = problem(True)
+    scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def function(hidden: Tensor, linear: Any, labels: Tensor) -> Tensor:
+        return (linear(hidden) * scale).square().sum() + hidden.sin().sum()
+
+    ours = MemoryEfficientLinear.apply(
+        x, linear.weight, y, function, linear.bias, "sum", chunk_size
+    )
+    assert_same(ours, function(x, linear, y), [x, *linear.parameters(), scale])
+
+
 def test_gradcheck() -> None:
     x, linear, y = problem(True)
 
@@ -164,15 +181,22 @@ def test_autocast() -> None:
 def test_errors() -> None:
     x, linear, y = problem(False)
     w = linear.weight
-    outside = torch.ones((), requires_grad=True)
-    with pytest.raises(RuntimeError, match="returned shape"):
-        MemoryEfficientLinear.apply(x, w, y, lambda h, linear, _: linear(h))
-    for captured in (outside, outside * 2):
-        with pytest.raises(RuntimeError, match="chunked_linear_apply has"):
-            MemoryEfficientLinear.apply(
-                x, w, y, lambda h, linear, _, c=captured: (linear(h) * c).sum(), None, "sum"
-            )
+    captured = torch.ones((), requires_grad=True) * 2
+    for result in (lambda h, linear, _: linear(h), lambda h, linear, _: 3.0):
+        with pytest.raises(RuntimeError, match=r"returned .*, expected a scalar"):
+            MemoryEfficientLinear.apply(x, w, y, result)
+    with pytest.raises(RuntimeError, match="fn closes over a result"):
+        MemoryEfficientLinear.apply(
+            x, w, y, lambda h, linear, _: (linear(h) * captured).sum(), None, "sum"
+        )
     with pytest.raises(ValueError, match="reduction is 'none'"):
         MemoryEfficientLinear.apply(x, w, y, cross_entropy, None, "none")
     with pytest.raises(RuntimeError, match="labels has shape"):
         MemoryEfficientLinear.apply(x, w, y[:2], cross_entropy)
+    with pytest.raises(TypeError, match=r"labels must be a torch\.Tensor"):
+        MemoryEfficientLinear.apply(x, w, y.tolist(), cross_entropy)
+    with pytest.raises(RuntimeError, match="expected that of input"):
+        MemoryEfficientLinear.apply(x, w.float(), y, cross_entropy)
+    loss = MemoryEfficientLinear.apply(x, w, y, cross_entropy)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)

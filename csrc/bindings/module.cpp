@@ -190,6 +190,8 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["vocab_per_slice"] = chosen.slice_vocab;
   result["num_slices"] = chosen.num_slices;
   result["stored_in_gradient"] = chosen.stored_in_gradient;
+  result["stored_in_workspace"] =
+      chosen.kind == PlanKind::kVocabSlices ? chosen.stored_chunks * chosen.chunk_tokens : 0;
   result["accumulation"] = name_of(chosen.accumulation);
   result["input_accumulation"] = chosen.compact_input_sums ? "compact" : "float32";
   result["workspace_bytes"] = chosen.workspace_bytes;
