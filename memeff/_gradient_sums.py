@@ -71,23 +71,24 @@ class GradientSum:
 
     def add(self, values: Tensor) -> None:
         """Adds values of the whole shape."""
-        self._store(0, self._load(0, len(self._numbers)).add_(values))
+        everything = slice(0, len(self._numbers))
+        self._store(everything, self._load(everything).add_(values))
 
     def add_product(self, begin: int, end: int, left: Tensor, right: Tensor) -> None:
         """Adds left @ right, [end - begin, c] @ [c, columns], to rows begin..end."""
-        rows = self._load(begin, end)
+        rows = self._load(slice(begin, end))
         if left.dtype == rows.dtype:
             rows.addmm_(left, right)
         else:  # 16-bit factors, which only GPUs multiply to float32
             rows.add_(torch.mm(left, right, out_dtype=rows.dtype))
-        self._store(begin, rows)
+        self._store(slice(begin, end), rows)
 
-    def write(self, begin: int, values: Tensor) -> None:
-        """Sets rows from ``begin`` on; values are overwritten."""
+    def write(self, rows: slice | Tensor, values: Tensor) -> None:
+        """Sets rows, a range of them or those of an index tensor; values are overwritten."""
         if self._units is None:
-            self._numbers[begin : begin + len(values)] = values
+            self._numbers[rows] = values
         else:
-            self._store(begin, values.to(self._wide))
+            self._store(rows, values.to(self._wide))
 
     def times(self, factor: Tensor | None, *, last: bool) -> Tensor:
         """The gradient, times ``factor``, in its dtype. With ``last`` it takes the sum's memory,
@@ -100,24 +101,23 @@ class GradientSum:
             return scaled.to(self.dtype).view(self.shape)
         result = self._numbers.view(self.dtype) if last else self._new(self.dtype)
         for begin, end in row_slices(self.shape, self._numbers.device):
-            values = self._load(begin, end)
+            values = self._load(slice(begin, end))
             result[begin:end] = values if factor is None else values.mul_(factor)
         return result
 
     def _new(self, dtype: torch.dtype) -> Tensor:
         return torch.empty(self.shape, dtype=dtype, device=self._numbers.device)
 
-    def _load(self, begin: int, end: int) -> Tensor:
-        """Rows begin..end, to be changed and stored: the sum itself where it is no compact one."""
-        numbers = self._numbers[begin:end]
+    def _load(self, rows: slice) -> Tensor:
+        """Rows to be changed and stored: the sum itself where it is no compact one."""
+        numbers = self._numbers[rows]
         if self._units is None:
             return numbers
         values = numbers.to(self._wide)
-        units = self._units[begin:end]
-        self._in_blocks(values).mul_(units)
+        self._in_blocks(values).mul_(self._units[rows])
         return values
 
-    def _store(self, begin: int, values: Tensor) -> None:
+    def _store(self, rows: slice | Tensor, values: Tensor) -> None:
         if self._units is None:
             return  # they are the sum's own memory
         blocks = self._in_blocks(values)
@@ -125,9 +125,11 @@ class GradientSum:
         power = (largest.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
         unit = power.mul_(_UNIT).clamp_(min=_LEAST_UNIT)
         blocks.div_(unit).round_().clamp_(-_LARGEST, _LARGEST)
-        rows = slice(begin, begin + len(values))
-        self._units[rows] = unit
-        self._numbers[rows] = values
+        for kept, new in ((self._units, unit), (self._numbers, values)):
+            if isinstance(rows, slice):
+                kept[rows] = new  # converts as it copies
+            else:
+                kept[rows] = new.to(kept.dtype)
 
     def _in_blocks(self, values: Tensor) -> Tensor:
         return values.view(len(values), values.shape[1] // self._block, self._block)

@@ -19,11 +19,11 @@ from torch import Tensor
 from memeff._gradient_sums import GradientSum, row_slices
 from memeff._gradients import first_derivatives_only
 
-__all__ = ["Chunk", "Head", "choose_chunk_size"]
+__all__ = ["BLOCKS_PER_CHUNK", "Chunk", "Head", "choose_chunk_size"]
 
 # Logits, one intermediate result of the same size, its gradient, and that of the logits: cross
 # entropy needs three of these at a time.
-_BLOCKS_PER_CHUNK = 4
+BLOCKS_PER_CHUNK = 4
 # Without a budget the blocks of a chunk take half of what the gradient of the weight takes in any
 # case, or a 128th of what those of all tokens would.
 _SHARE_OF_GRADIENT = 2
@@ -43,17 +43,17 @@ def choose_chunk_size(
     if chunk_size > 0:
         return chunk_size
     vocab, features = weight.shape
-    per_token = max(1, _BLOCKS_PER_CHUNK * vocab * itemsize)
+    per_token = max(1, BLOCKS_PER_CHUNK * vocab * itemsize)
     if budget >= 0:
         chunk = budget // per_token
         if chunk < 1 <= tokens:
             raise ValueError(
                 f"memory_budget is {budget} bytes, expected at least {per_token}: logits of one "
-                f"token over {vocab} classes and {_BLOCKS_PER_CHUNK - 1} results of their size"
+                f"token over {vocab} classes and {BLOCKS_PER_CHUNK - 1} results of their size"
             )
         return max(1, min(chunk, tokens))
     like_gradient = (
-        features * weight.element_size() // (_SHARE_OF_GRADIENT * _BLOCKS_PER_CHUNK * itemsize)
+        features * weight.element_size() // (_SHARE_OF_GRADIENT * BLOCKS_PER_CHUNK * itemsize)
     )
     return min(max(like_gradient, tokens // _SHARE_OF_TOKENS, _LEAST_CHUNK), _MOST_CHUNK)
 
@@ -187,7 +187,8 @@ class Chunk:
         """The gradient of the rows into those of all; ``other`` did not come through logits."""
         self.add_gradient(None if other is None else other.to(self.head.wide))
         if total is not None and self._gradient is not None:
-            total.write(begin, self._gradient)
+            rows = slice(begin, begin + len(self._gradient))
+            total.write(rows, self._gradient)
 
 
 class _Logits(torch.autograd.Function):

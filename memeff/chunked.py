@@ -386,7 +386,7 @@ class _Shared:
         if gradient is not None:
             if self._grad_rows is None:
                 self._grad_rows = _sum_of_rows(self.rows)
-            self._grad_rows.write(begin, gradient)
+            self._grad_rows.write(slice(begin, end), gradient)
 
     def take_gradients(self) -> list[Tensor | None]:
         self._begin_backward()

@@ -51,7 +51,7 @@ def test_a_row_with_one_large_column(dtype: torch.dtype) -> None:
     values = torch.randn(4, 128)
     values[:, 5] *= 1e4
     total = GradientSum(values.shape, dtype, CPU)
-    total.write(0, values.clone())
+    total.write(slice(0, len(values)), values.clone())
     result, others = total.times(None, last=True)[:, 32:], values[:, 32:]
     bound = 2.0**-15 * others.abs().max().item()  # with the large one it would be 1000 times that
     torch.testing.assert_close(result, others.to(dtype), atol=bound, rtol=torch.finfo(dtype).eps)
@@ -61,12 +61,12 @@ def test_blocks_are_bounded_by_their_largest_element() -> None:
     """Powers of two and what is just below them, in both signs; zeros stay zeros."""
     values = torch.tensor([1.0, -1.0, 2 - 2**-20, -(2 - 2**-20), 0.0, 2.0**-14, 1 / 3, -5e-5])
     total = GradientSum((1, 8), torch.bfloat16, CPU)
-    total.write(0, values[None].clone())
-    kept = total._load(0, 1)[0]
+    total.write(slice(0, 1), values[None].clone())
+    kept = total._load(slice(0, 1))[0]
     assert (kept - values).abs().max() <= 2.0**-14  # of a largest element of 2: one unit
     assert kept[4] == 0
     tiny = GradientSum((1, 8), torch.bfloat16, CPU)
-    tiny.write(0, values[None] * 2.0**-126)
+    tiny.write(slice(0, 1), values[None] * 2.0**-126)
     assert tiny.times(None, last=True).isfinite().all()
 
 
@@ -75,7 +75,7 @@ def test_inf_and_nan_are_seen(odd: float) -> None:
     values = torch.randn(3, 64)
     values[1, 40] = odd
     total = GradientSum(values.shape, torch.bfloat16, CPU)
-    total.write(0, values.clone())
+    total.write(slice(0, len(values)), values.clone())
     total.add_product(0, 3, torch.zeros(3, 2), torch.zeros(2, 64))
     result = total.times(None, last=True)
     assert not result[1, 40].isfinite()
@@ -92,6 +92,20 @@ def test_memory() -> None:
     address = total._numbers.data_ptr()
     assert total._numbers.nbytes == gradient_bytes
     assert total.times(torch.tensor(2.0), last=True).data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_by_index(dtype: torch.dtype) -> None:
+    """Rows that are written out of order; the others stay zero."""
+    values = torch.randn(3, 64)
+    total = GradientSum((6, 64), dtype, CPU)
+    total.write(torch.tensor([4, 0, 3]), values.clone())
+    expected = torch.zeros(6, 64)
+    expected[[4, 0, 3]] = values
+    result = total.times(None, last=True)
+    torch.testing.assert_close(
+        result, expected.to(dtype), atol=2.0**-13, rtol=torch.finfo(dtype).eps
+    )
 
 
 def test_vectors_and_empty_matrices() -> None:

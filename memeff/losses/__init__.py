@@ -21,7 +21,7 @@ from memeff.losses.distillation import (
     linear_distillation_loss,
     top_k_distillation_loss,
 )
-from memeff.losses.grpo import grpo_loss
+from memeff.losses.grpo import grpo_loss, grpo_token_weights
 from memeff.losses.kto import kto_loss
 from memeff.losses.masking import sequence_logprobs
 from memeff.losses.ppo import ppo_loss
@@ -32,6 +32,7 @@ __all__ = [
     "dpo_loss",
     "focal_loss",
     "grpo_loss",
+    "grpo_token_weights",
     "kto_loss",
     "label_smoothed_cross_entropy",
     "linear_distillation_loss",

@@ -1,7 +1,10 @@
-"""Losses of single tokens beside the plain cross entropy. All return one value per token.
+"""Losses of single tokens other than the plain cross entropy. All return one value per token.
 
 :func:`memeff.linear_cross_entropy` has label smoothing, z-loss and class weights built in, with
 gradients in the forward pass. These are for combinations that it does not know.
+
+Each takes a ``mask``, in the shape of the tokens: whatever stands where it is zero has no effect,
+and the loss there is 0. Results are float32 or float64.
 """
 
 from __future__ import annotations
@@ -10,31 +13,63 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from memeff import _arguments, _checks
+from memeff.losses import checks
+from memeff.losses.masking import kept, wide
+
 __all__ = ["focal_loss", "label_smoothed_cross_entropy", "mean_logit", "z_loss"]
 
 
-def focal_loss(logprob: Tensor, *, gamma: float = 2.0, alpha: float | Tensor = 1.0) -> Tensor:
+def focal_loss(
+    logprob: Tensor,
+    *,
+    gamma: float = 2.0,
+    alpha: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
     """-alpha (1 - p)^gamma log p: Lin et al. 2017 (arXiv 1708.02002), eq. 4-5 for classes.
 
     Args:
         logprob: [...] log p of the target.
-        gamma: 0 gives the cross entropy.
-        alpha: a factor, or one per token (of its class).
+        gamma: >= 0; 0 gives the cross entropy.
+        alpha: a factor >= 0, or a tensor [...] with one per token (of its class).
+        mask: [...], the tokens that count; None: all.
     """
+    checks.check_floats("logprob", logprob)
+    checks.check_coefficient("gamma", gamma, checks.NOT_NEGATIVE)
+    checks.check_same_shape("mask", mask, "logprob", logprob)
+    if isinstance(alpha, Tensor):
+        checks.check_same_shape("alpha", alpha, "logprob", logprob)
+        alpha = kept(wide(alpha), mask)
+    else:
+        checks.check_coefficient("alpha", alpha, checks.NOT_NEGATIVE)
+    logprob = kept(wide(logprob), mask)
     # -expm1 keeps the digits of 1 - p near p = 1, and clamp the gradient of 0^gamma finite.
     miss = (-torch.expm1(logprob)).clamp(min=torch.finfo(logprob.dtype).tiny)
     return -alpha * miss**gamma * logprob
 
 
 def label_smoothed_cross_entropy(
-    logprob: Tensor, lse: Tensor, mean: Tensor, *, label_smoothing: float = 0.1
+    logprob: Tensor,
+    lse: Tensor,
+    mean: Tensor,
+    *,
+    label_smoothing: float = 0.1,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """(1 - eps) (-log p_y) + eps mean_v (-log p_v): Szegedy et al. 2016 (arXiv 1512.00567), sec. 7.
 
     Args:
         logprob, lse: [...] of the target, and log sum exp of the logits.
         mean: [...] the mean of the logits, from :func:`mean_logit`.
+        label_smoothing: eps, in [0, 1].
+        mask: [...], the tokens that count; None: all.
     """
+    checks.check_floats("logprob", logprob)
+    checks.check_coefficient("label_smoothing", label_smoothing, checks.FRACTION)
+    for name, values in (("lse", lse), ("mean", mean), ("mask", mask)):
+        checks.check_same_shape(name, values, "logprob", logprob)
+    logprob, lse, mean = (kept(wide(values), mask) for values in (logprob, lse, mean))
     return -(1 - label_smoothing) * logprob + label_smoothing * (lse - mean)
 
 
@@ -49,12 +84,30 @@ def mean_logit(
 
     There is none with a soft cap, which is not linear.
     """
+    names = ("input", "linear_weight", "linear_bias")
+    checks.check_head(names, input, linear_weight, linear_bias)
+    _checks.check_numbers(0.0, None, logit_scale, 0.0)
+    cast_to = _arguments.autocast_dtype(input.device)
+    if cast_to is not None:  # the logits of the other functions, which round their operands
+        input, linear_weight = (
+            _arguments.autocast_to(tensor, cast_to) for tensor in (input, linear_weight)
+        )
     dtype = torch.promote_types(input.dtype, torch.float32)
-    row = linear_weight.mean(0, dtype=dtype)
-    bias = None if linear_bias is None else linear_bias.mean(dtype=dtype).reshape(1)
-    return linear(input.to(dtype), row[None], bias).squeeze(-1) * logit_scale
+    with torch.autocast(input.device.type, enabled=False):
+        row = linear_weight.mean(0, dtype=dtype)
+        bias = None if linear_bias is None else linear_bias.mean(dtype=dtype).reshape(1)
+        return linear(input.to(dtype), row[None], bias).squeeze(-1) * logit_scale
 
 
-def z_loss(lse: Tensor, *, coefficient: float = 1e-4) -> Tensor:
-    """coefficient * lse^2: keeps logits near 0. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311)."""
-    return coefficient * lse.square()
+def z_loss(lse: Tensor, *, coefficient: float = 1e-4, mask: Tensor | None = None) -> Tensor:
+    """coefficient * lse^2: keeps logits near 0. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311).
+
+    Args:
+        lse: [...], log sum exp of the logits.
+        coefficient: >= 0.
+        mask: [...], the tokens that count; None: all.
+    """
+    checks.check_floats("lse", lse)
+    checks.check_coefficient("coefficient", coefficient, checks.NOT_NEGATIVE)
+    checks.check_same_shape("mask", mask, "lse", lse)
+    return coefficient * kept(wide(lse), mask).square()

@@ -12,16 +12,13 @@ convention. Hinton et al. 2015 (arXiv 1503.02531) multiply by temperature^2, as 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
-from memeff import _arguments
-from memeff._heads import Head, choose_chunk_size
-from memeff.chunked import chunked_linear_apply
-from memeff.losses.masking import check_mask, masked_mean
+from memeff import _arguments, _checks
+from memeff.losses import checks
+from memeff.losses.distillation_op import Distillation, Transform, distill
+from memeff.losses.masking import kept, masked_mean, wide
 
 __all__ = ["linear_distillation_loss", "top_k_distillation_loss"]
 
@@ -37,91 +34,129 @@ def linear_distillation_loss(
     teacher_bias: Tensor | None = None,
     beta: float = 0.5,
     temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     num_items: int | float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | str | None = None,
 ) -> Tensor:
     """Mean divergence between two linear heads, neither one's logits stored.
 
-    Chunk by chunk of the tokens: both heads' logits, the divergence, and by autograd the gradients
-    of the student, in the forward pass. The teacher gets none.
+    Chunk by chunk of the tokens that count: both heads' logits, the divergence, and the gradients
+    of the student, in the forward pass (for float16, whose gradients could underflow before a loss
+    scale is applied, in the backward pass). The teacher gets none. Tokens that do not count are
+    never looked at and cost nothing.
+
+    A class that is impossible (a logit of -inf, such as the bias of a padded class) on one side or
+    on both has the divergence and the gradient that the formulas have in the limit.
 
     Args:
-        student_input, student_weight, student_bias: [..., D], [V, D], [V] or None.
-        teacher_input, teacher_weight, teacher_bias: [..., D'], [V, D'], [V] or None; the widths may
-            differ, the vocabulary must not.
+        student_input, student_weight, student_bias: [..., D], [V, D], [V] or None, in one dtype.
+        teacher_input, teacher_weight, teacher_bias: [..., D'], [V', D'], [V'] or None, in one
+            dtype, which may be another one.
         mask: [...], the tokens that count; None: all.
         beta: 0 forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence.
-        temperature: divides both heads' logits.
-        num_items: what the sum is divided by; None: the tokens that count.
+        temperature: divides both heads' logits, after what follows.
+        student_softcap, teacher_softcap: c > 0 caps the logits of that side: c * tanh(z / c), after
+            the scale.
+        student_logit_scale, teacher_logit_scale: multiplies the logits of that side.
+        vocab_size: the first classes of both heads, which are all that take part; the others
+            (padding) do not count in the softmax. None: all, and then V' must be V.
+        num_items: what the sum is divided by; None: the tokens that count. 0 counts as 1.
         chunk_size: tokens per chunk.
-        memory_budget: instead, bytes for the blocks of logits of a chunk.
+        memory_budget: instead, bytes for the blocks of logits of a chunk, as int or like "64MiB".
+
+    Returns:
+        The loss, 0-d, float32 (float64 for float64 students). Second derivatives raise an error.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument of the wrong type, with a bad value, or
+            whose shape, dtype or device does not fit.
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}, expected a value in [0, 1]")
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a value > 0")
+    checks.check_coefficient("beta", beta, checks.FRACTION)
+    checks.check_coefficient("temperature", temperature, checks.POSITIVE)
+    student = student_input, student_weight, student_bias
+    teacher = teacher_input, teacher_weight, teacher_bias
+    for side, tensors in (("student", student), ("teacher", teacher)):
+        checks.check_head((f"{side}_input", f"{side}_weight", f"{side}_bias"), *tensors)
+    checks.check_real("teacher_input", teacher_input, "student_input", student_input)
     lead = student_input.shape[:-1]
-    if teacher_input.shape[:-1] != lead or len(teacher_weight) != len(student_weight):
+    if teacher_input.shape[:-1] != lead:
         raise RuntimeError(
-            f"teacher_input has shape {tuple(teacher_input.shape)} and teacher_weight "
-            f"{tuple(teacher_weight.shape)}, expected the tokens {tuple(lead)} and the "
-            f"{len(student_weight)} classes of the student"
+            f"teacher_input has shape {tuple(teacher_input.shape)}, expected the tokens of "
+            f"student_input, {tuple(lead)}, in front of its features"
         )
-    counted = torch.ones(lead, dtype=torch.bool, device=student_input.device)
+    vocab_size = _shared_classes(student_weight, teacher_weight, vocab_size)
     if mask is not None:
-        check_mask("the tokens", counted, mask)
-        counted = mask.bool()
-    size = choose_chunk_size(
-        lead.numel(),
-        student_weight,
-        2 * max(4, student_input.element_size()),  # two heads
-        _arguments.parse_chunk_size(chunk_size),
-        _arguments.parse_memory_budget(memory_budget),
-    )
-    teacher = Head(
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        upcast=True,
-    )
-
-    def divergence(student_logits: Tensor, teacher_rows: Tensor, counted: Tensor) -> Tensor:
-        with torch.no_grad():
-            log_q = log_softmax(
-                teacher.logits(teacher_rows.to(teacher.weight.dtype)) / temperature, -1
+        _checks.check_tensor("mask", mask)
+        if mask.shape != lead:
+            raise RuntimeError(
+                f"mask has shape {tuple(mask.shape)}, expected {tuple(lead)}, one per token"
             )
-        log_p = log_softmax(student_logits / temperature, -1)
-        per_token = _divergence(log_p, log_q, beta)
-        return torch.where(counted, per_token, 0).sum()
-
-    total = chunked_linear_apply(
-        divergence,
-        student_input,
-        student_weight,
-        teacher_input.detach(),
-        counted,
-        linear_bias=student_bias,
-        chunk_size=size,
+        checks.check_real("mask", mask, "student_input", student_input)
+    if chunk_size is not None and memory_budget is not None:
+        raise ValueError(
+            f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
+        )
+    settings = Distillation(
+        beta=float(beta),
+        temperature=float(temperature),
+        student=_transform("student", student_softcap, student_logit_scale),
+        teacher=_transform("teacher", teacher_softcap, teacher_logit_scale),
+        chunk_size=_arguments.parse_chunk_size(chunk_size),
+        memory_budget=_arguments.parse_memory_budget(memory_budget),
     )
-    assert isinstance(total, Tensor)
-    return total / (counted.sum().clamp(min=1) if num_items is None else num_items)
+    counted = None if mask is None else mask.bool().reshape(-1)
+    if num_items is None and counted is None:
+        num_items = lead.numel()
+    divisor = checks.divisor_of(num_items, counted if counted is not None else student_input)
+    return distill(
+        _rows(*student, vocab_size), _rows(*teacher, vocab_size), counted, divisor, settings
+    )
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Per token, from log-probabilities [c, V] of student and teacher."""
-    if beta == 0:
-        return _kl(log_q, log_p)
-    if beta == 1:
-        return _kl(log_p, log_q)
-    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-    return beta * _kl(log_q, log_m) + (1 - beta) * _kl(log_p, log_m)
+def _shared_classes(student_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:
+    classes = len(student_weight), len(teacher_weight)
+    if vocab_size is None:
+        if classes[0] != classes[1]:
+            raise RuntimeError(
+                f"student_weight has {classes[0]} classes and teacher_weight {classes[1]}, "
+                "expected as many; where one of them is padded, vocab_size takes the number of "
+                "classes in use"
+            )
+        return classes[0]
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int or None, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= min(classes):
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected a number of classes in [1, {min(classes)}]"
+        )
+    return vocab_size
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_v p (log p - log q); a class without probability adds nothing."""
-    impossible = log_p == -torch.inf
-    difference = (log_p - log_q).masked_fill(impossible, 0)
-    return (log_p.exp() * difference).sum(-1)
+def _transform(side: str, softcap: float | None, logit_scale: float) -> Transform:
+    if softcap is not None:
+        checks.check_coefficient(f"{side}_softcap", softcap, checks.POSITIVE)
+    checks.check_coefficient(f"{side}_logit_scale", logit_scale, checks.FINITE)
+    if logit_scale == 0:
+        raise ValueError(f"{side}_logit_scale is 0, expected a finite value other than 0")
+    return Transform(0.0 if softcap is None else float(softcap), float(logit_scale))
+
+
+def _rows(
+    input: Tensor, weight: Tensor, bias: Tensor | None, classes: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the op takes: rows [N, D], the classes that take part, autocast's dtype."""
+    if classes < len(weight):
+        weight, bias = weight[:classes], None if bias is None else bias[:classes]
+    cast_to = _arguments.autocast_dtype(input.device)
+    if cast_to is not None:
+        input, weight = (_arguments.autocast_to(tensor, cast_to) for tensor in (input, weight))
+        bias = None if bias is None else _arguments.autocast_to(bias, cast_to)
+    return input.reshape(-1, input.shape[-1]), weight, bias
 
 
 def top_k_distillation_loss(
@@ -142,18 +177,30 @@ def top_k_distillation_loss(
         mask: [...], the tokens that count.
         add_tail: count all other classes as one more.
     """
-    if student_logprobs.shape != teacher_logprobs.shape:
-        raise RuntimeError(
-            f"teacher_logprobs has shape {tuple(teacher_logprobs.shape)}, expected that of "
-            f"student_logprobs, {tuple(student_logprobs.shape)}"
-        )
-    log_q = teacher_logprobs.detach()
+    checks.check_floats("student_logprobs", student_logprobs)
+    checks.check_same_shape(
+        "teacher_logprobs", teacher_logprobs, "student_logprobs", student_logprobs
+    )
+    if student_logprobs.dim() < 1:
+        raise RuntimeError("student_logprobs has shape (), expected [..., K]")
+    per_class = None
+    if mask is not None:
+        _checks.check_tensor("mask", mask)
+        if mask.shape != student_logprobs.shape[:-1]:
+            raise RuntimeError(
+                f"mask has shape {tuple(mask.shape)}, expected "
+                f"{tuple(student_logprobs.shape[:-1])}, one per token"
+            )
+        per_class = mask.unsqueeze(-1)
+    log_p = kept(wide(student_logprobs), per_class)
+    log_q = kept(teacher_logprobs.detach().to(log_p.dtype), per_class)
     if add_tail:
-        student_logprobs = torch.cat([student_logprobs, _log_rest(student_logprobs)], -1)
+        log_p = torch.cat([log_p, _log_rest(log_p)], -1)
         log_q = torch.cat([log_q, _log_rest(log_q)], -1)
-    per_token = _kl(log_q, student_logprobs)
-    check_mask("the tokens", per_token, mask)
-    return masked_mean(per_token, mask)
+    # A class without probability adds nothing, whatever the student thinks of it.
+    impossible = log_q == -torch.inf
+    difference = log_q.masked_fill(impossible, 0) - log_p.masked_fill(impossible, 0)
+    return masked_mean((log_q.exp() * difference).sum(-1), mask)
 
 
 def _log_rest(logprobs: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Sums and means over the positions that count."""
+"""Sums and means over the positions that count, and the dtype of all arithmetic.
+
+Masks are applied to the arguments, before anything is computed of them. Masking a result would not
+do: the gradient of a masked result is 0, and what lies on its way back, 0 * inf, nan.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,18 @@ import torch
 from torch import Tensor
 
 from memeff import _checks
+from memeff.losses import checks
 
 REDUCTIONS = _checks.REDUCTIONS
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32, or float64 if that is what they are: exp of 12 overflows in float16."""
+    return values.to(wide_dtype(values))
+
+
+def wide_dtype(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def kept(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -18,15 +32,8 @@ def kept(values: Tensor, mask: Tensor | None) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the positions that count; 0 if there are none."""
     if mask is None:
-        return values.mean()
+        return values.sum() / max(values.numel(), 1)
     return kept(values, mask).sum() / mask.bool().sum().clamp(min=1)
-
-
-def check_mask(name: str, values: Tensor, mask: Tensor | None) -> None:
-    if mask is not None and mask.shape != values.shape:
-        raise RuntimeError(
-            f"mask has shape {tuple(mask.shape)}, expected that of {name}, {tuple(values.shape)}"
-        )
 
 
 def reduced(values: Tensor, reduction: str) -> Tensor:
@@ -41,9 +48,13 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, *, average: bool = False) 
 
     Args:
         logprobs: [B, T].
-        mask: [B, T], the positions that count.
+        mask: [B, T], the positions that count. A sequence without any has the log-probability 0.
         average: divide by their number: the average log-probability that ORPO, SimPO and IPO use.
+
+    Returns:
+        [B], float32 or float64.
     """
-    check_mask("logprobs", logprobs, mask)
-    total = kept(logprobs, mask).sum(-1)
+    checks.check_floats("logprobs", logprobs)
+    checks.check_same_shape("mask", mask, "logprobs", logprobs)
+    total = kept(wide(logprobs), mask).sum(-1)
     return total / mask.bool().sum(-1).clamp(min=1) if average else total

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from memeff.losses.masking import check_mask, kept, masked_mean
+from memeff import _checks
+from memeff.losses import checks
+from memeff.losses.clipping import clipped_objective
+from memeff.losses.masking import kept, masked_mean, wide, wide_dtype
 
 __all__ = ["ppo_loss"]
 
@@ -22,22 +24,38 @@ def ppo_loss(
     cliprange: float = 0.2,
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
+    reduction: str = "mean",
 ) -> Tensor:
-    """The scalar policy loss.
+    """The policy loss.
 
     Args:
-        logprobs, old_logprobs, advantages: [B, T]: under this policy, under the one that sampled,
-            and the advantage of each token.
-        mask: [B, T], the positions that count; None: all.
+        logprobs, old_logprobs, advantages: [B, T], or any other shape: under this policy, under the
+            one that sampled, and the advantage of each token.
+        mask: in the same shape, the positions that count; None: all. What the others hold has no
+            effect on the loss or on any gradient.
         cliprange: epsilon.
-        entropy, entropy_coef: [B, T] and the coefficient of its mean, which is subtracted.
+        entropy, entropy_coef: in the same shape, and the coefficient of its mean, which is
+            subtracted.
+        reduction: "mean" over the positions that count, or "none": per token, 0 where masked; for
+            :func:`memeff.linear_loss`.
+
+    Returns:
+        The loss, float32 or float64.
     """
-    check_mask("logprobs", logprobs, mask)
-    if entropy_coef != 0 and entropy is None:
-        raise ValueError(f"entropy is None, expected a tensor: entropy_coef is {entropy_coef}")
-    ratio = kept(logprobs - old_logprobs, mask).exp()
-    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask)
+    _checks.check_choice("reduction", reduction, ("mean", "none"))
+    checks.check_coefficient("cliprange", cliprange, checks.NOT_NEGATIVE)
+    checks.check_coefficient("entropy_coef", entropy_coef, checks.FINITE)
+    checks.check_given("entropy", entropy, "entropy_coef", entropy_coef)
+    checks.check_floats("logprobs", logprobs)
+    for name, values in (
+        ("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask),
+        ("entropy", entropy),
+    ):  # fmt: skip
+        checks.check_same_shape(name, values, "logprobs", logprobs)
+    dtype = wide_dtype(logprobs)
+    log_ratio = kept(wide(logprobs), mask) - kept(old_logprobs.to(dtype), mask)
+    advantages = kept(advantages.to(dtype), mask)
+    per_token = -clipped_objective(log_ratio, advantages, cliprange, cliprange, None)
     if entropy_coef != 0 and entropy is not None:
-        loss = loss - entropy_coef * masked_mean(entropy, mask)
-    return loss
+        per_token = per_token - entropy_coef * kept(entropy.to(dtype), mask)
+    return masked_mean(per_token, mask) if reduction == "mean" else per_token

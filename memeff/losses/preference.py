@@ -1,6 +1,7 @@
 """Losses of pairs of sequences, one chosen and one rejected: DPO, ORPO, SimPO, CPO.
 
-All take log-probabilities per sequence, [B]; see :func:`memeff.losses.sequence_logprobs`.
+All take log-probabilities per sequence, [B]; see :func:`memeff.losses.sequence_logprobs`, which
+leaves out what is masked. Results are float32 or float64.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from memeff import _checks
-from memeff.losses.masking import reduced
+from memeff.losses import checks
+from memeff.losses.masking import reduced, wide
 
 __all__ = ["cpo_loss", "dpo_loss", "orpo_loss", "simpo_loss"]
 
 DPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")
+# Shares of pairs that may be labelled the wrong way round.
+_LESS_THAN_HALF = checks.Interval(0, 0.5, high_included=False)
+_AT_MOST_HALF = checks.Interval(0, 0.5)
 
 
 def dpo_loss(
@@ -41,14 +46,21 @@ def dpo_loss(
     Args:
         chosen, rejected: [B] under the policy; for "ipo" averages over tokens.
         ref_chosen, ref_rejected: [B] under the reference.
+        beta: > 0; large values keep the policy near the reference.
         label_smoothing: s, only for "robust", in [0, 0.5).
     """
     _checks.check_choice("loss_type", loss_type, DPO_LOSS_TYPES)
-    if label_smoothing != 0 and (loss_type != "robust" or not 0 < label_smoothing < 0.5):
+    checks.check_coefficient("beta", beta, checks.POSITIVE)
+    checks.check_coefficient("label_smoothing", label_smoothing, _LESS_THAN_HALF)
+    if label_smoothing != 0 and loss_type != "robust":
         raise ValueError(
-            f"label_smoothing is {label_smoothing} with loss_type={loss_type!r}, expected 0, or a "
-            'value in [0, 0.5) with "robust"'
+            f"label_smoothing is {label_smoothing} with loss_type={loss_type!r}, expected 0; "
+            'loss_type="robust" takes it'
         )
+    chosen, rejected = _pairs(chosen, rejected)
+    ref_chosen, ref_rejected = _like(
+        chosen, {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    )
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     if loss_type == "hinge":
         losses = torch.relu(1 - beta * margin)
@@ -76,9 +88,14 @@ def simpo_loss(
 
     Args:
         chosen, rejected: [B], averages over tokens (sequence_logprobs(..., average=True)).
-        gamma: target margin.
-        label_smoothing: share of pairs taken to be labelled the wrong way round.
+        beta: > 0.
+        gamma: target margin, >= 0.
+        label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5].
     """
+    checks.check_coefficient("beta", beta, checks.POSITIVE)
+    checks.check_coefficient("gamma", gamma, checks.NOT_NEGATIVE)
+    checks.check_coefficient("label_smoothing", label_smoothing, _AT_MOST_HALF)
+    chosen, rejected = _pairs(chosen, rejected)
     return reduced(_smoothed(beta * (chosen - rejected) - gamma, label_smoothing), reduction)
 
 
@@ -99,7 +116,15 @@ def cpo_loss(
         chosen, rejected: [B], sums over tokens.
         chosen_nll: scalar, the mean cross entropy of the chosen sequences' tokens, for example
             ``memeff.linear_cross_entropy`` of them.
+        beta: > 0.
+        cpo_alpha: >= 0.
+        label_smoothing: share of pairs taken to be labelled the wrong way round, in [0, 0.5].
     """
+    checks.check_coefficient("beta", beta, checks.POSITIVE)
+    checks.check_coefficient("cpo_alpha", cpo_alpha, checks.NOT_NEGATIVE)
+    checks.check_coefficient("label_smoothing", label_smoothing, _AT_MOST_HALF)
+    _check_scalar("chosen_nll", chosen_nll)
+    chosen, rejected = _pairs(chosen, rejected)
     pairs = _smoothed(beta * (chosen - rejected), label_smoothing).mean()
     return pairs + cpo_alpha * chosen_nll
 
@@ -111,11 +136,37 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, chosen_nll: Tensor, *, beta: flo
         odds(p) = p / (1 - p)
 
     Args:
-        chosen, rejected: [B], averages over tokens, so that exp gives probabilities below 1.
+        chosen, rejected: [B], averages over tokens, so that exp gives probabilities below 1. For
+            one that is no less than 1 (an empty sequence, a rounding error) the largest number
+            below 1 is taken, whose odds are finite.
         chosen_nll: scalar, the mean cross entropy of the chosen sequences' tokens.
+        beta: >= 0.
     """
+    checks.check_coefficient("beta", beta, checks.NOT_NEGATIVE)
+    _check_scalar("chosen_nll", chosen_nll)
+    chosen, rejected = _pairs(chosen, rejected)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     return chosen_nll - beta * logsigmoid(log_odds).mean()
+
+
+def _pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    checks.check_floats("chosen", chosen)
+    (other,) = _like(chosen, {"rejected": rejected})
+    return wide(chosen), other
+
+
+def _like(chosen: Tensor, others: dict[str, Tensor]) -> list[Tensor]:
+    for name, values in others.items():
+        checks.check_same_shape(name, values, "chosen", chosen)
+    return [wide(values) for values in others.values()]
+
+
+def _check_scalar(name: str, value: Tensor) -> None:
+    checks.check_floats(name, value)
+    if value.dim() != 0:
+        raise RuntimeError(
+            f"{name} has shape {tuple(value.shape)}, expected a scalar, (); .mean() gives one"
+        )
 
 
 def _smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
@@ -125,6 +176,7 @@ def _smoothed(margin: Tensor, label_smoothing: float) -> Tensor:
 
 def _log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0; each form where it keeps its digits (and finite gradients)."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps / 2)
     near = x > -0.6931471805599453
     close = torch.where(near, x, -1.0)
     far = torch.where(near, -1.0, x)

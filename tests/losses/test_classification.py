@@ -1,0 +1,35 @@
+"""Losses of single tokens against full logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from loss_cases import assert_same, heads
+
+from memeff import losses
+
+
+def test_classification() -> None:
+    x, w, b = heads()
+    y = torch.randint(17, (3, 4))
+    z = 1.5 * F.linear(x, w, b)
+    lse, logp = z.logsumexp(-1), z.log_softmax(-1)
+    picked = logp.gather(-1, y[..., None]).squeeze(-1)
+    mean = losses.mean_logit(x, w, b, logit_scale=1.5)
+    torch.testing.assert_close(mean, z.mean(-1))
+    ours = losses.label_smoothed_cross_entropy(picked, lse, mean, label_smoothing=0.2)
+    expected = F.cross_entropy(
+        z.flatten(0, 1), y.flatten(), label_smoothing=0.2, reduction="none"
+    ).view(3, 4)
+    upstream = torch.randn(3, 4, dtype=torch.float64)
+    for leaf in (x, w, b):
+        assert_same((ours * upstream).sum(), (expected * upstream).sum(), leaf)
+    p = picked.exp()
+    assert_same(
+        losses.focal_loss(picked, gamma=2.0, alpha=0.25).sum(),
+        (-0.25 * (1 - p) ** 2 * p.log()).sum(),
+        x,
+    )
+    torch.testing.assert_close(losses.z_loss(lse), 1e-4 * lse**2)
+    certain = torch.zeros(1, dtype=torch.float64, requires_grad=True)  # p = 1
+    assert torch.autograd.grad(losses.focal_loss(certain, gamma=0.5).sum(), certain)[0].isfinite()
