@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Families for scores and products to compare, by compute capability; the first is what selection
+# Kernels for scores and products to compare, by compute capability; the first is what selection
 # takes without a measurement. Newer GPUs run what sm_80 does.
 CANDIDATES = {
     80: ("sm80+generic", "sm80+sm80", "generic+generic"),
@@ -36,14 +36,14 @@ HEAD = """\
 // The table of measured choices (select.h): which kernels were fastest on which GPU. Written by
 // `make verify-gpu OUT=folder` as folder/measured_choices.inc, to be copied here.
 //
-// Rows: GPU, compute capability, dtype, tokens, features, classes, whether with skip_mass, families
-// for scores and for products. Above each its time and the others', ms of a forward and backward
-// pass.
+// Rows: GPU, compute capability, dtype, tokens, features, classes, whether tiles are skipped, and
+// the kernels "scores,products" as MEMEFF_CUDA_KERNELS names them. Above each its time and the
+// others', ms of a forward and backward pass.
 """
 
 
 def candidates(capability: int, skips: bool = False) -> tuple[str, ...]:
-    """The families to compare on a GPU, "scores+products"; none where there is no choice."""
+    """The kernels to compare on a GPU, "scores+products"; none where there is no choice."""
     table = SKIPPING_CANDIDATES if skips else CANDIDATES
     if capability < min(table):
         return ()
@@ -52,7 +52,7 @@ def candidates(capability: int, skips: bool = False) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row: the fastest families at a shape, and the seconds of all that were compared."""
+    """A row: the fastest kernels at a shape, and the seconds of all that were compared."""
 
     dtype: str
     tokens: int
@@ -66,7 +66,7 @@ class Choice:
 def choices_of(runs: Sequence[dict[str, Any]]) -> list[Choice]:
     """The choices that the runs of memeff-bench's JSON files lead to, in their order.
 
-    Only forward and backward passes count, and only where at least two families were measured, one
+    Only forward and backward passes count, and only where at least two kernels were measured, one
     of them without large errors.
     """
     found = []
@@ -126,11 +126,10 @@ def render(
     for choice in choices:
         others = sorted(choice.seconds.items(), key=lambda item: item[1])
         times = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in others)
-        scores, products = choice.kernels.split("+")
         fields = (
-            f'"{gpu}"', capability, _enumerator("DType", _DTYPES[choice.dtype]), choice.tokens,
+            f'"{gpu}"', capability, f"DType::k{_DTYPES[choice.dtype]}", choice.tokens,
             choice.features, choice.vocab, str(choice.skips).lower(),
-            _enumerator("Family", scores), _enumerator("Family", products),
+            '"' + choice.kernels.replace("+", ",") + '"',
         )  # fmt: skip
         rows.append(f"// {times}")
         rows.append(f"{{{', '.join(map(str, fields))}}},")
@@ -138,8 +137,3 @@ def render(
 
 
 _DTYPES = {"bfloat16": "BFloat16", "float16": "Float16"}
-
-
-def _enumerator(of: str, name: str) -> str:
-    """Family::kSm90 of "sm90"."""
-    return f"{of}::k{name[0].upper()}{name[1:]}"

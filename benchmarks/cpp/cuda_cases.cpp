@@ -9,7 +9,7 @@
 #include "core/problem.h"
 #include "core/tiling.h"
 #include "cpu/number.h"
-#include "cuda/launch.h"
+#include "cuda/fused_kernels.h"
 #include "cuda/plan.h"
 #include "cuda/tokens.h"
 
@@ -18,23 +18,10 @@ namespace {
 
 using namespace cuda;
 
-/// A family of products on tensor cores, and the compute capabilities that run it.
-struct FusedFamily {
-  const char* name;
-  int least, most;
-  LinearStatistics* linear_statistics;
-  LinearGradient* linear_gradient;
-  GradientProduct *grad_input_product, *grad_weight_product;
-  // Products "sm90rs"; null where the family has none.
-  ProductFromScores *grad_input_from_scores, *grad_weight_from_scores;
-};
-constexpr FusedFamily kFused[] = {
-    {"sm80", 80, INT32_MAX, &sm80::linear_statistics, &sm80::linear_gradient,
-     &sm80::grad_input_product, &sm80::grad_weight_product, nullptr, nullptr},
-    {"sm90", 90, 90, &sm90::linear_statistics, &sm90::linear_gradient, &sm90::grad_input_product,
-     &sm90::grad_weight_product, &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores},
-    {"sm90x2", 90, 90, &sm90x2::linear_statistics, &sm90x2::linear_gradient,
-     &sm90x2::grad_input_product, &sm90x2::grad_weight_product, nullptr, nullptr},
+/// Fused kernels that run here, with those of their products that read scores.
+struct Family {
+  std::string name;
+  FusedKernels kernels;
 };
 
 constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time
@@ -67,11 +54,13 @@ class Maker {
         ranges_(ceil_div(shape.vocab, kStoredTile)),
         exponents_stride_(round_up(ceil_div(shape.features, kCompactBlock), 4)),
         dtype_(dtype),
-        capability_(capability),
         memory_(memory),
         product_(product),
         stream_(stream) {
     make_inputs();
+    for (const KernelSet& one : all_kernel_sets())
+      if (one.fused() && !one.reads_scores && one.architecture->can_run(problem_, {capability, ""}))
+        families_.push_back({name_of(one), fused_kernels(*one.architecture, one.cluster)});
     make_tokens();
     make_blocks();
   }
@@ -170,14 +159,13 @@ class Maker {
     const std::vector<uint8_t> ones(static_cast<size_t>(exponents), 127);
     memory_.copy(compact_.exponents, ones.data(), exponents);
 
-    const FusedFamily& first = kFused[0];
-    if (capability_ < first.least) {
+    if (families_.empty()) {
       fill(gradient_, dtype_, v_ * stride_, 1e-3);
       return;
     }
-    check(first.linear_statistics(block(), linear(), {}, targets_, kStoredTile, partials_,
-                                  static_cast<float*>(tokens_.target_logit), kept(scores_),
-                                  stream_));
+    check(families_[0].kernels.linear_statistics(
+        block(), linear(), {}, targets_, kStoredTile, partials_,
+        static_cast<float*>(tokens_.target_logit), kept(scores_), stream_));
     check(merge_statistics(problem_, tokens_, 0, n_, partials_, ranges_, stream_));
     memory_.copy(gradient_, scores_, v_ * stride_ * 2);
     check(stored_gradient(block(), kept(gradient_), dtype_, {}, targets_, coefficients_,
@@ -222,12 +210,6 @@ class Maker {
     cases_.push_back({kernel, family, variant, flops, bytes, std::move(prepare), std::move(run)});
   }
 
-  template <class Visit>
-  void for_each_family(const Visit& visit) const {
-    for (const FusedFamily& family : kFused)
-      if (capability_ >= family.least && capability_ <= family.most) visit(family);
-  }
-
   double product_flops() const { return 2.0 * as_double(n_) * as_double(d_) * as_double(v_); }
   double inputs() const { return 2.0 * as_double(d_) * as_double(n_ + v_); }
   double all_scores(double bytes) const { return bytes * as_double(n_) * as_double(v_); }
@@ -238,7 +220,7 @@ class Maker {
     PlanRequest request;
     request.tokens = n_, request.features = d_, request.vocab = v_, request.dtype = dtype_;
     PlanTraits traits;
-    traits.kernels.scores = Family::kSm80;
+    traits.kernels.scores.architecture = &sm80::architecture;
     Plan plan;
     plan.token_block = n_;
     const int64_t planned = classes_per_range(request, traits, plan, false);
@@ -256,7 +238,7 @@ class Maker {
             return multiply(w, x_transposed, false, to, dtype);
           });
     }
-    for_each_family([this](const FusedFamily& family) {
+    for (const Family& family : families_) {
       auto* const target_logit = static_cast<float*>(tokens_.target_logit);
       const auto statistics = [&](const std::string& variant, int64_t range, bool keep, bool all) {
         PartialStatistics partials = partials_;
@@ -268,7 +250,7 @@ class Maker {
         add("linear_statistics", family.name, variant, product_flops(),
             inputs() + all_scores((keep ? 2 : 0) + 4 * arrays / as_double(range)),
             [=, this_block = block(), operands = linear(), targets = targets_, stream = stream_,
-             launch = family.linear_statistics] {
+             launch = family.kernels.linear_statistics] {
               return launch(this_block, operands, {}, targets, range, partials, target_logit, to,
                             stream);
             });
@@ -284,11 +266,11 @@ class Maker {
             [=, shape = block(), operands = linear(), targets = targets_, c = coefficients_,
              to = scratch_, stride = stride_, vocab = v_, stream = stream_,
              tiles = marks ? tiles_ : nullptr, tiles_stride = token_tiles(),
-             launch = family.linear_gradient] {
+             launch = family.kernels.linear_gradient] {
               return launch(shape, operands, {}, targets, c, to, stride, tiles, tiles_stride,
                             kSkipMass, vocab, stream);
             });
-    });
+    }
   }
 
   void product_cases() {
@@ -311,7 +293,7 @@ class Maker {
         library("fp32 sums", 4, false, sums_, DType::kFloat32);
         library("fp32 sums, added", 8, true, sums_, DType::kFloat32);
       }
-      for_each_family([&](const FusedFamily& family) {
+      for (const Family& family : families_) {
         // With `some`, other tiles are left out.
         const auto product = [&](const std::string& variant, double bytes, const ProductOutput& to,
                                  const SomeTiles* some = nullptr) {
@@ -321,14 +303,15 @@ class Maker {
           add(kernel, family.name, variant, share * product_flops(),
               share * all_scores(2) + operands - all_scores(2) + bytes * out,
               [=, classes = v_, tokens = n_, stream = stream_,
-               launch = of_input ? family.grad_input_product : family.grad_weight_product] {
+               launch = of_input ? family.kernels.grad_input_product
+                                 : family.kernels.grad_weight_product] {
                 return launch(classes, tokens, from, to, stream);
               });
         };
         const auto from_scores = [&](const std::string& variant, double bytes,
                                      const ProductOutput& to, const SomeTiles* some = nullptr) {
-          auto* const launch =
-              of_input ? family.grad_input_from_scores : family.grad_weight_from_scores;
+          auto* const launch = of_input ? family.kernels.grad_input_from_scores
+                                        : family.kernels.grad_weight_from_scores;
           if (launch == nullptr) return;
           GradientOperands from{scores_, stride_, of_input ? w_ : x_, d_, d_, dtype_};
           if (some != nullptr) from.list = of_input ? some->of_input : some->of_weight;
@@ -360,11 +343,11 @@ class Maker {
         rounded.split = compact_;
         product("compact sums, added", kCompactBytes, rounded);
         from_scores("compact sums, added, from scores", kCompactBytes, rounded);
-        if (of_input || dtype_ != DType::kBFloat16) return;
+        if (of_input || dtype_ != DType::kBFloat16) continue;
         rounded.split = {};
         rounded.split.remainder = remainder_, rounded.split.remainder_stride = d_;
         product("split sums, added", 8, rounded);
-      });
+      }
     }
   }
 
@@ -488,7 +471,7 @@ class Maker {
 
   const int64_t n_, d_, v_, stride_, ranges_, exponents_stride_;
   const DType dtype_;
-  const int capability_;
+  std::vector<Family> families_;  // the oldest first
   Memory& memory_;
   const LibraryProduct& product_;
   void* const stream_;

@@ -105,6 +105,8 @@ struct Problem {
   void* grad_bias = nullptr;       // [V], or null
 };
 
+inline bool skips_tiles(const Problem& p) { return p.skip_mass > 0; }
+
 /// Which numbers beside maximum and sum of a row the caller's statistics need.
 inline bool wants_entropy(const Problem& p) {
   return p.statistics || (p.token_statistics != nullptr && p.token_statistics->entropy != nullptr);

@@ -6,6 +6,7 @@
 
 #include "core/tiling.h"
 #include "cuda/call_memory.h"
+#include "cuda/fused_kernels.h"
 #include "cuda/runtime.h"
 
 namespace memeff::cuda {
@@ -15,24 +16,8 @@ void throw_unless_accepted(const Status& status) {
   if (!status.ok()) throw std::runtime_error(std::string("memeff: ") + status.message);
 }
 
-/// The functions of a family of fused kernels.
-struct FusedKernels {
-  LinearStatistics* linear_statistics;
-  LinearGradient* linear_gradient;
-  GradientProduct *grad_input_product, *grad_weight_product;
-  ProductFromScores *grad_input_from_scores = nullptr, *grad_weight_from_scores = nullptr;
-};
-
-FusedKernels kernels_of(Family family) {
-  if (family == Family::kSm90 || family == Family::kSm90rs)
-    return {&sm90::linear_statistics,      &sm90::linear_gradient,
-            &sm90::grad_input_product,     &sm90::grad_weight_product,
-            &sm90::grad_input_from_scores, &sm90::grad_weight_from_scores};
-  if (family == Family::kSm90x2)
-    return {&sm90x2::linear_statistics, &sm90x2::linear_gradient, &sm90x2::grad_input_product,
-            &sm90x2::grad_weight_product};
-  return {&sm80::linear_statistics, &sm80::linear_gradient, &sm80::grad_input_product,
-          &sm80::grad_weight_product};
+FusedKernels kernels_of(const KernelSet& kernels) {
+  return fused_kernels(*kernels.architecture, kernels.cluster);
 }
 
 class CudaBackend : public Backend {
@@ -46,14 +31,15 @@ class CudaBackend : public Backend {
         tokens_(memory_.tokens()),
         stream_(context.stream),
         fused_(traits_.kernels.stores_16_bits()),
-        handwritten_(traits_.kernels.products != Family::kGeneric),
+        handwritten_(traits_.kernels.products.fused()),
         apart_(traits_.smoothing_apart),
         scores_(kernels_of(traits_.kernels.scores)),
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
     convert_class_arrays();
     // The terms are those of any block.
-    multiplies_scores_ = plan_.products_from_scores && sm90::accepts(score_gradient({}, {}));
+    multiplies_scores_ =
+        plan_.products_from_scores && products_.accepts_scores(score_gradient({}, {}));
   }
 
   int64_t select_tokens() override {

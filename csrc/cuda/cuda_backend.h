@@ -4,12 +4,13 @@
 // All N tokens take part; those without a target have coefficients of zero. What a kept score is
 // depends on the kernels (select.h):
 //
-//   sm80, sm90   exp(z - max) of a tile of classes, 16 bits, with the maxima beside (StoredScores)
+//   fused        exp(z - max) of a tile of classes, 16 bits, with the maxima beside (StoredScores)
 //   generic      the product u = x W^T in the accumulation type
 //
 // Both turn into gradients in place, 16-bit ones for 16-bit inputs. Float products shrink: row v of
 // the gradients then has twice the stride, and starts where the row of the tokens that were converted
-// together started. Products "sm90rs" take scores in 16 bits as they are, which then stay scores.
+// together started. Products that read scores take
+// those of 16 bits as they are, which then stay scores.
 #pragma once
 
 #include <memory>

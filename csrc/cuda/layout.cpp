@@ -77,7 +77,7 @@ int64_t score_block(const Plan& plan) {
 }
 
 bool writes_gradients(const PlanTraits& t) {
-  return t.kernels.products != Family::kGeneric && !t.smoothing_apart;
+  return t.kernels.products.fused() && !t.smoothing_apart;
 }
 
 int64_t kept_tokens(const PlanRequest& r, const Plan& plan) {

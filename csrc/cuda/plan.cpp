@@ -42,10 +42,6 @@ constexpr double kMultiplyAddsPerLastBlocks = 1.3e10;
 // Sums that are added to again and again stay in the L2 cache up to about this size.
 constexpr int64_t kCachedBytes = 24 * kMiB;
 
-// The speed of handwritten products beside cuBLAS's, assumed until a GPU has measured it: 660 of 750
-// TFLOP/s on an H100 (docs/kernels-sm90.md); three quarters of it for mma.sync.
-constexpr double kSpeedOfSm90 = 0.88, kSpeedOfSm80 = 0.75;
-
 // Without a budget the workspace stays below this or a quarter more than the gradients themselves.
 constexpr int64_t kDefaultBudget = 512 * kMiB;
 
@@ -178,7 +174,7 @@ class Candidates {
   }
 
   void visit_all() const {
-    const bool may_multiply_scores = t_.kernels.products == Family::kSm90rs && !r_.grad_bias;
+    const bool may_multiply_scores = t_.kernels.products.reads_scores && !r_.grad_bias;
     for (int scale = 0; scale < kScales; ++scale)
       for (int width = 0; width < kWidths; ++width)
         for (int from_scores = 0; from_scores <= (may_multiply_scores ? 1 : 0); ++from_scores)
@@ -285,15 +281,11 @@ int64_t parts_of(int64_t tokens, int64_t part) {
   return ceil_div(tokens, std::max<int64_t>(1, part));
 }
 
-bool is_sm90(Family products) {
-  return products == Family::kSm90 || products == Family::kSm90x2 || products == Family::kSm90rs;
-}
-
 /// Under token chunks, whether a chunk's products of gradients run beside one another. (Those of
 /// scores in the gradient cannot: a copy lies in between.)
 bool run_beside(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   return r.grad_input && r.grad_weight && plan.kind == PlanKind::kTokenChunks && !t.skips &&
-         is_sm90(t.kernels.products) && products_write_weight(r, t, plan);
+         t.kernels.products.architecture->overlaps_launches && products_write_weight(r, t, plan);
 }
 
 /// The products that make grad_weight, and the bytes that they move back and forth.
@@ -321,8 +313,7 @@ double weight_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, 
   // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
   const bool halves = plan.accumulation == Accumulation::kFloat32;
   const int64_t moved = v * d * (halves ? 8 * passes - 6 : 4 * passes - 2);
-  // A product of sm90 moves them by TMA while it multiplies.
-  if (direct && is_sm90(t.kernels.products))
+  if (direct && t.kernels.products.architecture->overlaps_epilogue)
     cost = std::max(cost, static_cast<double>(moved) * kMultiplyAddsPerByte);
   else
     *bytes += moved;
@@ -400,7 +391,7 @@ PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selec
   traits.partials = 2 + (p.label_smoothing > 0 ? 1 : 0) + (wants_entropy(p) ? 1 : 0) +
                     (p.probabilities != nullptr ? 3 : 0);
   traits.argmax = wants_argmax(p);
-  traits.skips = p.skip_mass > 0 && kernels.products != Family::kGeneric;
+  traits.skips = skips_tiles(p) && kernels.products.fused();
   traits.smoothing_apart = traits.skips && p.label_smoothing > 0;
   // The gradient of the bias is summed from those of the logits, with all their parts.
   if (traits.smoothing_apart && request.grad_bias) traits.skips = traits.smoothing_apart = false;
@@ -450,8 +441,7 @@ std::string choose_plan(const Problem& problem, const PlanRequest& request, Sele
   // What was measured was measured without a budget.
   const bool settled =
       kernels->forced || (kernels->measured != nullptr && request.memory_budget < 0);
-  if (settled || !kernels->stores_16_bits() || kernels->products != Family::kGeneric)
-    return objection;
+  if (settled || !kernels->stores_16_bits() || kernels->products.fused()) return objection;
   Selection own_kernels = *kernels;
   own_kernels.products = kernels->scores;
   own_kernels.predicted = true;
@@ -461,7 +451,7 @@ std::string choose_plan(const Problem& problem, const PlanRequest& request, Sele
   const double product = 2.0 * static_cast<double>(request.tokens) *
                          static_cast<double>(request.features) * static_cast<double>(request.vocab);
   const int products = (request.grad_input ? 1 : 0) + (request.grad_weight ? 1 : 0);
-  const double speed = kernels->scores == Family::kSm80 ? kSpeedOfSm80 : kSpeedOfSm90;
+  const double speed = kernels->scores.architecture->relative_speed(kernels->capability);
   own.predicted_flops += products * product * (1 / speed - 1);
   if (objection.empty() && own.predicted_flops >= plan->predicted_flops) return objection;
   own.own_products = true;

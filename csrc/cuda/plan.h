@@ -21,7 +21,7 @@ struct PlanTraits {
   Selection kernels;
   int partials = 2;     // partial statistics of A: max, sum, ...
   bool argmax = false;  // and one of int32
-  bool skips = false;   // skip_mass > 0
+  bool skips = false;   // products leave tiles out
   // Label smoothing is left out of the gradients of the logits and added to their products, so that
   // tiles can be skipped.
   bool smoothing_apart = false;

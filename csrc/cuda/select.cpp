@@ -8,63 +8,41 @@
 namespace memeff::cuda {
 namespace {
 
-/// What a family has kernels for.
-struct FamilyRow {
-  Family family;
-  const char* name;
-  bool scores, products;
-  // Taken without a measurement where it can run; the last such row counts.
-  bool by_default;
-};
-constexpr FamilyRow kFamilies[] = {
-    {Family::kGeneric, "generic", true, true, true}, {Family::kSm80, "sm80", true, true, true},
-    {Family::kSm90, "sm90", true, true, true},       {Family::kSm90x2, "sm90x2", true, true, false},
-    {Family::kSm90rs, "sm90rs", false, true, false},
+constexpr const Architecture* kArchitectures[] = {
+#define MEMEFF_ROW(name) &name::architecture,
+    MEMEFF_CUDA_ARCHITECTURES(MEMEFF_ROW)
+#undef MEMEFF_ROW
 };
 
-/// TMA reads rows that start at multiples of 16 bytes and do not overlap, as those of an expanded
-/// tensor do.
-bool rows_suit_tma(const void* data, int64_t stride, int64_t columns) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride >= columns;
+enum class Role { kScores, kProducts };
+bool can_be(const KernelSet& kernels, Role role) {
+  return role == Role::kProducts || !kernels.reads_scores;
 }
 
-bool can_run(Family family, const Problem& p, const Gpu& gpu) {
-  if (family == Family::kGeneric) return true;
-  // Class probabilities are as large as the logits, so reading those once more is no matter. With a
-  // soft cap and label smoothing together the gradient needs the score itself, which exp(z - max)
-  // does not give where it underflows.
-  if (!is_16_bit(p.dtype) || p.features == 0 || p.probabilities != nullptr) return false;
-  if (p.softcap > 0 && p.label_smoothing > 0) return false;
-  if (family == Family::kSm80) return gpu.capability >= 80;
-  // sm_90a code runs on compute capability 9.0 only.
-  return gpu.capability == 90 && p.features % 8 == 0 &&
-         rows_suit_tma(p.input, p.input_stride, p.features) &&
-         rows_suit_tma(p.weight, p.weight_stride, p.features);
+bool find(const std::string& name, Role role, KernelSet* found) {
+  for (const KernelSet& kernels : all_kernel_sets())
+    if (name == name_of(kernels) && can_be(kernels, role)) {
+      *found = kernels;
+      return true;
+    }
+  return false;
+}
+
+std::string names(Role role) {
+  std::string list;
+  for (const KernelSet& kernels : all_kernel_sets())
+    if (can_be(kernels, role)) list += (list.empty() ? "" : ", ") + name_of(kernels);
+  return list;
+}
+
+bool can_run(const KernelSet& kernels, const Problem& problem, const Gpu& gpu) {
+  return kernels.architecture->can_run(problem, gpu);
 }
 
 /// Whether these products can work on what those scores leave behind: both generic, or both of 16
 /// bits. (cuBLAS reads gradients of any kind.)
-bool fit(Family scores, Family products) {
-  return products == Family::kGeneric || scores != Family::kGeneric;
-}
-
-const char* name_of(Family family) {
-  for (const FamilyRow& row : kFamilies)
-    if (row.family == family) return row.name;
-  return "";
-}
-
-const FamilyRow* family_called(const std::string& name) {
-  for (const FamilyRow& row : kFamilies)
-    if (name == row.name) return &row;
-  return nullptr;
-}
-
-std::string names(bool FamilyRow::* does) {
-  std::string list;
-  for (const FamilyRow& row : kFamilies)
-    if (row.*does) list += (list.empty() ? "" : ", ") + std::string(row.name);
-  return list;
+bool fit(const KernelSet& scores, const KernelSet& products) {
+  return !products.fused() || scores.fused();
 }
 
 /// Sum of |log2(ratio)| of the three sizes; infinite where one differs by more than a factor of 4.
@@ -88,10 +66,11 @@ const MeasuredChoice* nearest(const std::vector<MeasuredChoice>& measured, const
   bool best_is_this_gpu = false;
   double least = std::numeric_limits<double>::infinity();
   for (const MeasuredChoice& row : measured) {
-    if (row.capability != gpu.capability || row.dtype != p.dtype || row.skips != (p.skip_mass > 0))
+    if (row.capability != gpu.capability || row.dtype != p.dtype || row.skips != skips_tiles(p))
       continue;
-    if (!can_run(row.scores, p, gpu) || !can_run(row.products, p, gpu) ||
-        !fit(row.scores, row.products))
+    Selection kernels;
+    if (!parse_kernels(row.kernels, &kernels) || !can_run(kernels.scores, p, gpu) ||
+        !can_run(kernels.products, p, gpu) || !fit(kernels.scores, kernels.products))
       continue;
     const bool is_this_gpu = gpu.name == row.gpu;
     const double far = distance(row, p);
@@ -129,34 +108,59 @@ const std::vector<MeasuredChoice>& measured_choices() {
 Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::string& forced,
                          const std::vector<MeasuredChoice>& measured, std::string* error) {
   Selection chosen;
-  for (const FamilyRow& row : kFamilies)
-    if (row.by_default && can_run(row.family, problem, gpu)) chosen.scores = row.family;
+  chosen.capability = gpu.capability;
+  for (const Architecture* row : kArchitectures)
+    if (row->can_run(problem, gpu)) chosen.scores.architecture = row;
   // The fused kernels keep what no library product can: no logits, 16-bit scores. For plain products
   // cuBLAS is the choice until a handwritten one has measured faster on the GPU at hand; those that
   // skip tiles do less work than any library product.
-  if (problem.skip_mass > 0) chosen.products = chosen.scores;
+  if (skips_tiles(problem)) chosen.products = chosen.scores;
   if (forced.empty()) {
-    if (const MeasuredChoice* row = nearest(measured, problem, gpu))
-      chosen = {row->scores, row->products, false, row};
+    chosen.measured = nearest(measured, problem, gpu);
+    if (chosen.measured != nullptr) parse_kernels(chosen.measured->kernels, &chosen);
     return chosen;
   }
 
-  const size_t comma = forced.find(',');
-  const FamilyRow *scores = nullptr, *products = nullptr;
-  if (comma != std::string::npos) {
-    scores = family_called(forced.substr(0, comma));
-    products = family_called(forced.substr(comma + 1));
-  }
-  if (scores == nullptr || products == nullptr || !scores->scores || !products->products) {
-    *error = "MEMEFF_CUDA_KERNELS='" + forced + "': expected one of " + names(&FamilyRow::scores) +
-             " for scores, a comma, and one of " + names(&FamilyRow::products) + " for products";
+  Selection wanted;
+  if (!parse_kernels(forced, &wanted)) {
+    *error = "MEMEFF_CUDA_KERNELS='" + forced + "': expected one of " + names(Role::kScores) +
+             " for scores, a comma, and one of " + names(Role::kProducts) + " for products";
     return chosen;
   }
   chosen.forced = true;
-  if (can_run(scores->family, problem, gpu)) chosen.scores = scores->family;
-  chosen.products = can_run(products->family, problem, gpu) ? products->family : Family::kGeneric;
-  if (!fit(chosen.scores, chosen.products)) chosen.products = Family::kGeneric;
+  if (can_run(wanted.scores, problem, gpu)) chosen.scores = wanted.scores;
+  const bool possible =
+      can_run(wanted.products, problem, gpu) && fit(chosen.scores, wanted.products);
+  chosen.products = possible ? wanted.products : KernelSet{};
   return chosen;
+}
+
+bool parse_kernels(const std::string& names, Selection* selection) {
+  const size_t comma = names.find(',');
+  return comma != std::string::npos &&
+         find(names.substr(0, comma), Role::kScores, &selection->scores) &&
+         find(names.substr(comma + 1), Role::kProducts, &selection->products);
+}
+
+bool operator==(const KernelSet& a, const KernelSet& b) {
+  return a.architecture == b.architecture && a.cluster == b.cluster &&
+         a.reads_scores == b.reads_scores;
+}
+
+std::string name_of(const KernelSet& kernels) {
+  const Architecture& row = *kernels.architecture;
+  for (const Variant *v = row.variants, *end = v + row.variant_count; v != end; ++v)
+    if (v->cluster == kernels.cluster && v->reads_scores == kernels.reads_scores)
+      return std::string(row.name) + v->suffix;
+  return row.name;
+}
+
+std::vector<KernelSet> all_kernel_sets() {
+  std::vector<KernelSet> all;
+  for (const Architecture* row : kArchitectures)
+    for (size_t i = 0; i < row->variant_count; ++i)
+      all.push_back({row, row->variants[i].cluster, row->variants[i].reads_scores});
+  return all;
 }
 
 std::string forced_kernels() {
@@ -165,7 +169,7 @@ std::string forced_kernels() {
 }
 
 std::string name_of(const Selection& selection) {
-  return std::string(name_of(selection.scores)) + "," + name_of(selection.products);
+  return name_of(selection.scores) + "," + name_of(selection.products);
 }
 
 std::string reason_of(const Selection& selection) {

@@ -6,60 +6,68 @@
 #include <vector>
 
 #include "core/problem.h"
+#include "cuda/architecture.h"
 
 namespace memeff::cuda {
 
-/// A family of kernels. The generic ones leave matrix products to torch (cuBLAS). sm90x2 are those of
-/// sm90 in clusters of two thread blocks; sm90rs the products of sm90, straight from kept scores
-/// where these can be used so. What each can do is a row of the table in select.cpp.
-enum class Family { kGeneric, kSm80, kSm90, kSm90x2, kSm90rs };
+/// Kernels of one architecture in one of its variants. Its name is that of the architecture and the
+/// variant's suffix: "generic", "sm80", "sm90", "sm90x2" (clusters of two thread blocks), "sm90rs"
+/// (gradient products that read scores).
+struct KernelSet {
+  const Architecture* architecture = &generic::architecture;
+  int cluster = 1;
+  bool reads_scores = false;
 
-/// What was measured on one GPU at one shape: the fastest families, whole calls compared.
+  bool fused() const { return architecture->fused; }
+};
+bool operator==(const KernelSet& a, const KernelSet& b);
+std::string name_of(const KernelSet& kernels);
+
+/// Every variant of every architecture, in the table's order.
+std::vector<KernelSet> all_kernel_sets();
+
+/// What was measured on one GPU at one shape: the fastest kernels, whole calls compared.
 struct MeasuredChoice {
   const char* gpu = "";  // its name, "NVIDIA H200"
   int capability = 0;    // as in Gpu
   DType dtype = DType::kBFloat16;
   int64_t tokens = 0, features = 0, vocab = 0;
-  bool skips = false;  // measured with skip_mass
-  Family scores = Family::kGeneric, products = Family::kGeneric;
+  bool skips = false;                       // measured with tiles skipped
+  const char* kernels = "generic,generic";  // "scores,products"
 };
 
 struct Selection {
-  Family scores = Family::kGeneric;    // x W^T with statistics or gradients in its epilogue
-  Family products = Family::kGeneric;  // grad_input and grad_weight from gradients of the logits
+  KernelSet scores;    // x W^T with statistics or gradients in its epilogue
+  KernelSet products;  // grad_input and grad_weight from gradients of the logits
   // Why these: asked for; else the measurement that was followed; else predicted to win in the
   // memory that the call may take (choose_plan); else the rule by default.
   bool forced = false;
   const MeasuredChoice* measured = nullptr;
   bool predicted = false;
+  int capability = 0;  // of the GPU
 
   /// Whether scores are kept in 16 bits (StoredScores) rather than as products of type A.
-  bool stores_16_bits() const { return scores != Family::kGeneric; }
+  bool stores_16_bits() const { return scores.fused(); }
 };
 
-struct Gpu {
-  int capability = 0;       // compute capability, 10 major + minor: 75, 80, 86, 89, 90, 100, 120
-  std::string name{};       // as the CUDA runtime has it; "" where nobody knows
-  int multiprocessors = 0;  // 0 where nobody knows
-};
-
-/// Where nobody knows: those of a GPU that is often met with this compute capability.
+/// Where it is unknown: those of a GPU that is often met with this compute capability.
 int multiprocessors_of(const Gpu& gpu);
 
 /// The table of measured choices: measured_choices.inc, which scripts/verify_gpu.py writes.
 const std::vector<MeasuredChoice>& measured_choices();
 
-/// The families for the problem on that GPU:
+/// The kernels for the problem on that GPU:
 ///
 ///   1. `forced` where the problem and the GPU allow it: "" or "scores,products", two names of
-///      families (the environment variable MEMEFF_CUDA_KERNELS, for tests and benchmarks);
+///      kernels (the environment variable MEMEFF_CUDA_KERNELS, for tests and benchmarks);
 ///   2. what `measured` has for it. A row counts if it was measured on this compute capability, in
-///      this dtype, with or without skip_mass as the problem is, at a shape whose tokens, features
-///      and classes each differ by no more than a factor of 4, and if its families can run the
+///      this dtype, skipping tiles or not as the problem does, at a shape whose tokens, features
+///      and classes each differ by no more than a factor of 4, and if its kernels can run the
 ///      problem. Rows of a GPU of the same name come first; then the nearest shape, by the sum of
 ///      the three |log2(ratio)|; then the first;
-///   3. the newest family that the problem and the GPU allow for the scores; for the products
-///      cuBLAS, or with skip_mass the same family. choose_plan (plan.h) may prefer the latter.
+///   3. the last architecture of the table that the problem and the GPU allow for the scores; for the
+///      products cuBLAS, or where tiles are skipped the same. choose_plan (plan.h) may prefer the
+///      latter.
 ///
 /// A name that means nothing is reported in `error`.
 Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::string& forced,
@@ -70,6 +78,8 @@ std::string forced_kernels();
 
 /// "scores,products", as in `forced`.
 std::string name_of(const Selection& selection);
+/// Sets both kernels from such a name; false if it means nothing.
+bool parse_kernels(const std::string& names, Selection* selection);
 /// "default", "predicted", "measured on NVIDIA H200 at 8192x4096x128256" or "MEMEFF_CUDA_KERNELS".
 std::string reason_of(const Selection& selection);
 

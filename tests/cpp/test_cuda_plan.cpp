@@ -12,7 +12,6 @@
 namespace {
 
 using namespace memeff;
-using cuda::Family;
 using cuda::PlanTraits;
 using cuda::Selection;
 
@@ -33,38 +32,42 @@ std::string name_of(const Case& c) {
                         r.gpu_upcasts, " budget ", r.memory_budget);
 }
 
-Case make_case(int64_t tokens, int64_t features, int64_t vocab, Selection kernels,
+Selection kernels(const char* names) {
+  Selection selection;
+  CHECK(parse_kernels(names, &selection));
+  return selection;
+}
+
+Case make_case(int64_t tokens, int64_t features, int64_t vocab, const Selection& selection,
                DType dtype = DType::kBFloat16) {
   Case c;
   c.request.tokens = tokens, c.request.features = features, c.request.vocab = vocab;
   c.request.dtype = dtype, c.request.grad_input = c.request.grad_weight = true;
-  c.traits.kernels = kernels;
+  c.traits.kernels = selection;
   return c;
 }
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
-  const Selection selections[] = {{Family::kGeneric, Family::kGeneric},
-                                  {Family::kSm80, Family::kGeneric},
-                                  {Family::kSm90, Family::kSm90},
-                                  {Family::kSm90, Family::kSm90rs}};
+  const char* const selections[] = {"generic,generic", "sm80,generic", "sm90,sm90", "sm90,sm90rs"};
   const int64_t shapes[][3] = {{0, 64, 100},          {1, 1, 1},
                                {7, 33, 1001},         {130, 64, 5000},
                                {4096, 64, 300},       {4096, 4096, 128256},
                                {16384, 2048, 248320}, {1 << 20, 512, 32000}};
-  for (const Selection& kernels : selections)
+  for (const char* const name : selections)
     for (const auto& shape : shapes)
       for (const DType dtype : {DType::kBFloat16, DType::kFloat32})
         for (int wanted = 0; wanted < 8; ++wanted)
           for (int known = 0; known < 2; ++known)
             for (const bool special : {false, true}) {
-              if (dtype == DType::kFloat32 && kernels.stores_16_bits()) continue;
-              const bool skips = special && kernels.products != Family::kGeneric;
+              const Selection selection = kernels(name);
+              if (dtype == DType::kFloat32 && selection.stores_16_bits()) continue;
+              const bool skips = special && selection.products.fused();
               const bool upcasts =
-                  special && !kernels.stores_16_bits() && dtype == DType::kBFloat16;
+                  special && !selection.stores_16_bits() && dtype == DType::kBFloat16;
               if (special && !skips && !upcasts) continue;
               if (known == 1 && wanted == 0) continue;
-              Case c = make_case(shape[0], shape[1], shape[2], kernels, dtype);
+              Case c = make_case(shape[0], shape[1], shape[2], selection, dtype);
               c.request.grad_input = (wanted & 1) != 0, c.request.grad_weight = (wanted & 2) != 0;
               c.request.grad_bias = (wanted & 4) != 0, c.request.statistics_known = known == 1;
               c.request.gpu_upcasts = upcasts;
@@ -109,13 +112,12 @@ void check_plan(const Case& c, const Plan& plan) {
     // All scores leave a slice of the gradient before the first sums are written there.
     CHECK(plan.token_block >= plan.stored_in_gradient);
     CHECK(r.tokens <= 256 * plan.token_block);
-    CHECK(c.traits.kernels.products != Family::kGeneric && !c.traits.smoothing_apart);
+    CHECK(c.traits.kernels.products.fused() && !c.traits.smoothing_apart);
   }
   if (plan.compact_input_sums)
     CHECK(r.grad_input && r.grad_weight && plan.kind == PlanKind::kVocabSlices &&
           plan.num_slices > 1 && plan.num_slices <= 256 && !plan.separate_sweeps);
-  if (plan.products_from_scores)
-    CHECK(c.traits.kernels.products == Family::kSm90rs && !r.grad_bias);
+  if (plan.products_from_scores) CHECK(c.traits.kernels.products.reads_scores && !r.grad_bias);
   if (!c.traits.kernels.stores_16_bits()) {
     // Float products shrink in place within the tokens that are converted together.
     CHECK_EQ(plan.input_block, plan.token_block);
@@ -162,17 +164,17 @@ void names_the_least_budget_that_works(Case c) {
 void keeps_the_promises_for_large_heads() {
   const struct {
     int64_t tokens, budget;
-    Family products;
+    const char* kernels;
     double ndv, predicted_ndv;
   } goals[] = {
-      {4096, 32, Family::kSm90, 6, 6.65},    {8192, 512, Family::kSm90, 6, 6.5},
-      {8192, 512, Family::kSm90rs, 6, 6.4},  {8192, 256, Family::kSm90, 6, 6.6},
-      {8192, 96, Family::kSm90, 6, 7.3},     {8192, 32, Family::kSm90, 7, 8.2},
-      {8192, 32, Family::kSm90rs, 7, 8.2},   {16384, 32, Family::kSm90, 7.5, 8.8},
-      {8192, 512, Family::kGeneric, 6, 7.5}, {8192, 32, Family::kGeneric, 8, 10.2},
+      {4096, 32, "sm90,sm90", 6, 6.65},    {8192, 512, "sm90,sm90", 6, 6.5},
+      {8192, 512, "sm90,sm90rs", 6, 6.4},  {8192, 256, "sm90,sm90", 6, 6.6},
+      {8192, 96, "sm90,sm90", 6, 7.3},     {8192, 32, "sm90,sm90", 7, 8.2},
+      {8192, 32, "sm90,sm90rs", 7, 8.2},   {16384, 32, "sm90,sm90", 7.5, 8.8},
+      {8192, 512, "sm90,generic", 6, 7.5}, {8192, 32, "sm90,generic", 8, 10.2},
   };
   for (const auto& goal : goals) {
-    Case c = make_case(goal.tokens, 4096, 128256, {Family::kSm90, goal.products});
+    Case c = make_case(goal.tokens, 4096, 128256, kernels(goal.kernels));
     c.request.memory_budget = goal.budget * kMiB;
     test::context() = name_of(c);
     const Plan plan = plan_of(c);
@@ -186,7 +188,7 @@ void keeps_the_promises_for_large_heads() {
 
 // Kept scores are gradients before the sweeps over slices begin, if these are for both gradients.
 void maxima_make_room_for_the_sweeps() {
-  Case c = make_case(8192, 4096, 128256, {Family::kSm90, Family::kSm90});
+  Case c = make_case(8192, 4096, 128256, kernels("sm90,sm90"));
   c.request.memory_budget = 32 * kMiB;
   test::context() = name_of(c);
   const Plan plan = plan_of(c);
@@ -197,7 +199,7 @@ void maxima_make_room_for_the_sweeps() {
   // They stay where the sweep itself turns scores into gradients, and where products read scores.
   Case without_input = c, from_scores = c;
   without_input.request.grad_input = false;
-  from_scores.traits.kernels.products = Family::kSm90rs;
+  from_scores.traits.kernels = kernels("sm90,sm90rs");
   Plan multiplies_scores = plan;
   multiplies_scores.products_from_scores = true;
   const int64_t maxima = int64_t{4} * (128256 / 128) * plan.stored_in_gradient;
@@ -214,19 +216,19 @@ void maxima_make_room_for_the_sweeps() {
 void chooses_products_by_the_memory() {
   Problem problem;
   problem.dtype = DType::kBFloat16;
-  const auto choose = [&](int64_t budget, Selection kernels) {
-    PlanRequest request = make_case(8192, 4096, 128256, kernels).request;
+  const auto choose = [&](int64_t budget, Selection selection) {
+    PlanRequest request = make_case(8192, 4096, 128256, selection).request;
     request.memory_budget = budget < 0 ? -1 : budget * kMiB;
     Plan plan;
-    CHECK_EQ(choose_plan(problem, request, &kernels, &plan), "");
-    CHECK_EQ(plan.own_products, kernels.predicted);
-    if (plan.own_products) CHECK(kernels.products == kernels.scores);
+    CHECK_EQ(choose_plan(problem, request, &selection, &plan), "");
+    CHECK_EQ(plan.own_products, selection.predicted);
+    if (plan.own_products) CHECK(selection.products == selection.scores);
     // What a plan says of its bytes is said for the kernels that it was made for.
-    CHECK_EQ(layout(request, plan_traits(problem, request, kernels), plan).total,
+    CHECK_EQ(layout(request, plan_traits(problem, request, selection), plan).total,
              plan.workspace_bytes);
-    return kernels.predicted;
+    return selection.predicted;
   };
-  const Selection by_rule{Family::kSm90, Family::kGeneric};
+  const Selection by_rule = kernels("sm90,generic");
   CHECK(choose(32, by_rule));
   CHECK(!choose(-1, by_rule));
   Selection forced = by_rule, measured = by_rule;
@@ -234,8 +236,7 @@ void chooses_products_by_the_memory() {
   const cuda::MeasuredChoice row;
   measured.measured = &row;
   CHECK(choose(32, measured) && !choose(-1, measured));
-  for (const Selection& given : {forced, Selection{Family::kGeneric, Family::kGeneric},
-                                 Selection{Family::kSm90, Family::kSm90}})
+  for (const Selection& given : {forced, kernels("generic,generic"), kernels("sm90,sm90")})
     CHECK(!choose(32, given));
 }
 
@@ -246,7 +247,7 @@ void upcasts_in_small_pieces() {
   constexpr int64_t kHuge = int64_t{1} << 40;
   CHECK_EQ(cuda::upcast_bytes(kHuge, kHuge, kHuge), 16 * kMiB);
   CHECK_EQ(cuda::upcast_bytes(3, 5, 7), 2 * 512);
-  Case c = make_case(4096, 4096, 128256, {Family::kGeneric, Family::kGeneric});
+  Case c = make_case(4096, 4096, 128256, kernels("generic,generic"));
   c.request.gpu_upcasts = true;
   c.request.memory_budget = 32 * kMiB;
   test::context() = name_of(c);
@@ -256,7 +257,7 @@ void upcasts_in_small_pieces() {
 }
 
 void obeys_the_caller() {
-  Case c = make_case(10000, 512, 32000, {Family::kSm80, Family::kGeneric});
+  Case c = make_case(10000, 512, 32000, kernels("sm80,generic"));
   c.request.chunk_size = 300;
   test::context() = name_of(c);
   const Plan plan = plan_of(c);
@@ -268,7 +269,7 @@ void obeys_the_caller() {
   test::context() = name_of(c);
   CHECK(plan_of(c).accumulation == Accumulation::kNative);
   // Many chunks: compact sums unless fp32 sums are asked for.
-  c.traits.kernels.products = Family::kSm80;
+  c.traits.kernels = kernels("sm80,sm80");
   c.request.memory_budget = 40 * kMiB;
   c.request.accumulation = GradAccumulation::kAuto;
   test::context() = name_of(c);

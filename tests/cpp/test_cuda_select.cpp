@@ -8,7 +8,6 @@
 namespace {
 
 using namespace memeff;
-using cuda::Family;
 using cuda::Gpu;
 using cuda::MeasuredChoice;
 
@@ -25,7 +24,7 @@ std::string selected(const Problem& p, int capability, const std::string& forced
   return error.empty() ? name : error;
 }
 
-/// Families and reason.
+/// Kernels and reason.
 std::string chosen(const Problem& p, const Gpu& gpu, const std::vector<MeasuredChoice>& measured,
                    const std::string& forced = "") {
   std::string error;
@@ -34,14 +33,14 @@ std::string chosen(const Problem& p, const Gpu& gpu, const std::vector<MeasuredC
 }
 
 /// A measurement at the shape of problem() times the factors.
-MeasuredChoice row(const char* gpu, double tokens, double features, double vocab, Family scores,
-                   Family products) {
+MeasuredChoice row(const char* gpu, double tokens, double features, double vocab,
+                   const char* kernels) {
   MeasuredChoice measured;
   measured.gpu = gpu, measured.capability = 90;
   measured.tokens = static_cast<int64_t>(64 * tokens);
   measured.features = static_cast<int64_t>(128 * features);
   measured.vocab = static_cast<int64_t>(1000 * vocab);
-  measured.scores = scores, measured.products = products;
+  measured.kernels = kernels;
   return measured;
 }
 
@@ -96,6 +95,21 @@ void skipping_needs_handwritten_products() {
   CHECK_EQ(selected(p, 75), "generic,generic");
 }
 
+void every_variant_has_a_name_of_its_own() {
+  const std::vector<cuda::KernelSet> all = cuda::all_kernel_sets();
+  for (const cuda::KernelSet& kernels : all) {
+    test::context() = name_of(kernels);
+    cuda::Selection named;
+    CHECK(parse_kernels("generic," + name_of(kernels), &named) && named.products == kernels);
+    CHECK_EQ(parse_kernels(name_of(kernels) + ",generic", &named), !kernels.reads_scores);
+    CHECK(kernels.fused() || kernels == cuda::KernelSet{});
+    // The default is plain: fallbacks rest on it.
+    CHECK_EQ(kernels.architecture->variants[0].suffix[0], '\0');
+    CHECK(kernels.architecture->variants[0].cluster == 1);
+  }
+  CHECK(all.size() > 3 && all[0] == cuda::KernelSet{});
+}
+
 void can_be_forced_where_possible() {
   const Problem p = problem(DType::kBFloat16);
   CHECK_EQ(selected(p, 90, "sm80,sm90"), "sm80,sm90");
@@ -121,16 +135,15 @@ const Gpu kH200{90, "NVIDIA H200"};
 void measurements_decide() {
   const Problem p = problem(DType::kBFloat16);
   CHECK_EQ(chosen(p, kH200, {}), "sm90,generic default");
-  CHECK_EQ(chosen(p, kH200, {row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm80)}),
+  CHECK_EQ(chosen(p, kH200, {row("NVIDIA H200", 1, 1, 1, "sm80,sm80")}),
            "sm80,sm80 measured on NVIDIA H200 at 64x128x1000");
   // An environment variable is stronger.
-  CHECK_EQ(
-      chosen(p, kH200, {row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm80)}, "sm90,generic"),
-      "sm90,generic MEMEFF_CUDA_KERNELS");
+  CHECK_EQ(chosen(p, kH200, {row("NVIDIA H200", 1, 1, 1, "sm80,sm80")}, "sm90,generic"),
+           "sm90,generic MEMEFF_CUDA_KERNELS");
 }
 
 void measurements_of_something_else_do_not_count() {
-  const MeasuredChoice here = row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm80);
+  const MeasuredChoice here = row("NVIDIA H200", 1, 1, 1, "sm80,sm80");
   CHECK_EQ(chosen(problem(DType::kFloat16), kH200, {here}), "sm90,generic default");
   CHECK_EQ(chosen(problem(DType::kBFloat16), {80, "NVIDIA H200"}, {here}), "sm80,generic default");
   Problem skips = problem(DType::kBFloat16);
@@ -145,36 +158,35 @@ void measurements_of_something_else_do_not_count() {
 void shapes_within_a_factor_of_four_count() {
   const Problem p = problem(DType::kBFloat16);
   for (const double factor : {0.25, 4.0}) {
-    const Family f = Family::kSm80;
-    CHECK_EQ(chosen(p, kH200, {row("", factor, 1, 1, f, f)}).substr(0, 9), "sm80,sm80");
-    CHECK_EQ(chosen(p, kH200, {row("", factor, factor, factor, f, f)}).substr(0, 9), "sm80,sm80");
+    const char* const f = "sm80,sm80";
+    CHECK_EQ(chosen(p, kH200, {row("", factor, 1, 1, f)}).substr(0, 9), "sm80,sm80");
+    CHECK_EQ(chosen(p, kH200, {row("", factor, factor, factor, f)}).substr(0, 9), "sm80,sm80");
     for (int i = 0; i < 3; ++i) {
       double factors[3] = {1, 1, 1};
       factors[i] = factor < 1 ? factor * 0.9 : factor * 1.1;
-      CHECK_EQ(chosen(p, kH200, {row("", factors[0], factors[1], factors[2], f, f)}),
+      CHECK_EQ(chosen(p, kH200, {row("", factors[0], factors[1], factors[2], f)}),
                "sm90,generic default");
     }
   }
-  CHECK_EQ(chosen(p, kH200, {row("", 0, 1, 1, Family::kSm80, Family::kSm80)}),
-           "sm90,generic default");
+  CHECK_EQ(chosen(p, kH200, {row("", 0, 1, 1, "sm80,sm80")}), "sm90,generic default");
 }
 
 void the_nearest_measurement_counts() {
   const Problem p = problem(DType::kBFloat16);
-  const MeasuredChoice far = row("NVIDIA H200", 2, 2, 1, Family::kSm80, Family::kSm80);
-  const MeasuredChoice near = row("NVIDIA H200", 2, 1, 1, Family::kSm90, Family::kSm90);
+  const MeasuredChoice far = row("NVIDIA H200", 2, 2, 1, "sm80,sm80");
+  const MeasuredChoice near = row("NVIDIA H200", 2, 1, 1, "sm90,sm90");
   for (const auto& table : {std::vector{far, near}, std::vector{near, far}})
     CHECK_EQ(chosen(p, kH200, table), "sm90,sm90 measured on NVIDIA H200 at 128x128x1000");
   // Of two as near, the first.
-  const MeasuredChoice below = row("NVIDIA H200", 0.5, 1, 1, Family::kSm80, Family::kGeneric);
+  const MeasuredChoice below = row("NVIDIA H200", 0.5, 1, 1, "sm80,generic");
   CHECK_EQ(chosen(p, kH200, {below, near}), "sm80,generic measured on NVIDIA H200 at 32x128x1000");
   CHECK_EQ(chosen(p, kH200, {near, below}), "sm90,sm90 measured on NVIDIA H200 at 128x128x1000");
 }
 
 void a_gpu_of_the_same_name_comes_first() {
   const Problem p = problem(DType::kBFloat16);
-  const MeasuredChoice other = row("NVIDIA H100", 1, 1, 1, Family::kSm80, Family::kSm80);
-  const MeasuredChoice own = row("NVIDIA H200", 3, 3, 3, Family::kSm90, Family::kSm90);
+  const MeasuredChoice other = row("NVIDIA H100", 1, 1, 1, "sm80,sm80");
+  const MeasuredChoice own = row("NVIDIA H200", 3, 3, 3, "sm90,sm90");
   for (const auto& table : {std::vector{other, own}, std::vector{own, other}}) {
     CHECK_EQ(chosen(p, kH200, table), "sm90,sm90 measured on NVIDIA H200 at 192x384x3000");
     CHECK_EQ(chosen(p, {90, ""}, table), "sm80,sm80 measured on NVIDIA H100 at 64x128x1000");
@@ -184,12 +196,11 @@ void a_gpu_of_the_same_name_comes_first() {
 void measured_families_must_be_able_to_run() {
   Problem p = problem(DType::kBFloat16);
   p.input_stride = 132;
-  CHECK_EQ(chosen(p, kH200,
-                  {row("NVIDIA H200", 1, 1, 1, Family::kSm80, Family::kSm90),
-                   row("NVIDIA H200", 2, 1, 1, Family::kSm80, Family::kSm80)}),
-           "sm80,sm80 measured on NVIDIA H200 at 128x128x1000");
-  CHECK_EQ(chosen(problem(DType::kBFloat16), kH200,
-                  {row("NVIDIA H200", 1, 1, 1, Family::kGeneric, Family::kSm80)}),
+  CHECK_EQ(
+      chosen(p, kH200,
+             {row("NVIDIA H200", 1, 1, 1, "sm80,sm90"), row("NVIDIA H200", 2, 1, 1, "sm80,sm80")}),
+      "sm80,sm80 measured on NVIDIA H200 at 128x128x1000");
+  CHECK_EQ(chosen(problem(DType::kBFloat16), kH200, {row("NVIDIA H200", 1, 1, 1, "generic,sm80")}),
            "sm90,generic default");
 }
 
@@ -215,6 +226,7 @@ int main() {
   tma_needs_aligned_rows();
   some_losses_need_stored_products();
   skipping_needs_handwritten_products();
+  every_variant_has_a_name_of_its_own();
   can_be_forced_where_possible();
   measurements_decide();
   measurements_of_something_else_do_not_count();

@@ -1,17 +1,45 @@
-// What the sm_90a family can work on: the demands of TMA, which moves all operands and results.
+// The sm90 kernels: wgmma and TMA of sm_90a, which runs on compute capability 9.0 only. What they can
+// work on are the demands of TMA, which moves all operands and results.
+#include "cuda/architecture.h"
 #include "cuda/launch.h"
 
 namespace memeff::cuda::sm90 {
 
 namespace {
 
-// Rows of `columns` elements, or more.
-bool is_tensor(const void* base, int64_t stride, int64_t element_bytes, int64_t columns = 1) {
-  return base != nullptr && reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
-         stride * element_bytes % 16 == 0 && stride >= columns;
+// Rows of `columns` elements, or more, that start at multiples of 16 bytes and do not overlap, as
+// those of an expanded tensor do. No data: any.
+bool suits_tma(const void* base, int64_t stride, int64_t element_bytes, int64_t columns = 1) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * element_bytes % 16 == 0 &&
+         stride >= columns;
 }
 
+bool is_tensor(const void* base, int64_t stride, int64_t element_bytes, int64_t columns = 1) {
+  return base != nullptr && suits_tma(base, stride, element_bytes, columns);
+}
+
+bool can_run(const Problem& p, const Gpu& gpu) {
+  // Rows of gradients are adjacent.
+  return gpu.capability == 90 && suits_fused_kernels(p) &&
+         suits_tma(p.input, p.input_stride, 2, p.features) &&
+         suits_tma(p.weight, p.weight_stride, 2, p.features) && suits_tma(nullptr, p.features, 2);
+}
+
+constexpr Variant kVariants[] = {{"", 1, false}, {"x2", 2, false}, {"rs", 1, true}};
+
 }  // namespace
+
+const Architecture architecture = {
+    "sm90",
+    &can_run,
+    // 660 of 750 TFLOP/s on an H100 (docs/kernels-sm90.md).
+    [](int) { return 0.88; },
+    /*fused=*/true,
+    /*overlaps_launches=*/true,
+    /*overlaps_epilogue=*/true,
+    kVariants,
+    3,
+};
 
 bool accepts(const LinearOperands& operands, const void* block, int64_t block_stride) {
   return is_16_bit(operands.dtype) && operands.features > 0 &&
