@@ -80,7 +80,6 @@ const char* name_of(Accumulation accumulation) {
     case Accumulation::kExact: return "exact";
     case Accumulation::kFloat32: return "float32";
     case Accumulation::kCompact: return "compact";
-    case Accumulation::kNative: return "native";
   }
   return "";
 }

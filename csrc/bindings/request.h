@@ -19,9 +19,7 @@ inline Reduction parse_reduction(const std::string& name) {
 inline GradAccumulation parse_accumulation(const std::string& name) {
   if (name == "auto") return GradAccumulation::kAuto;
   if (name == "float32") return GradAccumulation::kFloat32;
-  if (name == "native") return GradAccumulation::kNative;
-  throw std::invalid_argument("grad_accumulation='" + name +
-                              "': expected 'auto', 'float32' or 'native'");
+  throw std::invalid_argument("grad_accumulation='" + name + "': expected 'auto' or 'float32'");
 }
 
 /// Whether the forward op computes gradients: only when the loss is a scalar, whose upstream gradient

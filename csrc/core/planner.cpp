@@ -186,11 +186,14 @@ bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Li
   } else {
     plan = with_chunks(r, 0, plan);
   }
+  // A chunk is whole panels: it may have room for the tokens of the first one, too.
+  if (r.tokens <= plan.chunk_tokens) plan.stored_in_gradient = 0;
   if (!r.grad_weight || plan.stored_in_gradient == r.tokens || r.tokens <= plan.chunk_tokens) {
     plan.accumulation = Accumulation::kExact;
   }
-  const bool several = plan.accumulation == Accumulation::kCompact;
-  if (several && ceil_div(rest, plan.chunk_tokens) > kMostCompactChunks) return false;
+  if (plan.accumulation == Accumulation::kFloat32 && !has_float32_sums(r.dtype)) return false;
+  const bool compact = plan.accumulation == Accumulation::kCompact;
+  if (compact && ceil_div(rest, plan.chunk_tokens) > kMostCompactChunks) return false;
   if (!shrink_to_fit(r, limits.budget, limits.shrink, &plan)) return false;
   *out = plan;
   return true;
@@ -239,9 +242,6 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
   if (r.statistics_known) {
     return plan_vocab_slices(r, false, limits, plan) ||
            (both && plan_vocab_slices(r, true, limits, plan));
-  }
-  if (r.accumulation == GradAccumulation::kNative) {
-    return plan_token_chunks(r, Accumulation::kNative, limits, plan);
   }
   // Sums over chunks cost a pass over grad_weight per chunk: not for tiny chunks. The bf16 kernels are
   // fast, so a pass weighs more there.

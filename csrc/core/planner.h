@@ -25,19 +25,15 @@ enum class PlanKind {
   kVocabSlices,
 };
 
-/// How contributions of several token chunks to grad_weight add up.
-enum class GradAccumulation {
-  kAuto,
-  kFloat32,  // an fp32 sum (for bf16: the gradient itself holds the upper 16 bits of it)
-  kNative,   // rounded to the gradient's dtype after each chunk
-};
+/// How the caller wants contributions of several token chunks to grad_weight to add up.
+enum class GradAccumulation { kAuto, kFloat32 };
 
+/// How they do.
 enum class Accumulation {
   kExact,    // each element written once
-  kFloat32,  // as above
+  kFloat32,  // in fp32: bf16 gradients hold the upper 16 bits of it; or in fp64, as the gradient is
   kCompact,  // 16 bits per element that share exponents: 32 times finer than bf16; chunks of tokens, or
              // under vocab slices (GPU) the parts of a slice
-  kNative,  // as above
 };
 
 struct PlanRequest {
@@ -132,6 +128,8 @@ constexpr int64_t kScoreScratchBytes = 672 * 1024;
 
 /// Bytes of one stored score.
 int64_t score_bytes(const PlanRequest& request);
+/// Whether Accumulation::kFloat32 exists: fp16 gradients are no halves of fp32 sums.
+inline bool has_float32_sums(DType dtype) { return dtype != DType::kFloat16; }
 /// Tokens whose scores fit a row of grad_weight.
 int64_t tokens_per_gradient_row(const PlanRequest& request);
 

@@ -4,8 +4,8 @@
 namespace memeff {
 
 enum class WeightUpdate {
-  kWrite,      // gradient = sum
-  kAddNative,  // gradient += sum, rounded to its dtype
+  kWrite,       // gradient = sum
+  kAccumulate,  // gradient += sum, of gradients in fp32 and fp64, which are their own sums
   // The sum is split between the bf16 gradient and the workspace, as the plan's accumulation says:
   // float32: upper and lower halves; compact: 16-bit codes and exponents of blocks.
   kSplitFirst,

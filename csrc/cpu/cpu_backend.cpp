@@ -81,9 +81,8 @@ void CpuBackend<T>::update_grad_weight(Range classes, WeightUpdate update) {
         U* row = gradient + (classes.begin + i) * features;
         if (update == WeightUpdate::kWrite) {
           for (int64_t d = 0; d < features; ++d) store(row + d, sum[d] * scale);
-        } else if (update == WeightUpdate::kAddNative) {
-          for (int64_t d = 0; d < features; ++d)
-            store(row + d, to_arithmetic(row[d]) + sum[d] * scale);
+        } else if constexpr (std::is_same_v<U, T>) {  // WeightUpdate::kAccumulate
+          for (int64_t d = 0; d < features; ++d) row[d] += sum[d] * scale;
         } else if constexpr (std::is_same_v<U, BFloat16>) {
           const int64_t v = classes.begin + i;
           const bool read = update != WeightUpdate::kSplitFirst;

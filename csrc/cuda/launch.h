@@ -227,7 +227,7 @@ struct GradientOperands {
 };
 
 /// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
-/// `accumulate`); else it goes to the gradient as RowUpdate describes.
+/// `accumulate`); else it goes to the 16-bit gradient as RowUpdate describes.
 struct ProductOutput {
   float* sums = nullptr;
   int64_t sums_stride = 0;
@@ -244,9 +244,7 @@ struct ProductOutput {
 
   /// Whether adding zeros is adding nothing, so that rows without work may be left as they are.
   bool only_adds() const {
-    return sums != nullptr
-               ? accumulate
-               : update == WeightUpdate::kAddNative || update == WeightUpdate::kSplitNext;
+    return sums != nullptr ? accumulate : update == WeightUpdate::kSplitNext;
   }
 };
 

@@ -192,9 +192,7 @@ class Candidates {
     if (!r_.grad_input && !r_.grad_weight && !r_.grad_bias)
       return consider(base(PlanKind::kStatistics));
     if (!r_.statistics_known) token_chunks(base(PlanKind::kTokenChunks));
-    const bool slices =
-        r_.statistics_known || (r_.grad_weight && r_.accumulation != GradAccumulation::kNative);
-    if (slices) vocab_slices(base(PlanKind::kVocabSlices));
+    if (r_.statistics_known || r_.grad_weight) vocab_slices(base(PlanKind::kVocabSlices));
   }
 
   void token_chunks(Plan plan) const {
@@ -207,9 +205,8 @@ class Candidates {
       one.chunk_tokens = most_;
       consider(one);
     }
-    const bool native = r_.accumulation == GradAccumulation::kNative;
-    plan.accumulation = native ? Accumulation::kNative : Accumulation::kFloat32;
-    several_chunks(plan);
+    plan.accumulation = Accumulation::kFloat32;
+    if (has_float32_sums(r_.dtype)) several_chunks(plan);
     if (!compact_) return;
     plan.accumulation = Accumulation::kCompact;
     several_chunks(plan);

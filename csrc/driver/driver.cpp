@@ -153,7 +153,7 @@ class Run {
              : chunk + 1 == chunks ? WeightUpdate::kSplitLast
                                    : WeightUpdate::kSplitNext;
     }
-    return chunk == 0 ? WeightUpdate::kWrite : WeightUpdate::kAddNative;
+    return chunk == 0 ? WeightUpdate::kWrite : WeightUpdate::kAccumulate;
   }
 
   /// Gradients with respect to the logits of one slice and block: from kept scores, unless these are

@@ -346,9 +346,14 @@ void test_rows() {
       for (const DType dtype : kTypes) {
         test_bias_gradient(rows, columns, 3, offset, dtype);
         test_copy(dtype, dtype, rows, columns, offset);
-        for (const bool scaled : {false, true})
-          test_update({WeightUpdate::kWrite, WeightUpdate::kAddNative, WeightUpdate::kAddNative},
-                      dtype, scaled, rows, columns, offset);
+        for (const bool scaled : {false, true}) {
+          if (is_16_bit(dtype))
+            test_update({WeightUpdate::kWrite}, dtype, scaled, rows, columns, offset);
+          else
+            test_update(
+                {WeightUpdate::kWrite, WeightUpdate::kAccumulate, WeightUpdate::kAccumulate}, dtype,
+                scaled, rows, columns, offset);
+        }
         for (const double factor : {1.0, 1.7}) {
           test_scale(dtype, rows * columns, factor, true, offset);
           test_scale(dtype, rows * columns, factor, false, offset);
@@ -378,6 +383,9 @@ void test_statuses() {
   uint16_t remainder = 0;
   update.dtype = DType::kFloat16, update.split.remainder = &remainder;
   CHECK(!update_rows(update, nullptr).ok());
+  update.update = WeightUpdate::kAccumulate;
+  CHECK(!update_rows(update, nullptr).ok());
+  update.update = WeightUpdate::kSplitFirst;
   uint8_t exponent = 0;
   update.dtype = DType::kFloat32, update.split = {}, update.split.exponents = &exponent;
   CHECK(!update_rows(update, nullptr).ok());

@@ -30,10 +30,10 @@ MEMEFF_DEVICE void update_adjacent(WeightUpdate update, Accumulation<G> (&sums)[
   if (update == WeightUpdate::kWrite) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = narrow<G>(sums[i] * scale);
-  } else if (update == WeightUpdate::kAddNative) {
+  } else if constexpr (sizeof(G) > 2) {  // WeightUpdate::kAccumulate
     load(values, gradient, count);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = narrow<G>(widen(values[i]) + sums[i] * scale);
+    for (int i = 0; i < kCount; ++i) values[i] += sums[i] * scale;
   } else if constexpr (std::is_same_v<G, __nv_bfloat16>) {
     uint16_t lower[kCount];
     if (update != WeightUpdate::kSplitFirst) {
@@ -97,8 +97,7 @@ MEMEFF_DEVICE void update_gradient(WeightUpdate update, Accumulation<G> (&sums)[
                                    const SplitSums& split, int64_t row, int64_t column, int count) {
   G* const to = gradient + row * stride + column;
   if constexpr (sizeof(G) == 2) {
-    const bool is_split = update != WeightUpdate::kWrite && update != WeightUpdate::kAddNative;
-    if (is_split && split.exponents != nullptr)
+    if (update != WeightUpdate::kWrite && split.exponents != nullptr)
       return update_compact(update, sums, scale, to,
                             split.exponents + row * split.exponents_stride + column / kCompactBlock,
                             count);

@@ -121,7 +121,9 @@ __global__ void __launch_bounds__(kThreads)
 
 Status update_rows(const RowUpdate& update, void* stream) {
   if (update.rows == 0 || update.columns == 0) return {};
-  if (update.update != WeightUpdate::kWrite && update.update != WeightUpdate::kAddNative) {
+  if (update.update == WeightUpdate::kAccumulate) {
+    if (is_16_bit(update.dtype)) return {"update_rows: gradients of 16 bits add up in split sums"};
+  } else if (update.update != WeightUpdate::kWrite) {
     const bool compact = update.split.exponents != nullptr;
     if (!(compact ? is_16_bit(update.dtype) : update.dtype == DType::kBFloat16))
       return {"update_rows: split sums are bfloat16, or compact ones of 16 bits"};

@@ -199,8 +199,7 @@ Status select(int64_t classes, int64_t tokens, const GradientOperands& operands,
 template <Contiguous kContiguousA>
 Status product(int64_t classes, int64_t tokens, const GradientOperands& operands,
                const ProductOutput& output, void* stream) {
-  const bool split = output.sums == nullptr && output.update != WeightUpdate::kWrite &&
-                     output.update != WeightUpdate::kAddNative;
+  const bool split = output.sums == nullptr && output.update != WeightUpdate::kWrite;
   if (output.sums == nullptr && output.gradient == nullptr)
     return {"gradient product: sums or gradient must be given"};
   const bool compact = output.split.exponents != nullptr;

@@ -4,7 +4,6 @@
 //                joins                          leaves as
 //   sums         -, or added by TMA in L2       boxes of 64 x 32 floats
 //   kWrite       -                              boxes of 64 x 64 of T
-//   kAddNative   the gradient                   the same
 //   kSplitFirst  -                              split sums: two boxes of halves, or one of codes
 //   kSplitNext   a split sum                    split sums
 //   kSplitLast   a split sum                    boxes of T
@@ -13,8 +12,8 @@
 // per launch, so results do not depend on timing. What C joins otherwise comes through the ring: after
 // a tile's last step of k follow steps whose stages hold, instead of operands, the tile as it was,
 //
-//   kNative, kCodes   2 steps: the gradient's columns 0-127, then 128-255
-//   kHalves           4 steps: 64 columns of the gradient, upper halves, and of the remainder
+//   kCodes    2 steps: the gradient's columns 0-127, then 128-255
+//   kHalves   4 steps: 64 columns of the gradient, upper halves, and of the remainder
 //
 // 4 boxes of 64 x 64 in a stage, 32 of its 48 KiB. So they arrive during the tile's last products, and
 // no consumer waits for memory. ldmatrix takes a box apart as stmatrix puts it together. In a cluster
@@ -40,7 +39,7 @@ namespace memeff::cuda::sm90 {
 template <class T>
 constexpr bool kHasHalves = std::is_same_v<T, __nv_bfloat16>;
 
-enum class Joins { kNothing, kNative, kHalves, kCodes };
+enum class Joins { kNothing, kHalves, kCodes };
 enum class Leaves { kAsSums, kAddedToSums, kRounded, kAsHalves, kAsCodes };
 
 // What becomes of C.
@@ -127,17 +126,6 @@ MEMEFF_DEVICE void for_joined_gradient(float (&c)[kTileN / 2], Ring<kCluster>& r
       join(2 * step + half, pairs);
     }
   });
-}
-
-template <class T>
-MEMEFF_DEVICE void add_native(float* c, const uint32_t (&pairs)[kPairsOfBox]) {
-#pragma unroll
-  for (int i = 0; i < kPairsOfBox; ++i) {
-    T pair[2];
-    memcpy(static_cast<void*>(pair), &pairs[i], sizeof pair);
-    c[2 * i] += widen(pair[0]);
-    c[2 * i + 1] += widen(pair[1]);
-  }
 }
 
 // 16 columns at a time, which takes fewer registers than read_box().
@@ -242,10 +230,6 @@ MEMEFF_DEVICE void join(float (&c)[kTileN / 2], const Destination& to, RowExpone
 #pragma unroll
       for (int r = 0; r < 2; ++r) add_codes(c + 32 * panel, pairs, r, exponents.get(r, panel));
     });
-  } else if (to.joins == Joins::kNative) {
-    for_joined_gradient(c, ring, [&](int panel, const uint32_t(&pairs)[kPairsOfBox]) {
-      add_native<T>(c + 32 * panel, pairs);
-    });
   } else if (kHasHalves<T> && to.joins == Joins::kHalves) {
     for_joined<kTileN / kPanel>(c, ring, [&](int panel, uint32_t box) {
       // A condition, as ptxas would work on all panels at a time, and spill.
@@ -267,16 +251,11 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
     }
     return;
   }
-  // Split sums are scaled last, rounded gradients are not scaled again.
-  const float scale = to.scale == nullptr ? 1.f : *to.scale;
-  const auto multiply_by_scale = [&] {
-#pragma unroll
-    for (float& x : c) x *= scale;
-  };
-  if (to.joins == Joins::kNative) multiply_by_scale();
   join<T>(c, to, exponents, ring, column);
   if (to.leaves == Leaves::kRounded) {
-    if (to.joins != Joins::kNative) multiply_by_scale();
+    const float scale = to.scale == nullptr ? 1.f : *to.scale;
+#pragma unroll
+    for (float& x : c) x *= scale;
 #pragma unroll
     for (int box = 0; box < kTileN / kPanel; ++box) {
       fill_box<T>(boxes.begin(), c + 32 * box);
@@ -332,10 +311,7 @@ Status make_destination(int64_t rows, int64_t columns, const ProductOutput& outp
   box.row_bytes = static_cast<uint64_t>(output.gradient_stride) * 2;
   box.box_columns = kPanel;
   const Status status = make_tensor_map(box, &maps->result);
-  if (output.update == WeightUpdate::kAddNative) to->joins = Joins::kNative;
-  if (!status.ok() || output.update == WeightUpdate::kWrite ||
-      output.update == WeightUpdate::kAddNative)
-    return status;
+  if (!status.ok() || output.update == WeightUpdate::kWrite) return status;
 
   const bool compact = output.split.exponents != nullptr;
   if (!compact && (output.split.remainder == nullptr || !kHasHalves<T>))
