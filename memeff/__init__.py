@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
     from memeff.fused_loss import linear_loss as linear_loss
+    from memeff.lazy.patching import patch as patch
+    from memeff.lazy.patching import unpatch as unpatch
     from memeff.memory_efficient_linear import MemoryEfficientLinear as MemoryEfficientLinear
     from memeff.modules import LinearCrossEntropyLoss as LinearCrossEntropyLoss
     from memeff.planning import Plan as Plan
@@ -38,7 +40,9 @@ _HOMES = {
     "linear_loss": "memeff.fused_loss",
     "linear_logprobs": "memeff.token_statistics",
     "linear_token_statistics": "memeff.token_statistics",
+    "patch": "memeff.lazy.patching",
     "plan": "memeff.planning",
+    "unpatch": "memeff.lazy.patching",
 }
 
 __all__ = [
@@ -53,8 +57,10 @@ __all__ = [
     "linear_loss",
     "linear_token_statistics",
     "losses",
+    "patch",
     "plan",
     "reference",
+    "unpatch",
 ]
 
 

@@ -1,0 +1,306 @@
+"""What code gets in place of logits, and what happens when it calls a function of it.
+
+Two classes, because neither serves alone:
+
+    LazyObject    where gradients are recorded, and in code that torch.compile traces. No Tensor:
+                  the compiler traces objects with __torch_function__, but not the making of tensor
+                  subclasses; and hooks that put autograd nodes around every Tensor that a module
+                  returns (ZeRO-3) would cut the graph of a subclass.
+    LazyTensor    elsewhere. A Tensor: evaluation code checks for one.
+
+Both have every method of Tensor, and ``dense()``: the plain logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import memeff.lazy.losses  # these five fill the table
+import memeff.lazy.metadata
+import memeff.lazy.pointwise
+import memeff.lazy.reductions
+import memeff.lazy.views  # noqa: F401
+from memeff.lazy.node import Node
+from memeff.lazy.state import State
+from memeff.lazy.table import TABLE, Row
+
+
+class Carrier:
+    """What LazyObject and LazyTensor share: a node, and the writes to its storage it has seen."""
+
+    _node: Node
+    _writes: int
+
+    def _hold(self, node: Node) -> None:
+        self._node = node
+        self._writes = node.storage.writes
+
+    def _wrote(self, node: Node) -> None:
+        """Note a write through this carrier, which leaves it with `node`."""
+        self._node = node
+        node.storage.writes += 1
+        self._writes = node.storage.writes
+
+    @property
+    def node(self) -> Node:
+        if self._writes != self._node.storage.writes and not self._node.is_dense:
+            raise RuntimeError(
+                "these lazy logits share memory with others that were modified in place before "
+                "anybody looked at these, so that their values are lost; call .dense() on them "
+                "before that"
+            )
+        return self._node
+
+    def dense(self) -> Tensor:
+        """The plain logits, part of the graph as they would be; computed once."""
+        return call(Carrier.dense, (self,), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))  # type: ignore[attr-defined]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        state = self._node.state
+        made = "computed" if self._node.is_dense else "not computed"
+        grad = ", requires_grad=True" if state.requires_grad else ""
+        return (
+            f"{type(self).__name__}({state.kind} of {tuple(state.shape)}, {state.dtype}, "
+            f"device='{state.hidden.device}'{grad}; {made})"
+        )
+
+
+def call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """function(*args, **kwargs), where some arguments are carriers."""
+    row = TABLE.get(function)
+    if row is not None:
+        result = _lazily(row, function, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    return _densely(function, args, kwargs)
+
+
+def _lazily(row: Row, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call by its row, or NotImplemented."""
+    if "input" in kwargs and not args:  # as in F.cross_entropy(input=..., target=...)
+        kwargs = dict(kwargs)
+        args = (kwargs.pop("input"),)
+    if row.commutes and len(args) == 2 and not isinstance(args[0], Carrier):
+        lazy, *others = reversed(args)
+    elif args:
+        lazy, *others = args
+    else:
+        return NotImplemented
+    if not isinstance(lazy, Carrier) or not row.reads((lazy, *others), kwargs):
+        return NotImplemented
+    node = lazy.node
+    operands = [node]
+    if node.is_dense and not row.silent:
+        return NotImplemented
+    for position, other in enumerate(others):
+        if isinstance(other, Carrier):
+            if not row.several or other.node.is_dense:
+                return NotImplemented
+            operands.append(other.node)
+            others[position] = other.node.state
+    if any(isinstance(value, Carrier) for value in kwargs.values()):
+        return NotImplemented
+
+    result = row.rule(node.state, *others, **kwargs)
+    if result is NotImplemented:
+        return result
+    if not row.silent:
+        node.state.source.report.ran(row.name)
+    if result is node.state:
+        return lazy
+    recorded = tuple(arg.node if isinstance(arg, Carrier) else arg for arg in args)
+    if isinstance(result, State):
+        if row.writes is None:
+            return _carry(row, node, result, function, recorded, kwargs)
+        lazy._wrote(Node(result, row.writes, recorded, kwargs, storage=node.storage))
+        return lazy
+    if isinstance(result, tuple) and result and isinstance(result[0], State):
+        return tuple(
+            _carry(row, node, state, function, recorded, kwargs, part=part)
+            for part, state in enumerate(result)
+        )
+    return result
+
+
+def _carry(
+    row: Row, node: Node, state: State, function: Any, args: Any, kwargs: Any, **options: Any
+) -> Carrier:
+    """A carrier of what a row returned."""
+    if not torch.is_grad_enabled():
+        state.grad = False
+    storage = None
+    if row.aliases and _share_memory(node.state.hidden, state.hidden):
+        storage = node.storage
+    return carrier_of(Node(state, function, args, kwargs, storage=storage, **options))
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # which cannot tell, and traces no late writes
+        return True
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _densely(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call on plain logits."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Carrier):
+            return value
+        node = value.node
+        if not node.is_dense:
+            node.state.source.report.needs_logits(function, training=node.state.requires_grad)
+        return node.dense()
+
+    if function is torch.autograd.grad:
+        _check_differentiable(args, kwargs)
+    dense_args, dense_kwargs = tree_map(plain, (args, kwargs))
+    if function is Carrier.dense:
+        return dense_args[0]
+    result = function(*dense_args, **dense_kwargs)
+    written = args[0] if _writes(function, kwargs) else kwargs.get("out")
+    if isinstance(written, Carrier):
+        written._wrote(written._node)
+    return result
+
+
+def _names_in_place(home: Any) -> list[str]:
+    operators = [n for n in dir(home) if n.startswith("__i") and n[:2] + n[3:] in dir(home)]
+    return operators + [n for n in dir(home) if n.endswith("_") and not n.startswith("_")]
+
+
+# Functions that write into their first argument.
+_METHODS_IN_PLACE = {getattr(Tensor, name) for name in [*_names_in_place(Tensor), "__setitem__"]}
+_FUNCTIONS_IN_PLACE = {getattr(torch, name) for name in _names_in_place(torch)}
+
+
+def _writes(function: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes into its first argument."""
+    if function in _METHODS_IN_PLACE or kwargs.get("inplace") is True:
+        return True
+    # A compiler cannot look for those of torch.
+    return not torch.compiler.is_compiling() and function in _FUNCTIONS_IN_PLACE
+
+
+def _check_differentiable(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+    for value in inputs if isinstance(inputs, (tuple, list)) else (inputs,):
+        if isinstance(value, Carrier) and not value.node.is_dense:
+            raise RuntimeError(
+                "torch.autograd.grad with respect to lazy logits: what ran without them has no "
+                "gradient for them; call .dense() on the logits before the loss"
+            )
+
+
+class LazyTensor(Carrier, Tensor):  # type: ignore[misc]
+    """Lazy logits that are a Tensor."""
+
+    @staticmethod
+    def __new__(cls, node: Node) -> LazyTensor:
+        state = node.state
+        self: LazyTensor = Tensor._make_wrapper_subclass(
+            cls, state.shape, dtype=state.dtype, device=state.hidden.device
+        )
+        self._hold(node)
+        return self
+
+    def __init__(self, node: Node) -> None:
+        pass
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if _has_a_graph_of_its_own(args) or function in _OF_THE_WRAPPER:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        return call(function, tuple(args), kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _densely(function, tuple(args), kwargs or {})
+
+
+# What makes the wrapper itself a leaf of a graph.
+_OF_THE_WRAPPER = {
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    Tensor.requires_grad_,
+}
+
+
+def _has_a_graph_of_its_own(args: Any) -> bool:
+    """Whether somebody made the wrapper part of a graph, as an autograd.Function does whose forward
+    returned it. What it stands for is then computed below autograd."""
+    return any(isinstance(arg, LazyTensor) and _wrapper_requires_grad(arg) for arg in args)
+
+
+def _wrapper_requires_grad(wrapper: LazyTensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return wrapper.requires_grad
+
+
+class LazyObject(Carrier):
+    """Lazy logits that are no Tensor."""
+
+    def __init__(self, node: Node) -> None:
+        self._hold(node)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return call(function, tuple(args), kwargs or {})
+
+
+def carrier_of(node: Node) -> Carrier:
+    """The carrier for a node."""
+    if torch.compiler.is_compiling() or node.state.grad:
+        return LazyObject(node)
+    return LazyTensor(node)
+
+
+def _give_tensor_methods() -> None:
+    """Give LazyObject every method and property of Tensor."""
+    for name in dir(Tensor):
+        own = name in LazyObject.__dict__ or name in Carrier.__dict__
+        if own or name in _OF_OBJECTS or name.startswith("__torch_"):
+            continue
+        member = getattr(Tensor, name)
+        if isinstance(member, (type(Tensor.requires_grad), property)):
+            setattr(LazyObject, name, _property(member))
+        elif callable(member) and not isinstance(member, type):
+            setattr(LazyObject, name, _method(member))
+
+
+_OF_OBJECTS = {
+    "__class__", "__delattr__", "__dict__", "__dir__", "__doc__", "__getattribute__", "__hash__",
+    "__init__", "__init_subclass__", "__module__", "__new__", "__setattr__", "__subclasshook__",
+    "__weakref__", "__sizeof__", "__str__", "__getstate__", "__reduce__", "__annotations__",
+}  # fmt: skip
+
+
+def _method(function: Any) -> Any:
+    def method(self: LazyObject, *args: Any, **kwargs: Any) -> Any:
+        return call(function, (self, *args), kwargs)
+
+    method.__name__ = method.__qualname__ = getattr(function, "__name__", "method")
+    return method
+
+
+def _property(member: Any) -> Any:
+    read, write = member.__get__, member.__set__
+    return property(
+        lambda self: call(read, (self,), {}), lambda self, v: call(write, (self, v), {})
+    )
+
+
+_give_tensor_methods()

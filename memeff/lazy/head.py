@@ -1,0 +1,119 @@
+"""The head: an nn.Linear that returns lazy logits.
+
+An existing module becomes one by a change of its class, so that names, ties, checkpoints and
+optimizers stay what they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from memeff import _arguments
+from memeff._checks import DTYPES
+from memeff.lazy.carriers import carrier_of
+from memeff.lazy.node import Node
+from memeff.lazy.report import Report
+from memeff.lazy.source import Computation, HeadSource
+from memeff.lazy.state import State
+
+# Packages whose hooks on a module gather its weights; any others may look at what it returns.
+_GATHERING_PACKAGES = ("torch.distributed.", "deepspeed.")
+
+
+class LazyHead(nn.Linear):
+    """nn.Linear with lazy logits; before another subclass of it in a list of bases, too."""
+
+    memeff_name: str
+    memeff_report: Report
+
+    def forward(self, input: Tensor, *, memeff_compute: Computation[Any] | None = None) -> Any:
+        """Lazy logits of hidden states [..., D]; or what `memeff_compute` makes of the weights."""
+        if memeff_compute is not None:
+            return memeff_compute(input, self.weight, self.bias)
+        dtype = self._dtype_of(input)
+        if dtype is None or self._must_be_dense(input):
+            return F.linear(input, self.weight, self.bias)
+        source = HeadSource(self, dtype, self.memeff_report)
+        state = State(source, input.to(dtype).contiguous(), dtype, torch.is_grad_enabled())
+        return carrier_of(Node(state))
+
+    def _dtype_of(self, hidden: Tensor) -> torch.dtype | None:
+        """That of the plain logits; None where torch would raise an error, or memeff would."""
+        if not isinstance(hidden, Tensor) or hidden.dim() == 0:
+            return None
+        autocast = _arguments.autocast_dtype(hidden.device)
+        dtypes = {t.dtype for t in (hidden, self.weight, self.bias) if t is not None}
+        if autocast is not None and torch.float64 not in dtypes:
+            dtypes = {autocast}
+        fits = hidden.shape[-1] == self.weight.shape[-1] or self.weight.numel() == 0
+        if len(dtypes) > 1 or not fits or not dtypes.issubset(DTYPES):
+            return None
+        return dtypes.pop()
+
+    def _must_be_dense(self, hidden: Tensor) -> bool:
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            return True
+        if torch.compiler.is_compiling():
+            return not _has_kernels(hidden.device)
+        reason = self._reason(hidden)
+        if reason is not None:
+            self.memeff_report.stays_dense(self.memeff_name, reason)
+        return reason is not None
+
+    def _reason(self, hidden: Tensor) -> str | None:
+        """Why this call returns plain logits; None if it need not."""
+        if not _has_kernels(hidden.device):
+            return f"this build of memeff has no kernels for {hidden.device.type}"
+        if type(hidden) is not Tensor and type(hidden) is not nn.Parameter:
+            return f"its input is a {type(hidden).__name__}"
+        if hidden.device != self.weight.device and self.weight.numel() > 0:
+            return f"its input is on {hidden.device}, its weight on {self.weight.device}"
+        if torch._C._are_functorch_transforms_active():
+            return "it runs in a transform of torch.func"
+        if getattr(self, "_is_replica", False):
+            return "nn.DataParallel gathers tensors"
+        hook = foreign_hook(self)
+        return None if hook is None else f"the hook {hook} may look at its logits"
+
+
+def _has_kernels(device: torch.device) -> bool:
+    try:
+        return device.type != "meta" and bool(_arguments.resolve_backend("auto", device, False))
+    except RuntimeError:
+        return False
+
+
+def foreign_hook(head: nn.Module) -> str | None:
+    """A hook on the module that does not gather its weights, but may read or change what it takes
+    and returns."""
+    for hooks in (
+        head._forward_pre_hooks,
+        head._forward_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
+    ):
+        for hook in hooks.values():
+            function = getattr(hook, "func", hook)  # of a functools.partial
+            module = getattr(function, "__module__", None) or ""
+            if not module.startswith(_GATHERING_PACKAGES):
+                return f"{module}.{getattr(function, '__qualname__', function)}"
+    return None
+
+
+_classes: dict[type[nn.Module], type[LazyHead]] = {nn.Linear: LazyHead}
+
+
+def lazy_class(kind: type[nn.Linear]) -> type[LazyHead]:
+    """The class with lazy logits for nn.Linear, or for a subclass that has its forward."""
+    if kind not in _classes:
+        _classes[kind] = type(f"LazyHead_{kind.__name__}", (LazyHead, kind), {})
+    return _classes[kind]
+
+
+def plain_class(kind: type[LazyHead]) -> type[nn.Module] | None:
+    """The class that `lazy_class` made `kind` for; None if it did not."""
+    return next((plain for plain, lazy in _classes.items() if lazy is kind), None)

@@ -1,0 +1,257 @@
+"""Rows for functions along the classes: softmax and what is read of it.
+
+    log_softmax, softmax            another kind of state
+    gather                          log p_y, and what it is part of
+    logsumexp                       lse
+    argmax, max, topk               the largest entries, of a state that grows with z
+    sum, mean                       sum_v z_v = (sum_v W_v) h;  sum_v log p_v = sum_v z_v - V lse;
+                                    sum_v p_v log p_v = -H;  sum_v p_v z_v = lse - H
+
+The numbers come from memeff.linear_token_statistics, differentiable where they are in torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memeff.lazy.state import (
+    LOG_SOFTMAX,
+    LOGITS,
+    SOFTMAX,
+    SOFTMAX_TIMES_LOG_SOFTMAX,
+    SOFTMAX_TIMES_LOGITS,
+    State,
+)
+from memeff.lazy.table import row
+from memeff.statistics import LogitStatistics
+from memeff.token_statistics import linear_token_statistics
+
+# Targets per token up to which statistics are cheaper than logits.
+MOST_TARGETS = 64
+# linear_token_statistics ignores a class; torch's functions do not.
+_IGNORES_NOTHING = -(2**63)
+
+
+def dtype_under_autocast(state: State, function: Any, dim: int = -1) -> torch.dtype:
+    """The dtype of function(logits, dim), which autocast may upcast."""
+    device = state.hidden.device
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return state.dtype
+    result: Tensor = function(state.hidden.new_zeros((1, 1), dtype=state.dtype), dim)
+    return result.dtype
+
+
+def statistics(state: State, target: Tensor | None = None, **wanted: Any) -> LogitStatistics:
+    """Statistics of z; the lse and entropy are kept for other functions of the same z."""
+    wanted = {"entropy": False, "argmax": False, **wanted}
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogitStatistics:
+        return linear_token_statistics(
+            hidden,
+            weight,
+            target,
+            linear_bias=bias,
+            ignore_index=_IGNORES_NOTHING,
+            softcap=state.softcap,
+            logit_scale=state.scale,
+            **wanted,
+        )
+
+    result = state.run(compute)
+    _keep(state, "lse", result.lse)
+    if result.entropy is not None:
+        _keep(state, "entropy", result.entropy)
+    return result
+
+
+def _keep(state: State, name: str, value: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        state.known[name] = value
+
+
+def _known(state: State, name: str) -> Tensor:
+    """lse or entropy, computed unless it is known, and as part of a graph if that is wanted."""
+    value = state.known.get(name)
+    wants_grad = state.requires_grad and torch.is_grad_enabled()
+    if value is not None and (value.requires_grad or not wants_grad):
+        return value if wants_grad else value.detach()
+    found: Tensor = getattr(statistics(state, entropy=name == "entropy"), name)
+    return found
+
+
+@row("log_softmax")
+def log_softmax(
+    state: State, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Any:
+    if state.kind != LOGITS or not state.is_class_axis(dim):
+        return NotImplemented
+    return _softmax_of(state, LOG_SOFTMAX, torch.log_softmax, dtype)
+
+
+@row("softmax")
+def softmax(
+    state: State, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Any:
+    if state.kind != LOGITS or not state.is_class_axis(dim):
+        return NotImplemented
+    return _softmax_of(state, SOFTMAX, torch.softmax, dtype)
+
+
+def _softmax_of(state: State, kind: str, function: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        dtype = dtype_under_autocast(state, function)
+    return state.replace(kind=kind, dtype=dtype) if dtype.is_floating_point else NotImplemented
+
+
+def _entries(state: State, logprob: Tensor, lse: Tensor) -> Tensor | None:
+    """Entries of the state [..., K] from their log-probabilities and the lse [...]."""
+    if state.kind == LOGITS:
+        value = logprob + lse.unsqueeze(-1)
+    elif state.kind == LOG_SOFTMAX:
+        value = logprob * state.factor
+    elif state.kind == SOFTMAX:
+        value = logprob.exp() * state.factor
+    else:
+        return None
+    return value.to(state.dtype)
+
+
+@row("gather")
+def gather(state: State, dim: int, index: Tensor) -> Any:
+    if not state.is_class_axis(dim) or state.kind not in (LOGITS, LOG_SOFTMAX, SOFTMAX):
+        return NotImplemented
+    fits = index.dim() == state.ndim and index.shape[:-1] == state.lead
+    if not fits or index.dtype != torch.int64 or index.shape[-1] > MOST_TARGETS:
+        return NotImplemented
+    if index.device != state.hidden.device:
+        return NotImplemented
+    found = statistics(state, index)
+    assert found.logprob is not None
+    return _entries(state, found.logprob, found.lse)
+
+
+@row("logsumexp")
+def logsumexp(state: State, dim: Any, keepdim: bool = False) -> Any:
+    if state.kind != LOGITS or not state.is_class_axis(dim):
+        return NotImplemented
+    lse = _known(state, "lse").to(dtype_under_autocast(state, torch.logsumexp))
+    return lse.unsqueeze(-1) if keepdim else lse
+
+
+def _grows_with_logits(state: State) -> bool:
+    return state.kind in (LOGITS, LOG_SOFTMAX, SOFTMAX) and state.factor > 0
+
+
+@row("argmax")
+def argmax(state: State, dim: int | None = None, keepdim: bool = False) -> Any:
+    if not state.is_class_axis(dim) or not _grows_with_logits(state):
+        return NotImplemented
+    with torch.no_grad():
+        index = statistics(state, argmax=True).argmax
+    assert index is not None
+    return index.unsqueeze(-1) if keepdim else index
+
+
+class ValuesAndIndices(NamedTuple):
+    """As torch.return_types.max and topk, which a compiler cannot make."""
+
+    values: Tensor
+    indices: Tensor
+
+
+@row("max")
+def maximum(state: State, dim: int | None = None, keepdim: bool = False) -> Any:
+    if not state.is_class_axis(dim) or not _grows_with_logits(state):
+        return NotImplemented
+    values, indices = _top(state, 1)
+    if not keepdim:
+        values, indices = values.squeeze(-1), indices.squeeze(-1)
+    return ValuesAndIndices(values, indices)
+
+
+@row("topk")
+def topk(state: State, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if not state.is_class_axis(dim) or not _grows_with_logits(state) or not largest:
+        return NotImplemented
+    if not 0 < k <= min(MOST_TARGETS, state.vocab):
+        return NotImplemented
+    return ValuesAndIndices(*_top(state, k))
+
+
+def _top(state: State, k: int) -> tuple[Tensor, Tensor]:
+    """Values, differentiable, and indices of the k largest entries."""
+    with torch.no_grad():
+        found = statistics(state, argmax=k == 1, top_k=0 if k == 1 else k)
+    if k == 1:
+        assert found.argmax is not None
+        indices, logprob = found.argmax.unsqueeze(-1), (found.max_logit - found.lse).unsqueeze(-1)
+    else:
+        assert found.top_ids is not None and found.top_logprobs is not None
+        indices, logprob = found.top_ids, found.top_logprobs
+    lse = found.lse
+    if state.requires_grad and torch.is_grad_enabled():
+        again = statistics(state, indices)
+        assert again.logprob is not None
+        logprob, lse = again.logprob, again.lse
+    values = _entries(state, logprob, lse)
+    assert values is not None
+    return values, indices
+
+
+@row("sum")
+def total(
+    state: State, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    if not state.is_class_axis(dim):
+        return NotImplemented
+    value = _sum(state)
+    if value is None:
+        return NotImplemented
+    value = value.to(dtype or dtype_under_autocast(state, torch.sum))
+    return value.unsqueeze(-1) if keepdim else value
+
+
+@row("mean")
+def mean(
+    state: State, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    if not state.is_class_axis(dim):
+        return NotImplemented
+    value = _sum(state)
+    if value is None:
+        return NotImplemented
+    value = (value / state.vocab).to(dtype or dtype_under_autocast(state, torch.mean))
+    return value.unsqueeze(-1) if keepdim else value
+
+
+def _sum(state: State) -> Tensor | None:
+    """The sum over the classes, in at least float32."""
+    if state.kind == SOFTMAX_TIMES_LOG_SOFTMAX:
+        return -state.factor * _known(state, "entropy")
+    if state.kind == SOFTMAX_TIMES_LOGITS:
+        entropy = _known(state, "entropy")
+        return state.factor * (_known(state, "lse") - entropy)
+    if state.kind == LOGITS:
+        return _logit_sum(state)
+    if state.kind == LOG_SOFTMAX:
+        logits = _logit_sum(state)
+        if logits is None:
+            return None
+        return state.factor * (logits - state.vocab * _known(state, "lse"))
+    return None
+
+
+def _logit_sum(state: State) -> Tensor | None:
+    """sum_v z_v, from the sum of the weight's rows; None with a soft cap, where no such sum is."""
+    if state.softcap is not None:
+        return None
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        value = hidden.to(wide) @ weight.sum(0, dtype=wide)
+        return value if bias is None else value + bias.sum(dtype=wide)
+
+    return state.run(compute) * state.scale
