@@ -6,7 +6,7 @@
 TORCH ?= torch==2.13.0
 # Used only to create .venv.
 PYTHON ?= python3
-# Tests in processes beside each other:  make test WORKERS=  for one after the other.
+# Tests in parallel processes:  make test WORKERS=  for one after the other.
 WORKERS ?= --numprocesses auto --maxprocesses 8 --dist worksteal
 # Arguments for memeff-bench, memeff-demo, pytest:  make bench ARGS="--model gemma-2-2b"
 ARGS ?=

@@ -51,7 +51,7 @@ class Point:
 
 
 def floor_ms(gpu: Gpu, tokens: int) -> float:
-    """Of the three bare products."""
+    """Time of the three bare products."""
     return 6.0 * tokens * FEATURES * VOCAB / gpu.tflops / 1e9
 
 

@@ -64,7 +64,7 @@ def clipped_surrogate(statistics: Any, old: Tensor, advantages: Tensor) -> Tenso
 
 
 def loss_of_logprobs(name: str, logprobs: Tensor) -> Tensor:
-    """Of log-probabilities [SEQUENCES, T]; the first half of the sequences is the chosen one."""
+    """The loss of log-probabilities [SEQUENCES, T]; the first half of the sequences is chosen."""
     losses = memeff.losses
     mask, old = torch.ones_like(logprobs), logprobs.detach() - 0.1
     if name in ("grpo", "dr_grpo", "dapo", "cispo"):
@@ -103,7 +103,7 @@ def peak_bytes(name: str, shape: list[int], budget: int, device: str) -> int:
 def median_seconds(
     names: list[str], shape: Shape, budget: int, rounds: int, device: str
 ) -> dict[str, float]:
-    """Of one step of each loss, and of "3 products" and "4 products"."""
+    """Times of one step of each loss, and of "3 products" and "4 products"."""
     problem = make_problem(shape, torch.bfloat16, device=device)
     three, one = (gemm_floor_call(problem, backward) for backward in (True, False))
 

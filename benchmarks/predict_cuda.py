@@ -24,7 +24,7 @@ class Gpu:
 
 
 # Peaks are NVIDIA's data sheets': 65 / 312 / 989 / 989 dense 16-bit TFLOP/s and 320 / 2039 / 3350 /
-# 4800 GB/s. Of the peak, matrix products usually reach 60 to 80 %, memory 85 to 92 %.
+# 4800 GB/s. Matrix products usually reach 60 to 80 % of the peak, memory 85 to 92 %.
 GPUS = (
     Gpu("T4", 40, 270),
     Gpu("A100 80GB", 250, 1800),

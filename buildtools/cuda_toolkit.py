@@ -57,7 +57,7 @@ class Toolkit:
 def find_toolkit(environment: Mapping[str, str] = os.environ) -> Toolkit | None:
     """The toolkit of CUDA_HOME, else of the nvcc on PATH, else /usr/local/cuda; None without any.
 
-    nvcc on PATH may be a wrapper that lives elsewhere: nvcc itself tells where its toolkit is.
+    nvcc on PATH may be a wrapper that lives elsewhere: nvcc itself says where its toolkit is.
     """
     home = environment.get("CUDA_HOME", "")
     on_path = shutil.which("nvcc", path=environment.get("PATH"))

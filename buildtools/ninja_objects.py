@@ -26,7 +26,7 @@ rule {name}
 
 @dataclass(frozen=True)
 class Compilation:
-    """One source, by which of the compilers, with which flags beside those of that compiler."""
+    """One source, the compiler that takes it, and its flags in addition to that compiler's own."""
 
     source: Source
     compiler: str

@@ -211,7 +211,7 @@ def check_shift(shift: bool | int, leading: torch.Size) -> None:
 def check_differentiability(
     target: Tensor, weight: Tensor | None, token_weight: Tensor | None, probabilities: bool
 ) -> bool:
-    """Whether only the reference computes a wanted gradient; an error for those nobody does."""
+    """Whether only the reference computes a wanted gradient; an error where nothing does."""
     if not torch.is_grad_enabled():
         return False
     if token_weight is not None and token_weight.requires_grad:

@@ -30,7 +30,7 @@ _CPU_SLICE, _GPU_SLICE = 1 << 18, 1 << 23
 _BLOCK = 32  # adjacent elements that share a unit
 _EXPONENT_BITS = 0x7F800000  # of a float32
 _LARGEST = 2**15 - 1  # of a number of units
-# Of the largest power of two in a block, which is at least half of its largest element.
+# A unit, as a share of a block's largest power of two, at least half of its largest element.
 _UNIT = 2.0**-14
 _LEAST_UNIT = 2.0**-110  # 1 / unit stays finite
 
@@ -109,7 +109,7 @@ class GradientSum:
         return torch.empty(self.shape, dtype=dtype, device=self._numbers.device)
 
     def _load(self, rows: slice) -> Tensor:
-        """Rows to be changed and stored: the sum itself where it is no compact one."""
+        """Rows to be changed and stored: the sum itself where it is not compact."""
         numbers = self._numbers[rows]
         if self._units is None:
             return numbers

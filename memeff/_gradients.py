@@ -40,7 +40,7 @@ def is_last_backward() -> bool:
 
 
 def captured_leaves(output: Tensor, own: Iterable[Tensor], before: int) -> list[Tensor]:
-    """Leaves that ``output`` depends on beside ``own``: parameters that a function closes over.
+    """Leaves that ``output`` depends on, without ``own``: parameters that a function closes over.
 
     Nodes of the graph are numbered in the order of their creation; ``before`` is what
     :func:`node_number` gave before the function ran.

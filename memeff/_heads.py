@@ -171,7 +171,7 @@ class Chunk:
         return [leaf for leaf in (self.rows, self.token) if leaf.requires_grad]
 
     def logits(self, hidden: Tensor | None = None) -> Tensor:
-        """Of the rows, or of what a function has made of them, [..., D] -> [..., V]."""
+        """Logits of the rows, or of what a function has made of them, [..., D] -> [..., V]."""
         if hidden is None or hidden is self.rows:
             own: Tensor = _Logits.apply(self.rows.detach(), self.token, self, True)
             return own

@@ -42,7 +42,7 @@ def is_available() -> bool:
 
 
 def extension_file() -> Path | None:
-    """The shared library of this Python version beside this file, whether or not it loads."""
+    """The shared library of this Python version next to this file, whether or not it loads."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         file = Path(__file__).with_name(f"_C{suffix}")
         if file.exists():

@@ -36,7 +36,7 @@ def compute(
     if shift:
         time = input.dim() - 2
         if probabilities:
-            # There is no index to ignore; beside a target of [N, V] copying input is nothing.
+            # There is no index to ignore; next to a target of [N, V] a copy of input costs nothing.
             input, target, token_weight = shifted_pairs(input, target, token_weight, shift)
         else:
             kept = max(input.shape[time] - shift, 0)

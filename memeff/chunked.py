@@ -77,8 +77,8 @@ def chunked_linear_apply(
             have the dtype of ``input``.
         recompute: False computes gradients in the forward pass, which asks for one differentiable
             result, a scalar; True computes each chunk again in the backward pass; None takes the
-            former where it is possible (and, beside float16, where an underflow is no danger). To
-            find that out ``fn`` runs on the first chunk, which recomputing then has to repeat.
+            former where it is possible, except for float16, where small gradients could underflow.
+            To find that out ``fn`` runs on the first chunk, which recomputing then has to repeat.
 
     Returns:
         What ``fn`` returns, for all tokens.
@@ -198,7 +198,7 @@ class _Call:
         tokens = len(rows)
         self.bounds = [
             (begin, min(begin + chunk_size, tokens)) for begin in range(0, tokens, chunk_size)
-        ] or [(0, 0)]  # no tokens: one empty chunk tells the shapes of the results
+        ] or [(0, 0)]  # no tokens: one empty chunk shows the shapes of the results
         self.head = Head(
             weight,
             bias,

@@ -102,7 +102,7 @@ def linear_cross_entropy(
 
     Takes every call that :func:`torch.nn.functional.linear_cross_entropy` takes and returns the
     same loss and gradients, with three differences: for 16-bit inputs the loss is float32; class
-    weights may be float32 beside 16-bit inputs; the mean of the z-loss divides by the number of
+    weights may be float32 with 16-bit inputs; the mean of the z-loss divides by the number of
     counted tokens, also with class weights. :mod:`memeff.reference` is the definition in plain
     PyTorch.
 

@@ -64,9 +64,9 @@ class Plan:
     floor_bytes: int
     """The gradients themselves."""
     flops: float
-    """Of the matrix products of this plan, forward and backward."""
+    """The matrix products of this plan, forward and backward."""
     floor_flops: float
-    """Of the matrix products that no implementation can do without."""
+    """The matrix products that no implementation can do without."""
     predicted_flops: float
     """On GPUs: of products that would fill the GPU for as long as the plan is predicted to take.
     What exceeds ``flops`` is for tiles that stay empty, launches, memory traffic. 0 on the CPU."""

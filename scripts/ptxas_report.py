@@ -6,7 +6,7 @@
     scripts/ptxas_report.py --check -            fail if a kernel spills registers
 
 Needs nvcc, no GPU. Occupancy is calculated from the limits of each architecture. Where nvdisasm is
-found (on PATH, beside nvcc, or pip's nvidia-cuda-nvdisasm), the machine code of every kernel must
+found (on PATH, next to nvcc, or pip's nvidia-cuda-nvdisasm), the machine code of every kernel must
 contain the instructions that its family is named for, else the exit status is 1.
 """
 
@@ -177,7 +177,7 @@ def parse_ptxas(log: str) -> dict[str, tuple[int, int, int]]:
 
 
 def find_nvdisasm(toolkit: Toolkit) -> Path | None:
-    """The disassembler on PATH, beside nvcc, or in a package of this Python."""
+    """The disassembler on PATH, next to nvcc, or in a package of this Python."""
     spec = importlib.util.find_spec("nvidia")  # a namespace of many packages
     packages = spec.submodule_search_locations if spec else None
     folders = [Path(f) for f in os.environ.get("PATH", "").split(os.pathsep) if f]

@@ -235,7 +235,7 @@ def kernel_step(
     shapes: Sequence[str], dtype: str, torch: Torch | None, name: str = "kernels alone",
     build: str = "cpp", part: str = "",
 ) -> Step:  # fmt: skip
-    """Every kernel alone, or those with `part` in their names, beside torch's cuBLAS."""
+    """Every kernel alone, or those with `part` in their names, next to torch's cuBLAS."""
     file = BUILD / "figures" / f"{name}.json"
     command = [f"{BUILD}/{build}/bench_cuda_kernels", "--dtype", dtype, "--json", str(file)]
     for shape in shapes:
@@ -411,7 +411,7 @@ def main() -> int:
     def left(limit: float) -> float:
         return min(limit, deadline - time.monotonic())
 
-    # The C++ programs are built beside the extension: together they keep 16 cores busy.
+    # The C++ programs and the extension are built at the same time: both keep 16 cores busy.
     BUILD.mkdir(parents=True, exist_ok=True)
     cpp_log = BUILD / "cpp.log"
     cpp_start = time.monotonic()

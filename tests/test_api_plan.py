@@ -73,7 +73,7 @@ def test_small_budgets_keep_bfloat16_sums_compact() -> None:
 def test_budget_bounds_upcast_operands(
     dtype: str, capability: tuple[int, int], upcasts: bool, reduction: str
 ) -> None:
-    """GPUs before sm_80 do not multiply bfloat16: torch upcasts, beside the workspace."""
+    """GPUs before sm_80 do not multiply bfloat16: torch upcasts, in addition to the workspace."""
     plan = memeff.plan(
         4096, 1024, 32768, dtype, reduction=reduction, memory_budget="64MiB",
         backend="cuda", compute_capability=capability,

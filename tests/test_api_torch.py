@@ -228,7 +228,7 @@ def test_signature_is_a_superset() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_loss_of_16_bit_inputs_is_float32(dtype: torch.dtype, reduction: str) -> None:
-    """A deliberate difference; and float32 class weights beside 16-bit inputs."""
+    """A deliberate difference; and float32 class weights with 16-bit inputs."""
     x, w = torch.randn(7, 6, dtype=dtype), torch.randn(9, 6, dtype=dtype)
     target, weight = torch.randint(9, (7,)), torch.rand(9)
     ours = memeff.linear_cross_entropy(x, w, target, weight=weight, reduction=reduction)

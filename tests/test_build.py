@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import types
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from buildtools.config import BuildConfig
 from buildtools.cuda_archs import parse_archs
 from buildtools.ninja_objects import object_path
-from buildtools.sources import ROOT, TABLE, Source, find_sources
+from buildtools.sources import ROOT, Source, find_sources
 from memeff import _library, diagnostics
 
 
@@ -252,11 +253,6 @@ class TestSources:
             if source.toolchain != "torch":
                 assert not re.search(r"#include <(torch|ATen|c10|pybind11)/", text), source.path
 
-    def test_source_distribution_has_the_sources(self):
-        assert "graft csrc" in (ROOT / "MANIFEST.in").read_text()
-        assert TABLE.is_relative_to(ROOT / "buildtools")
-        assert "graft buildtools" in (ROOT / "MANIFEST.in").read_text()
-
     @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
     def test_vector_code_does_not_leak(self):
         """No inline function is defined in objects of different instruction sets.
@@ -271,6 +267,43 @@ class TestSources:
         for a, b in itertools.combinations(sources, 2):
             if a.flags != b.flags:
                 assert not shared[a] & shared[b], f"{a.path} and {b.path}"
+
+
+class TestDistribution:
+    def test_it_has_every_file_of_the_repository(self, tmp_path):
+        """So that what it holds builds, and its tests find all that they read."""
+        listed = subprocess.run(
+            ["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=False
+        )
+        if listed.returncode != 0:
+            pytest.skip("not a git checkout")
+        files = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+        source = tmp_path / "source"
+        for name in files:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+        code = "import buildtools.backend as backend; backend.build_sdist('dist')"
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=source, stdout=subprocess.DEVNULL, check=True
+        )
+        (archive,) = (source / "dist").glob("memeff-*.tar.gz")
+        with tarfile.open(archive) as tar:
+            members = {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
+        assert files - members == set()
+        made = {"PKG-INFO", "setup.cfg"}
+        assert {name for name in members - files - made if "egg-info/" not in name} == set()
+
+    def test_its_version_is_the_changelog_s_first(self):
+        version = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+        newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+        assert version[1].partition(".dev")[0] == newest[1]
+
+    def test_pre_commit_uses_the_versions_of_lint(self):
+        pinned = re.findall(
+            r'"((?:ruff|clang-format)==[^"]+)"', (ROOT / "pyproject.toml").read_text()
+        )
+        hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+        assert set(re.findall(r"\[(\S+==\S+)\]", hooks)) == set(pinned)
 
 
 def _shared_functions(folder: Path, source: Source) -> set[str]:

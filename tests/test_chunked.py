@@ -238,7 +238,7 @@ def test_dropout_is_the_same_when_computed_again(scalar: bool) -> None:
 def test_autocast(recompute: bool | None, dtype: torch.dtype) -> None:
     """Logits come from bfloat16 operands; what fn does under autocast it does again."""
     x = torch.randn(40, 32, dtype=dtype, requires_grad=True)
-    w = torch.randn(64, 32, requires_grad=True)  # float32 beside 16-bit activations
+    w = torch.randn(64, 32, requires_grad=True)  # float32 with 16-bit activations
     v = torch.randn(64, 8)
     seen = []
 

@@ -74,7 +74,7 @@ def test_sums_in_the_gradients_memory(
     budget: str, dtype: torch.dtype, reduction: str, kernels: str
 ) -> None:
     """Compact sums, over slices in the small budgets, over chunks of tokens in the largest; and
-    products that run beside one another, which must not show in any bit."""
+    products that overlap, which must not show in any bit."""
     case = Case((2500,), 264, 9001, dtype, reduction, ignored=0.1)
     check(case, device="cuda", memory_budget=budget)
     inputs = on_gpu(case)
@@ -89,7 +89,7 @@ def test_sums_in_the_gradients_memory(
 def test_peak_memory_is_what_was_planned(
     budget: str, dtype: torch.dtype, reduction: str, kernels: str
 ) -> None:
-    """Of torch's allocator, over inputs and gradients."""
+    """The peak of torch's allocator, over inputs and gradients."""
     case = Case((2048,), 256, 32001, dtype, reduction)
     inputs = on_gpu(case)
     run_memeff(case, inputs, memory_budget=budget)  # cuBLAS allocates its own workspace once

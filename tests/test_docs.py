@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Pages that are part of the site by inclusion.
 PAGES += [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
 PAGES += [ROOT / "tests" / name / "README.md" for name in ("emulator", "kernels")]
+PAGES += [ROOT / "examples" / "README.md"]
 WITH_SNIPPETS = {
     "README.md": 3,
     "docs/quickstart.md": 3,

@@ -69,7 +69,7 @@ def _no_reports() -> Iterator[None]:
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}".replace("torch.", ""))
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Of the inputs, with the kernels chosen."""
+    """Results for the inputs, with the kernels chosen."""
     kernels, dtype = request.param
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
     return dtype

@@ -14,7 +14,7 @@ HALVES = [torch.bfloat16, torch.float16]
 def sum_of_products(
     dtype: torch.dtype, rows: int, columns: int, chunks: int
 ) -> tuple[GradientSum, torch.Tensor]:
-    """The sum of `chunks` products, beside the same in float64."""
+    """The sum of `chunks` products, and the same in float64."""
     total = GradientSum((rows, columns), dtype, CPU)
     exact = torch.zeros(rows, columns, dtype=torch.float64)
     middle = rows // 3

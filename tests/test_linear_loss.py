@@ -204,7 +204,7 @@ def measure(dtype: str, budget: int) -> dict[str, int]:
 def test_memory_budget(dtype: str) -> None:
     """The logits would take 256 MiB in bfloat16."""
     measured = call_isolated(measure, dtype=dtype, budget=16 * MIB)
-    # What a plain loss may take over its plan (test_memory.py), and numbers per token beside it.
+    # What a plain loss may take over its plan (test_memory.py), and a few numbers per token.
     assert measured["over"] <= 16 * MIB + 3 * MIB, measured
 
 
@@ -244,7 +244,7 @@ def test_mean_is_that_of_linear_cross_entropy(num_items: int | Tensor | None) ->
     pairs = (torch.autograd.grad(loss, [p.x, p.w]) for loss in (ours, theirs))
     for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b)
-    # Of several targets per token one is enough to count; without targets all tokens do.
+    # A token counts if one of its targets does; without targets all tokens do.
     two = torch.stack([p.target, torch.full_like(p.target, -100)], 1)
     both = memeff.linear_loss(lambda s: -s.logprob.sum(-1), p.x, p.w, two, num_items=num_items)
     torch.testing.assert_close(both, theirs)

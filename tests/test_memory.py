@@ -20,13 +20,13 @@ LOGITS_BYTES = {
     "float16": 2 * TOKENS * VOCAB,
     "float32": 4 * TOKENS * VOCAB,
 }
-# What the step may take beside gradients and planned memory: stacks, page tables, malloc's arenas.
+# Allowed on top of gradients and planned memory: stacks, page tables, malloc's arenas.
 SLACK = 2 * MIB
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def measure_step(function: str, dtype: str, **fields: Any) -> dict[str, int]:
-    """Bytes of one step: peak over its inputs, gradients, planned memory beside these."""
+    """Bytes of one step: peak over its inputs, gradients, planned memory in addition to these."""
     run = {"memeff": run_memeff, "plain": run_plain}[function]
     fields["differentiate"] = tuple(fields.get("differentiate", ("dx", "dw")))
     case = Case((TOKENS,), FEATURES, VOCAB, dtype=getattr(torch, dtype), **fields)

@@ -353,7 +353,7 @@ memeff.linear_cross_entropy(torch.randn(4, 8), torch.randn(9, 8), torch.tensor([
 
 @pytest.mark.parametrize("name", ["loss", "dx", "dw", "db"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_wrong_result_is_noticed(name: str, dtype: torch.dtype) -> None:
+def test_a_wrong_result_is_caught(name: str, dtype: torch.dtype) -> None:
     """The public solution's check subtracted a gradient from itself. Ours must reject a 3 % error
     anywhere, one misplaced row, and a missing gradient.
     """

@@ -131,7 +131,7 @@ class TestPtxasReport:
             pytest.skip("no nvcc on this machine")
         nvdisasm = ptxas_report.find_nvdisasm(toolkit)
         if nvdisasm is None:
-            pytest.skip("no nvdisasm on PATH, beside nvcc or from pip's nvidia-cuda-nvdisasm")
+            pytest.skip("no nvdisasm on PATH, next to nvcc or from pip's nvidia-cuda-nvdisasm")
         return toolkit, nvdisasm
 
     @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ class TestPtxasReport:
         assert kernels
         assert all(kernel.missing == () for kernel in kernels)
 
-    def test_machine_code_without_them_is_noticed(self, monkeypatch):
+    def test_machine_code_without_them_is_caught(self, monkeypatch):
         toolkit, nvdisasm = self.toolkit()
         monkeypatch.setitem(ptxas_report.INSTRUCTIONS, "generic", ("HGMMA",))
         path = "csrc/cuda/generic/bias_gradient.cu"

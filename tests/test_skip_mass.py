@@ -72,7 +72,7 @@ def gradients(
 @pytest.mark.parametrize("skip_mass", [1e-3, 0.1, 0.9])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_bound(kind: str, skip_mass: float, smoothing: float, kernels: None) -> None:
-    """||error of dx_n|| <= skip_mass * max_v ||W_v||, beside the rounding of both gradients."""
+    """||error of dx_n|| <= skip_mass * max_v ||W_v||, plus the rounding of both gradients."""
     x, w, y = rows(kind)
     exact, _ = gradients(x, w, y, 0.0, label_smoothing=smoothing)
     skipped, _ = gradients(x, w, y, skip_mass, label_smoothing=smoothing)

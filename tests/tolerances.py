@@ -3,7 +3,7 @@
 The plain side (`cases.run_plain`) is what model code does: logits from torch's own linear layer,
 upcast to float32 (float64 stays), torch's own cross entropy, autograd. Both sides get the same
 inputs; the reference is the plain computation on those inputs converted to float64, so that
-converting them is nobody's error.
+converting them is no error of an implementation.
 
 For the errors measured in the Frobenius norm,
 

@@ -1,4 +1,4 @@
-"""One updating status line on stderr; an occasional plain line where that is no terminal."""
+"""One updating status line on stderr; an occasional plain line where that is not a terminal."""
 
 import sys
 import time

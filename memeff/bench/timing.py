@@ -78,7 +78,7 @@ def time_interleaved(
     """Times `candidates` (name -> (call, reset)), all warmed up before, over `rounds` rounds.
 
     `reset` runs before each call, outside the clock, as does the flushing of a GPU's cache. The
-    order is turned by one each round, so that nobody always runs behind the same neighbour. The
+    order is turned by one each round, so that none always runs behind the same neighbour. The
     first candidate is the yardstick for leaving slow ones out of later rounds.
     """
     names = list(candidates)

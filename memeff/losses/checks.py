@@ -123,7 +123,7 @@ def check_head(
 
 
 def check_labels(name: str, labels: Tensor, like_name: str, like: Tensor) -> None:
-    """Bool: of other labels, such as +1 and -1, nobody knows which ones mean True."""
+    """Bool: other labels, such as +1 and -1, do not say which ones mean True."""
     check_same_shape(name, labels, like_name, like)
     if labels.dtype != torch.bool:
         raise RuntimeError(

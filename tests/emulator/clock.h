@@ -31,7 +31,7 @@ class Clock {
  public:
   Clock() = default;
   explicit Clock(SharedKnowledge known) : known_(std::move(known)) {}
-  // Of a thread, whose steps and copies are agents.
+  // The clock of a thread, whose steps and copies are agents.
   Clock(SharedKnowledge known, std::uint32_t thread, std::uint32_t copies)
       : known_(std::move(known)), own_{{thread, 1, 0}, {copies, 0, 0}} {}
 

@@ -19,7 +19,7 @@ std::size_t tile_row_bytes(const TensorMap& map) {
 }
 std::size_t tile_bytes(const TensorMap& map) { return tile_row_bytes(map) * map.box_rows; }
 
-// Of a byte of the tile, by its address in the shared window.
+// Place of a byte of the tile, by its address in the shared window.
 std::uint32_t swizzled(const TensorMap& map, std::uint32_t address) {
   const std::uint32_t pieces = map.swizzle_bytes / 16;  // 8, 4, 2 or 0 for no swizzle
   const std::uint32_t mask = pieces == 0 ? 0 : pieces - 1;

@@ -131,7 +131,7 @@ class Program:
     def failure(self, mutant: int, limit: float) -> str | None:
         """The first complaint of a run without the statement of that number, or None."""
         variables = {"MEMEFF_MUTANT": str(mutant), "MEMEFF_REACHED": str(REACHED)}
-        # Lines come at once, so that nobody waits for those after the first complaint.
+        # Lines come at once: those after the first complaint are not waited for.
         process = subprocess.Popen(
             ["stdbuf", "-oL", self.path],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | variables,

@@ -9,7 +9,7 @@ B, T = 5, 9
 
 
 def batch(masked_row: bool = True) -> dict[str, Tensor]:
-    """Log-probabilities [B, T]; masked positions hold nan, as nobody may look at them."""
+    """Log-probabilities [B, T]; masked positions hold nan, as nothing may look at them."""
     mask = torch.rand(B, T) < 0.7
     mask[:, 0] = True
     if masked_row:
