@@ -103,5 +103,5 @@ def _denominators(
         return count, count
     # Out-of-range targets are reported by the op; here they must only not crash.
     index = target.long().clamp(0, weight.shape[0] - 1)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(dtype)[index] * counted).sum(), count
+    # In float64, as the op sums the denominator of one position, whatever the dtype of the weights.
+    return weight[index].where(counted, 0).sum(dtype=torch.float64), count

@@ -46,12 +46,20 @@ def linear_cross_entropy(
     if shift:
         input, target, token_weight = shifted_pairs(input, target, token_weight, int(shift))
 
-    logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
+    head = linear_weight, linear_bias, softcap, logit_scale
+    tokens = input.shape[:-1] + linear_weight.shape[1:-1]
+    every_input = input
+    probabilities = target.dim() == len(tokens) + 1 and target.is_floating_point()
+    if not probabilities:
+        counted = target.reshape(tokens) != (-100 if ignore_index is None else ignore_index)
+        # Masking results would leave 0 * nan in the gradient of the weight.
+        kept = counted.reshape(*input.shape[:-1], -1).any(-1, keepdim=True)
+        input = torch.where(kept, input, 0)
+    logits = compute_logits(input, *head)  # [..., V]
     vocab = logits.shape[-1]
     lse = logits.logsumexp(-1)
     log_p = logits.log_softmax(-1)
 
-    probabilities = target.dim() == logits.dim() and target.is_floating_point()
     if probabilities:
         class_dim = input.dim() - 1  # as in the logits of torch: after the batch dimensions
         q = target.movedim(class_dim, -1).to(log_p.dtype)
@@ -59,7 +67,6 @@ def linear_cross_entropy(
         index = q.argmax(-1) if vocab else counted.long()
         target_logit = (q * logits).sum(-1)
     else:
-        counted = target.reshape(lse.shape) != (-100 if ignore_index is None else ignore_index)
         if vocab == 0 and counted.any():
             raise IndexError("target has class indices, but linear_weight has no classes (V = 0)")
         index = target.reshape(lse.shape).long().where(counted, 0)
@@ -73,7 +80,9 @@ def linear_cross_entropy(
     else:
         cross_entropy = -_pick(w.expand_as(log_p), index) * _pick(log_p, index)
 
-    scale = counted if token_weight is None else counted * token_weight.reshape(lse.shape)
+    scale = counted
+    if token_weight is not None:
+        scale = token_weight.reshape(lse.shape).where(counted, 0)
     cross_entropy = (cross_entropy * scale).where(counted, 0)
     z_term = (z_loss * lse.square() * scale).where(counted, 0)
     per_token = cross_entropy + z_term
@@ -87,19 +96,21 @@ def linear_cross_entropy(
     else:
         divisor = counted.sum()
         if weight is not None and not probabilities:
-            divisor = (_pick(w.expand_as(log_p), index) * counted).sum()
+            divisor = _pick(w.expand_as(log_p), index).where(counted, 0).sum()
         loss = cross_entropy.sum() / divisor + z_term.sum() / counted.sum()
 
     if not return_statistics:
         return loss
-    p_log_p = (log_p.exp() * log_p).where(log_p != -torch.inf, 0)
+    target_logit, logprob = (x.where(counted, 0) for x in (target_logit, target_logit - lse))
+    with torch.no_grad():
+        logits = compute_logits(every_input, *head)  # of tokens that do not count, too
     argmax = logits.argmax(-1)
     statistics = TokenStatistics(
         loss=per_token,
-        lse=lse,
-        target_logit=target_logit.where(counted, 0),
-        logprob=(target_logit - lse).where(counted, 0),
-        entropy=-p_log_p.sum(-1),
+        lse=logits.logsumexp(-1),
+        target_logit=target_logit,
+        logprob=logprob,
+        entropy=entropy_of(logits.log_softmax(-1)),
         max_logit=logits.amax(-1),
         argmax=argmax,
         correct=(argmax == index) & counted,
@@ -129,12 +140,11 @@ def linear_token_statistics(
         counted = several != ignore_index
         logprob = log_p.gather(-1, several.long().where(counted, 0)).where(counted, 0)
         logprob = logprob.reshape(target.shape)
-    p_log_p = (log_p.exp() * log_p).where(log_p != -torch.inf, 0)
     top = log_p.detach().topk(top_k) if top_k else None
     return LogitStatistics(
         logprob=logprob,
         lse=lse,
-        entropy=-p_log_p.sum(-1) if entropy else None,
+        entropy=entropy_of(log_p) if entropy else None,
         max_logit=logits.detach().amax(-1),
         argmax=logits.argmax(-1) if argmax else None,
         top_logprobs=top.values if top else None,
@@ -156,6 +166,15 @@ def compute_logits(
     logits = linear(input.to(dtype), rows.flatten(0, -2).to(dtype), bias)
     logits = logits.reshape(input.shape[:-1] + rows.shape[:-1]) * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """-sum_v p_v log p_v [...] of log p [..., V].
+
+    A class with log p = -inf adds 0. It is replaced before the product: masking the product leaves
+    0 * inf in its gradient.
+    """
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
 
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
