@@ -142,7 +142,9 @@ def _transform(side: str, softcap: float | None, logit_scale: float) -> Transfor
         checks.check_coefficient(f"{side}_softcap", softcap, checks.POSITIVE)
     checks.check_coefficient(f"{side}_logit_scale", logit_scale, checks.FINITE)
     if logit_scale == 0:
-        raise ValueError(f"{side}_logit_scale is 0, expected a finite value other than 0")
+        raise ValueError(
+            f"{side}_logit_scale is {logit_scale}, expected a finite value other than 0"
+        )
     return Transform(0.0 if softcap is None else float(softcap), float(logit_scale))
 
 
