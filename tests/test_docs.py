@@ -72,6 +72,13 @@ def test_no_page_with_snippets_is_left_out() -> None:
     assert pages == set(WITH_SNIPPETS)
 
 
+def test_the_reference_has_every_public_name() -> None:
+    listed = re.findall(
+        r"^::: memeff\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(memeff.__all__)
+
+
 def test_the_first_screen_has_all_that_a_beginner_needs() -> None:
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:60])
     for part in ("pip install", "memeff.patch(model)", "memeff.linear_cross_entropy(", "Status"):
@@ -84,8 +91,6 @@ def test_readme_trains_a_hugging_face_model(
     """The snippet as it stands, with a tiny random model in place of the download."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
-    if not hasattr(memeff, "patch"):
-        pytest.skip("this version has no memeff.patch")
     config = transformers.LlamaConfig(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2,
@@ -105,6 +110,7 @@ def test_readme_trains_a_hugging_face_model(
     namespace = {"training_args": arguments, "dataset": dataset}
     run(ROOT / "README.md", [code], namespace)
     assert not torch.equal(model.lm_head.weight, before)
+    assert type(model.lm_head) is not torch.nn.Linear  # patched
 
 
 def measured(file: str) -> dict[str, dict[str, Any]]:
