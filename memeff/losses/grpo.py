@@ -143,7 +143,6 @@ def grpo_loss(
         log_ref_ratio = kept(ref_logprobs.to(dtype), mask) - logprobs
         factor = log_ratio if use_bias_correction_kl else torch.zeros_like(log_ratio)
         per_token = per_token + beta * _kl_estimate(factor, log_ref_ratio)
-    per_token = kept(per_token, mask)  # the KL factor of a sequence is there, too
     if reduction == "none":
         return per_token
 

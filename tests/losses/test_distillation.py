@@ -195,18 +195,18 @@ def test_padded_vocabularies(
     check(Pair(dtype, 61, vocab, teacher_vocab), {"chunk_size": 30}, beta=beta, vocab_size=130)
 
 
-@pytest.mark.parametrize("softcap", [2.0, 0.5])
-def test_saturated_soft_cap(softcap: float) -> None:
-    """Logits far beyond the cap: the derivative of tanh keeps its digits (plain loses them)."""
+def test_saturated_soft_cap() -> None:
+    """All logits far beyond the cap: 1 - tanh^2 would err by 1e-3 and more in float32."""
     p = Pair(torch.float32)
-    p.student[0] = (p.student[0].detach() * 3).requires_grad_()
+    x, w, b = p.student
+    far = (torch.rand(130) * 2 + 5.5) * b.detach().sign()  # of the argument of tanh
+    p.student = [x, (w.detach() * 0.05).requires_grad_(), (far * 2.0).requires_grad_()]
     exact = p.in_float64()
-    # log(cosh) has the derivative tanh; torch's own 1 - tanh^2 would do in float64 up to u = 15
-    options = {"student_softcap": softcap, "beta": 0.0}
+    options = {"student_softcap": 2.0, "beta": 0.0}
     ours = torch.autograd.grad(p.ours(**options), p.student)
     expected = torch.autograd.grad(exact.plain(**options), exact.student)
-    for a, b in zip(ours, expected, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+    for a, e in zip(ours, expected, strict=True):
+        assert (a - e).norm() <= 1e-4 * e.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -439,3 +439,23 @@ def test_memory_budget(dtype: str) -> None:
     measured = call_isolated(measure, dtype=dtype, memory_budget=32 * MIB)
     # In addition to blocks of logits: rows of a chunk, slices of a weight, the sums' units.
     assert measured["over"] <= (32 + 4) * MIB, measured
+
+
+@pytest.mark.parametrize(
+    ("vocab", "expected"), [(500, [256, 44]), (4096, [256, 44]), (65_536, [64, 64, 64, 64, 44])]
+)
+def test_tokens_per_chunk(monkeypatch: pytest.MonkeyPatch, vocab: int, expected: list[int]) -> None:
+    """Without a size or a budget: 256, as long as eight blocks of logits take at most 256 MiB."""
+    p = Pair(torch.float32, 300, 2, 2)
+    p.mask[:] = True
+    p.student = [p.student[0].detach(), torch.zeros(vocab, 24), torch.zeros(vocab)]
+    p.teacher = [p.teacher[0], torch.zeros(vocab, 40), torch.zeros(vocab)]
+    rows = []
+
+    def no_product(head: Head, hidden: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        return torch.zeros(len(hidden), 2)
+
+    monkeypatch.setattr(Head, "logits", no_product)
+    p.ours()
+    assert rows[::2] == rows[1::2] == expected
