@@ -79,7 +79,9 @@ format: $(STAMP)-dev
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-docs: $(STAMP)-docs
+# Reads the sources, so nothing is built.
+docs: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement docs/requirements.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 CPP_FILES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')

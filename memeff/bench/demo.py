@@ -228,7 +228,7 @@ def _plot(path: str, results: dict[str, dict[str, Any]], config: Training) -> bo
     curves.legend()
     difference.set(title="|difference of the losses|", xlabel="step", ylabel="nats per token")
     difference.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    memory.set(title="peak memory over text and model", ylabel="MiB")
+    memory.set(title="peak memory", ylabel="MiB over text and model")
     memory.margins(y=0.12)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
