@@ -442,7 +442,7 @@ def test_memory_budget(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "expected"), [(500, [256, 44]), (4096, [256, 44]), (65_536, [64, 64, 64, 64, 44])]
+    ("vocab", "expected"), [(500, [256, 44]), (4096, [256, 44]), (65_536, [128, 128, 44])]
 )
 def test_tokens_per_chunk(monkeypatch: pytest.MonkeyPatch, vocab: int, expected: list[int]) -> None:
     """Without a size or a budget: 256, as long as eight blocks of logits take at most 256 MiB."""
