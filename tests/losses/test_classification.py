@@ -33,3 +33,14 @@ def test_classification() -> None:
     torch.testing.assert_close(losses.z_loss(lse), 1e-4 * lse**2)
     certain = torch.zeros(1, dtype=torch.float64, requires_grad=True)  # p = 1
     assert torch.autograd.grad(losses.focal_loss(certain, gamma=0.5).sum(), certain)[0].isfinite()
+
+
+def test_mean_logit_inside_autocast() -> None:
+    """Operands are rounded as those of the logits are; the product itself is not."""
+    x, w, b = (leaf.detach().float() for leaf in heads())
+    x16, w16 = x.bfloat16().double(), w.bfloat16().double()
+    exact = F.linear(x16, w16, b.double()).mean(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mean = losses.mean_logit(x, w, b)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-5, atol=1e-6)

@@ -459,3 +459,22 @@ def test_tokens_per_chunk(monkeypatch: pytest.MonkeyPatch, vocab: int, expected:
     monkeypatch.setattr(Head, "logits", no_product)
     p.ours()
     assert rows[::2] == rows[1::2] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_products_of_a_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Gradients are made once: in the forward pass, of float16 in the backward pass."""
+    p = Pair(dtype)
+    calls = []
+    add_gradients = Head.add_gradients
+
+    def counting(head: Head, *arguments: Any) -> Tensor | None:
+        calls.append(len(arguments[1]))
+        return add_gradients(head, *arguments)
+
+    monkeypatch.setattr(Head, "add_gradients", counting)
+    loss = p.ours(chunk_size=100)
+    counted = int(p.mask.sum())
+    assert calls == ([] if dtype == torch.float16 else [counted])
+    loss.backward()
+    assert calls == [counted]
