@@ -248,31 +248,31 @@ def kernel_step(
     return Step(name, command, 90, environment={"LD_LIBRARY_PATH": path}, figures=file)
 
 
-WITH_LEAD, WITHOUT_LEAD = "kernels with a lead", "kernels without a lead"
+WITH_STAGGER, WITHOUT_STAGGER = "kernels with a stagger", "kernels without a stagger"
 
 
-def lead_steps(shape: str, dtype: str, torch: Torch | None) -> list[Step]:
-    """What it gains that one consumer warpgroup of sm90 leads the other: a second build, which
-    begins tiles together (csrc/cuda/sm90/pipeline.cuh), and both timed one after the other.
+def stagger_steps(shape: str, dtype: str, torch: Torch | None) -> list[Step]:
+    """What the stagger of the consumer warpgroups of sm90 gains: a second build, whose groups
+    begin tiles together (csrc/cuda/sm90/pipeline.cuh), and both timed one after the other.
     """
     build = (
-        f"cmake -DCMAKE_BUILD_TYPE=Release -S . -B {BUILD}/cpp-no-lead -DMEMEFF_CUDA=ON "
-        "-DMEMEFF_CUDA_ARCHS=90 -DCMAKE_CUDA_FLAGS=-DMEMEFF_SM90_LEAD_STEPS=0 && "
-        f"cmake --build {BUILD}/cpp-no-lead --parallel {os.cpu_count() or 1} "
+        f"cmake -DCMAKE_BUILD_TYPE=Release -S . -B {BUILD}/cpp-no-stagger -DMEMEFF_CUDA=ON "
+        "-DMEMEFF_CUDA_ARCHS=90 -DCMAKE_CUDA_FLAGS=-DMEMEFF_SM90_STAGGER_STEPS=0 && "
+        f"cmake --build {BUILD}/cpp-no-stagger --parallel {os.cpu_count() or 1} "
         "--target bench_cuda_kernels"
     )
     return [
-        Step("build without a lead", ["sh", "-c", build], 180),
-        kernel_step([shape], dtype, torch, WITHOUT_LEAD, "cpp-no-lead", "linear_,_product"),
-        kernel_step([shape], dtype, torch, WITH_LEAD, "cpp", "linear_,_product"),
+        Step("build without a stagger", ["sh", "-c", build], 180),
+        kernel_step([shape], dtype, torch, WITHOUT_STAGGER, "cpp-no-stagger", "linear_,_product"),
+        kernel_step([shape], dtype, torch, WITH_STAGGER, "cpp", "linear_,_product"),
     ]
 
 
-def lead_comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """The medians of both builds side by side, for each kernel that has such a lead."""
+def stagger_comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The medians of both builds side by side, for each kernel that has such a stagger."""
     seconds: dict[tuple[str, ...], dict[str, float]] = {}
     for outcome in outcomes:
-        if outcome.step not in (WITH_LEAD, WITHOUT_LEAD) or outcome.figures is None:
+        if outcome.step not in (WITH_STAGGER, WITHOUT_STAGGER) or outcome.figures is None:
             continue
         for case in (case for shape in outcome.figures["shapes"] for case in shape["cases"]):
             key = (case["kernel"], case["family"], case["variant"])
@@ -280,8 +280,8 @@ def lead_comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 seconds.setdefault(key, {})[outcome.step] = case["median_s"]
     names = ("kernel", "family", "variant")
     return [
-        {**dict(zip(names, key, strict=True)), "with_s": both[WITH_LEAD],
-         "without_s": both[WITHOUT_LEAD]}
+        {**dict(zip(names, key, strict=True)), "with_s": both[WITH_STAGGER],
+         "without_s": both[WITHOUT_STAGGER]}
         for key, both in seconds.items() if len(both) == 2
     ]  # fmt: skip
 
@@ -321,7 +321,7 @@ def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
         bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
                    "standard,cce,memeff,memeff~1e-3"),
         bench_step("forward", first, dtype, 60, "--forward"),
-        *(lead_steps(first, dtype, torch) if arch == "90" else []),
+        *(stagger_steps(first, dtype, torch) if arch == "90" else []),
     ]  # fmt: skip
 
 
@@ -362,8 +362,8 @@ class Results:
     def add(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         content = {**self._environment, "steps": [asdict(outcome) for outcome in self.outcomes]}
-        if lead := lead_comparison(self.outcomes):
-            content["lead"] = lead
+        if stagger := stagger_comparison(self.outcomes):
+            content["stagger"] = stagger
         replace(self._file, json.dumps(content, indent=1) + "\n")
         print(f"{outcome.status:>8} {outcome.seconds:6.1f} s  {outcome.step}", flush=True)
         if outcome.status != "passed":

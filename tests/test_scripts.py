@@ -173,7 +173,7 @@ class TestMutate:
             ("  if (size(G) < 4) ", "__syncthreads();", ""),
             ("", "ptx::cp_async_wait<kStages - 2>();", ""),
             ("", "ptx::mbarrier_wait(ring.empty(ring.stage), ring.parity ^ 1);", ""),
-            ("", "leave_stage(ring, previous_stage);", ""),
+            ("", "release_stage(ring, previous_stage);", ""),
         ],
     )
     def test_removes_statements(self, condition, statement, comment):
@@ -188,7 +188,7 @@ class TestMutate:
         [
             "// __syncthreads();",
             "ptx::cp_async_16(to, from);",
-            "MEMEFF_DEVICE void leave_stage() {",
+            "MEMEFF_DEVICE void release_stage() {",
         ],
     )
     def test_leaves_the_rest_alone(self, line):
@@ -296,15 +296,15 @@ class TestVerifyGpu:
         outcome = verify_gpu.run(Step("g", python("raise SystemExit(3)"), 60, figures=file), 60)
         assert (outcome.status, outcome.figures) == ("failed", None)
 
-    def test_kernels_with_and_without_a_lead(self, tmp_path):
+    def test_kernels_with_and_without_a_stagger(self, tmp_path):
         steps = {step.name: step for step in verify_gpu.plan_steps("90", None)}
-        build = steps["build without a lead"]
-        with_lead, without = steps[verify_gpu.WITH_LEAD], steps[verify_gpu.WITHOUT_LEAD]
-        assert "LEAD_STEPS=0" in build.command[-1]
+        build = steps["build without a stagger"]
+        with_stagger, without = steps[verify_gpu.WITH_STAGGER], steps[verify_gpu.WITHOUT_STAGGER]
+        assert "STAGGER_STEPS=0" in build.command[-1]
         folder = without.command[0].rsplit("/", 1)[0]
         assert f"-B {folder} " in build.command[-1]
-        assert with_lead.command[0] == steps["kernels alone"].command[0] != without.command[0]
-        assert "build without a lead" not in {s.name for s in verify_gpu.plan_steps("80", None)}
+        assert with_stagger.command[0] == steps["kernels alone"].command[0] != without.command[0]
+        assert "build without a stagger" not in {s.name for s in verify_gpu.plan_steps("80", None)}
 
         def outcome(step, **medians):
             cases = [
@@ -317,11 +317,11 @@ class TestVerifyGpu:
 
         results = Results(tmp_path, {})
         results.add(outcome(without, sm90=0.014, sm90x2=0.013, sm80=0.03))
-        assert "lead" not in json.loads((tmp_path / "results.json").read_text())
-        results.add(outcome(with_lead, sm90=0.0138, sm80=0.03))
+        assert "stagger" not in json.loads((tmp_path / "results.json").read_text())
+        results.add(outcome(with_stagger, sm90=0.0138, sm80=0.03))
         kernel = {"kernel": "linear_gradient", "family": "sm90", "variant": ""}
         expected = [{**kernel, "with_s": 0.0138, "without_s": 0.014}]
-        assert json.loads((tmp_path / "results.json").read_text())["lead"] == expected
+        assert json.loads((tmp_path / "results.json").read_text())["stagger"] == expected
 
     def test_the_table_follows_the_outcomes(self):
         environment = {

@@ -10,6 +10,7 @@
 #include "core/tiling.h"
 #include "cpu/number.h"
 #include "cuda/fused_kernels.h"
+#include "cuda/generic_kernels.h"
 #include "cuda/plan.h"
 #include "cuda/tokens.h"
 
@@ -163,13 +164,20 @@ class Maker {
       fill(gradient_, dtype_, v_ * stride_, 1e-3);
       return;
     }
-    check(families_[0].kernels.linear_statistics(
-        block(), linear(), {}, targets_, kStoredTile, partials_,
-        static_cast<float*>(tokens_.target_logit), kept(scores_), stream_));
+    check(families_[0].kernels.linear_statistics({block(),
+                                                  linear(),
+                                                  {},
+                                                  targets_,
+                                                  kStoredTile,
+                                                  partials_,
+                                                  static_cast<float*>(tokens_.target_logit),
+                                                  kept(scores_)},
+                                                 stream_));
     check(merge_statistics(problem_, tokens_, 0, n_, partials_, ranges_, stream_));
     memory_.copy(gradient_, scores_, v_ * stride_ * 2);
-    check(stored_gradient(block(), kept(gradient_), dtype_, {}, targets_, coefficients_,
-                          tokens_.target_gradient, stream_));
+    check(stored_gradient(
+        {block(), kept(gradient_), dtype_, {}, targets_, coefficients_, tokens_.target_gradient},
+        stream_));
   }
 
   /// Marks each tile with the probability that is given.
@@ -185,9 +193,9 @@ class Maker {
     some.share = as_double(std::count(marks.begin(), marks.end(), 1)) / as_double(marks.size());
     some.marks = place<uint8_t>(ranges_ * token_tiles(), "some tiles");
     memory_.copy(some.marks, marks.data(), ranges_ * token_tiles());
-    check(make_work_list(ProductOfGradient::kGradInput, v_, n_, some.marks, token_tiles(),
-                         list_memory(), &some.of_input, stream_));
-    check(make_work_list(ProductOfGradient::kGradWeight, v_, n_, some.marks, token_tiles(),
+    check(make_work_list(ProductOfGradient::kGradInput, v_, n_, marks_at(some.marks), list_memory(),
+                         &some.of_input, stream_));
+    check(make_work_list(ProductOfGradient::kGradWeight, v_, n_, marks_at(some.marks),
                          list_memory(), &some.of_weight, stream_));
     some_tiles_.push_back(some);
   }
@@ -197,6 +205,7 @@ class Maker {
     return place<int32_t>(bytes / 4, "work list");
   }
 
+  TileMarks marks_at(uint8_t* tiles) const { return {tiles, token_tiles(), kSkipMass, v_}; }
   int64_t token_tiles() const { return ceil_div(n_, cuda::kTokenTile); }
   Block block() const { return {0, v_, n_}; }
   StoredScores kept(void* data) const { return {data, stride_, maxima_, stride_}; }
@@ -251,7 +260,7 @@ class Maker {
             inputs() + all_scores((keep ? 2 : 0) + 4 * arrays / as_double(range)),
             [=, this_block = block(), operands = linear(), targets = targets_, stream = stream_,
              launch = family.kernels.linear_statistics] {
-              return launch(this_block, operands, {}, targets, range, partials, target_logit, to,
+              return launch({this_block, operands, {}, targets, range, partials, target_logit, to},
                             stream);
             });
       };
@@ -264,11 +273,10 @@ class Maker {
         add("linear_gradient", family.name, marks ? "with marks" : "", product_flops(),
             inputs() + all_scores(2),
             [=, shape = block(), operands = linear(), targets = targets_, c = coefficients_,
-             to = scratch_, stride = stride_, vocab = v_, stream = stream_,
-             tiles = marks ? tiles_ : nullptr, tiles_stride = token_tiles(),
+             to = scratch_, stride = stride_, stream = stream_,
+             tiles = marks ? marks_at(tiles_) : TileMarks{},
              launch = family.kernels.linear_gradient] {
-              return launch(shape, operands, {}, targets, c, to, stride, tiles, tiles_stride,
-                            kSkipMass, vocab, stream);
+              return launch({shape, operands, {}, targets, c, to, stride, tiles}, stream);
             });
     }
   }
@@ -302,10 +310,10 @@ class Maker {
           const double share = some == nullptr ? 1.0 : some->share;
           add(kernel, family.name, variant, share * product_flops(),
               share * all_scores(2) + operands - all_scores(2) + bytes * out,
-              [=, classes = v_, tokens = n_, stream = stream_,
+              [=, shape = block(), stream = stream_,
                launch = of_input ? family.kernels.grad_input_product
                                  : family.kernels.grad_weight_product] {
-                return launch(classes, tokens, from, to, stream);
+                return launch({shape, from, to}, stream);
               });
         };
         const auto from_scores = [&](const std::string& variant, double bytes,
@@ -322,7 +330,7 @@ class Maker {
               share * (all_scores(2) + 4.0 * as_double(ranges_) * as_double(n_)) + operands -
                   all_scores(2) + bytes * out,
               [=, shape = block(), stream = stream_] {
-                return launch(shape, from, terms, to, stream);
+                return launch({shape, from, to}, terms, stream);
               });
         };
         ProductOutput rounded, sums;
@@ -357,7 +365,7 @@ class Maker {
         "stored_gradient", "generic", "in place", 0, all_scores(4) + 4 * tiles,
         [=, shape = block(), scores = kept(scratch_), dtype = dtype_, targets = targets_,
          c = coefficients_, target_gradient = tokens_.target_gradient, stream = stream_] {
-          return stored_gradient(shape, scores, dtype, {}, targets, c, target_gradient, stream);
+          return stored_gradient({shape, scores, dtype, {}, targets, c, target_gradient}, stream);
         },
         [=, memory = &memory_, to = scratch_, from = scores_, bytes = v_ * stride_ * 2] {
           memory->copy(to, from, bytes);
@@ -368,21 +376,20 @@ class Maker {
           return merge_statistics(problem, tokens, 0, n, partials, ranges, stream);
         });
     add("mark_tiles", "generic", "", 0, 8 * tiles,
-        [problem = problem_, tokens = tokens_, n = n_, partials = partials_, tiles = tiles_,
-         stride = token_tiles(), stream = stream_] {
-          return mark_tiles(problem, tokens, 0, n, partials, kSkipMass, tiles, stride, stream);
-        });
+        [problem = problem_, tokens = tokens_, n = n_, partials = partials_,
+         marks = marks_at(tiles_),
+         stream = stream_] { return mark_tiles(problem, tokens, 0, n, partials, marks, stream); });
     const SomeTiles& some = some_tiles_.back();
     for (const bool of_input : {true, false})
       add("make_work_list", "generic",
           (of_input ? "of grad_input, " : "of grad_weight, ") + some.name, 0,
           as_double(ranges_) * as_double(token_tiles()) * (1 + 4 * some.share),
-          [=, marks = some.marks, memory = list_memory(), v = v_, n = n_, stride = token_tiles(),
+          [=, marks = marks_at(some.marks), memory = list_memory(), v = v_, n = n_,
            stream = stream_] {
             WorkList unused;
             return make_work_list(
                 of_input ? ProductOfGradient::kGradInput : ProductOfGradient::kGradWeight, v, n,
-                marks, stride, memory, &unused, stream);
+                marks, memory, &unused, stream);
           });
     add("add_bias_gradient", "generic", "16 bits", 0, all_scores(2),
         [=, shape = block(), g = gradient_, stride = stride_, dtype = dtype_,
@@ -411,8 +418,16 @@ class Maker {
     add("block_statistics", "generic", tokens + "fp32 products", 0, 4 * scores,
         [=, shape = Block{0, v_, n}, targets = targets_, stream = stream_,
          target_logit = tokens_.target_logit] {
-          return block_statistics(shape, pristine, stride, DType::kFloat32, {}, targets,
-                                  kGenericRange, partials, target_logit, stream);
+          return block_statistics({shape,
+                                   pristine,
+                                   stride,
+                                   DType::kFloat32,
+                                   {},
+                                   targets,
+                                   kGenericRange,
+                                   partials,
+                                   target_logit},
+                                  stream);
         });
     for (const DType to : {dtype_, DType::kFloat32})
       add(
@@ -420,7 +435,7 @@ class Maker {
           tokens + (to == DType::kFloat32 ? "fp32 gradients" : "16-bit gradients"), 0,
           as_double(4 + size_of(to)) * scores,
           [=, shape = Block{0, v_, n}, targets = targets_, c = coefficients_, stream = stream_] {
-            return block_gradient(shape, products, stride, DType::kFloat32, to, {}, targets, c,
+            return block_gradient({shape, products, stride, DType::kFloat32, to, {}, targets, c},
                                   stream);
           },
           [=, memory = &memory_, bytes = v_ * stride * 4] {

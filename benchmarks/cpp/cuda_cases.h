@@ -1,4 +1,4 @@
-// What bench_cuda_kernels times: every kernel of cuda/launch.h (and those of cuda/tokens.h that see
+// What bench_cuda_kernels times: every kernel of cuda/generic_kernels.h and cuda/fused_kernels.h (and those of cuda/tokens.h that see
 // whole blocks of scores), alone, on data as a training step has it. No CUDA headers: the test of
 // this file (tests/kernels/test_bench_cases.cpp) runs the same cases in the emulator.
 #pragma once

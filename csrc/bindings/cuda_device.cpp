@@ -9,7 +9,7 @@
 #include "bindings/call.h"
 #include "bindings/ops.h"
 #include "bindings/statistics_ops.h"
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 
 namespace memeff {
 namespace {

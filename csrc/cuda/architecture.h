@@ -28,20 +28,22 @@ struct Variant {
   bool reads_scores;   // gradient products read kept scores and make gradients of them on the way
 };
 
+inline constexpr Variant kPlainVariant{"", 1, false};
+
 /// A row of the table: all that planner and selection know of an architecture's kernels.
 struct Architecture {
   const char* name;  // of its folder, too
   bool (*can_run)(const Problem& problem, const Gpu& gpu);
-  /// Speed of its gradient products, as a part of cuBLAS's on a GPU of this compute capability: an
-  /// assumption, until that GPU has measured it.
-  double (*relative_speed)(int capability);
   /// Scores are computed with their epilogue in one kernel and kept in 16 bits (StoredScores), and
   /// gradient products are handwritten. Else both are cuBLAS's, between elementwise kernels.
-  bool fused;
-  bool overlaps_launches;   // of gradient products: ProductOutput::overlaps_previous
-  bool overlaps_epilogue;   // gradient products move results while they multiply
-  const Variant* variants;  // the first is the default
-  size_t variant_count;
+  bool fused = false;
+  /// Speed of handwritten gradient products, as a part of cuBLAS's on a GPU of this compute
+  /// capability: an assumption, until that GPU has measured it.
+  double (*relative_speed)(int capability) = nullptr;
+  bool overlaps_launches = false;  // of gradient products: ProductOutput::overlaps_previous
+  bool overlaps_epilogue = false;  // gradient products move results while they multiply
+  const Variant* variants = &kPlainVariant;  // the first is the default
+  size_t variant_count = 1;
 };
 
 /// The table. Rows that can run everywhere come first; of those that can run a problem the last is

@@ -8,8 +8,8 @@
 
 #include "core/planner.h"
 #include "core/problem.h"
+#include "cuda/fused_kernels.h"
 #include "cuda/gemm.h"
-#include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "cuda/tokens.h"
 #include "driver/backend.h"

@@ -7,13 +7,14 @@
 #include "core/tiling.h"
 #include "cuda/call_memory.h"
 #include "cuda/fused_kernels.h"
+#include "cuda/generic_kernels.h"
 #include "cuda/runtime.h"
 
 namespace memeff::cuda {
 namespace {
 
-void throw_unless_accepted(const Status& status) {
-  if (!status.ok()) throw std::runtime_error(std::string("memeff: ") + status.message);
+Matrix transposed(const Matrix& m) {
+  return {m.data, m.dtype, m.columns, m.rows, m.column_stride, m.row_stride};
 }
 
 FusedKernels kernels_of(const KernelSet& kernels) {
@@ -32,14 +33,13 @@ class CudaBackend : public Backend {
         stream_(context.stream),
         fused_(traits_.kernels.stores_16_bits()),
         handwritten_(traits_.kernels.products.fused()),
-        apart_(traits_.smoothing_apart),
+        writes_gradients_(handwritten_ && !traits_.smoothing_apart),
         scores_(kernels_of(traits_.kernels.scores)),
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
     convert_class_arrays();
     // The terms are those of any block.
-    multiplies_scores_ =
-        plan_.products_from_scores && products_.accepts_scores(score_gradient({}, {}));
+    reads_scores_ = plan_.products_from_scores && products_.accepts_scores(score_gradient({}, {}));
   }
 
   int64_t select_tokens() override {
@@ -53,22 +53,23 @@ class CudaBackend : public Backend {
     last_block_ = block == nullptr ? ScoreBlock{} : *block;
     void* target_logit = memory_.target_logit(tokens);
     if (fused_) {
-      const Block shape{0, problem_.vocab, tokens.size()};
       const StoredScores kept =
           block == nullptr ? StoredScores{} : CallMemory::stored_scores(*block);
-      check(scores_.linear_statistics(shape, memory_.linear_operands(tokens, 0), terms_,
-                                      memory_.targets(tokens), last_range_, last_partials_,
-                                      static_cast<float*>(target_logit), kept, stream_));
+      const Range all{0, problem_.vocab};
+      check(scores_.linear_statistics({shape_of(all, tokens), memory_.linear_operands(tokens, 0),
+                                       terms_, memory_.targets(tokens), last_range_, last_partials_,
+                                       static_cast<float*>(target_logit), kept},
+                                      stream_));
       return;
     }
     const int64_t step = block == nullptr ? plan_.slice_vocab : problem_.vocab;
     for (int64_t begin = 0; begin < problem_.vocab; begin += step) {
       const Range classes{begin, std::min(begin + step, problem_.vocab)};
-      const ScoreBlock products = block == nullptr ? slice_block(tokens.size()) : *block;
-      multiply_scores(classes, tokens, products);
-      check(block_statistics({begin, classes.size(), tokens.size()}, products.data, products.stride,
-                             sum_dtype_, terms_, memory_.targets(tokens), last_range_,
-                             memory_.advanced(last_partials_, begin / last_range_), target_logit,
+      const ScoreBlock to = block == nullptr ? slice_block(tokens.size()) : *block;
+      compute_scores(classes, tokens, to);
+      check(block_statistics({shape_of(classes, tokens), to.data, to.stride, sum_dtype_, terms_,
+                              memory_.targets(tokens), last_range_,
+                              memory_.advanced(last_partials_, begin / last_range_), target_logit},
                              stream_));
     }
   }
@@ -79,8 +80,7 @@ class CudaBackend : public Backend {
                                  ranges, stream_));
     if (last_block_.tiles != nullptr)
       check(mark_tiles(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
-                       problem_.skip_mass, static_cast<uint8_t*>(last_block_.tiles),
-                       last_block_.tiles_stride, stream_));
+                       marks_of(last_block_), stream_));
   }
 
   void differentiate_statistics(Range tokens) override {
@@ -108,72 +108,53 @@ class CudaBackend : public Backend {
 
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
                       bool add_bias) override {
-    const Block shape{classes.begin, classes.size(), tokens.size()};
+    const Block shape = shape_of(classes, tokens);
     if (fused_) {
-      check(scores_.linear_gradient(shape, memory_.linear_operands(tokens, classes.begin), terms_,
-                                    memory_.targets(tokens), memory_.coefficients(tokens),
-                                    block.data, block.stride, static_cast<uint8_t*>(block.tiles),
-                                    block.tiles_stride, problem_.skip_mass, problem_.vocab,
-                                    stream_));
+      check(scores_.linear_gradient(
+          {shape, memory_.linear_operands(tokens, classes.begin), terms_, memory_.targets(tokens),
+           memory_.coefficients(tokens), block.data, block.stride, marks_of(block)},
+          stream_));
     } else {
-      multiply_scores(classes, tokens, block);
-      products_to_gradient(shape, tokens, block);
+      compute_scores(classes, tokens, block);
+      scores_to_gradient(shape, tokens, block);
     }
     if (add_bias) add_to_bias(shape, block);
   }
 
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
-    if (multiplies_scores_) return;
-    const Block shape{classes.begin, classes.size(), tokens.size()};
+    if (reads_scores_) return;
+    const Block shape = shape_of(classes, tokens);
     if (fused_) {
-      check(stored_gradient(shape, CallMemory::stored_scores(block), problem_.dtype, terms_,
-                            memory_.targets(tokens), memory_.coefficients(tokens),
-                            tokens_.target_gradient + tokens.begin, stream_));
+      check(stored_gradient(
+          {shape, CallMemory::stored_scores(block), problem_.dtype, terms_, memory_.targets(tokens),
+           memory_.coefficients(tokens), tokens_.target_gradient + tokens.begin},
+          stream_));
     } else {
-      products_to_gradient(shape, tokens, block);
+      scores_to_gradient(shape, tokens, block);
     }
     if (add_bias) add_to_bias(shape, block);
   }
 
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override {
     const bool last = classes.end == problem_.vocab, alone = first && last;
-    const Matrix weight = memory_.weight_rows(classes);
     // Kept scores take one product.
     const bool compact = plan_.compact_input_sums && !alone;
-    RowUpdate update = input_update(tokens);
+    ProductTarget to;
+    to.product = ProductOfGradient::kGradInput;
+    to.rows = tokens, to.written = &tokens_written_;
+    to.other = memory_.weight_rows(classes);
+    to.sums = memory_.input_sum(tokens);
+    to.update = input_update(tokens);
     if (compact) {
-      update.split = memory_.split_sums_of_input(tokens.begin);
-      update.update = split_update(first, last);
+      to.update.split = memory_.split_sums_of_input(tokens.begin);
+      to.update.update = split_update(first, last);
     }
-    const bool at_once = handwritten_ && !apart_ && (alone || compact);
-    wrote_grad_input_ = at_once || compact;
-    if (!handwritten_) {
-      const int64_t stride = memory_.gradient_stride(block);
-      gemm({block.data, problem_.dtype, tokens.size(), classes.size(), 1, stride}, weight,
-           !first && !compact, memory_.input_sum(tokens), problem_.features);
-      if (compact) check(update_rows(update, stream_));
-      return;
-    }
-    GradientOperands operands = memory_.gradient_operands(block, weight);
-    const Block shape{classes.begin, classes.size(), tokens.size()};
-    list_work(ProductOfGradient::kGradInput, shape, block, &operands);
-    ProductOutput output;
-    if (at_once) {
-      output = written_by_product(update);
-      output.beside = runs_beside(tokens, &tokens_written_);
-    } else {
-      output.sums = static_cast<float*>(memory_.input_sum(tokens));
-      output.sums_stride = problem_.features;
-      output.accumulate = (!first && !compact) || (first && apart_);
-      if (first && apart_) start_with_smoothing(tokens);
-    }
-    check_product(
-        holds_scores(block)
-            ? products_.grad_input_from_scores(shape, operands, score_gradient(tokens, block),
-                                               output, stream_)
-            : products_.grad_input_product(shape.classes, shape.tokens, operands, output, stream_),
-        at_once);
-    if (compact && !at_once) check(update_rows(update, stream_));
+    to.at_once = writes_gradients_ && (alone || compact);
+    to.accumulate = !first && !compact;
+    to.smooths = first;
+    to.updates = compact;
+    wrote_grad_input_ = to.at_once || compact;
+    gradient_product(to, classes, tokens, block);
   }
 
   void finish_grad_input(Range tokens) override {
@@ -184,44 +165,24 @@ class CudaBackend : public Backend {
 
   void grad_weight(Range classes, Range tokens, const ScoreBlock& block, bool first, bool last,
                    WeightUpdate how) override {
-    const Matrix input = memory_.input_rows(tokens);
-    RowUpdate update = row_update(classes.size());
-    update.sums = memory_.weight_sum();
-    update.gradient = memory_.grad_weight_row(classes.begin);
     // Under vocab slices the parts of a slice may add up in the gradient's own memory.
     const bool parts = plan_.kind == PlanKind::kVocabSlices &&
                        plan_.accumulation == Accumulation::kCompact && !(first && last);
-    update.split = memory_.split_sums_of_weight(classes.begin);
-    update.update = parts ? split_update(first, last) : how;
-    if (!handwritten_) {
-      gemm({block.data, problem_.dtype, classes.size(), tokens.size(),
-            memory_.gradient_stride(block), 1},
-           input, !first, memory_.weight_sum(), problem_.features);
-      if (last) check(update_rows(update, stream_));
-      return;
-    }
-    const bool at_once = ((first && last) || parts) && !apart_;
-    GradientOperands operands = memory_.gradient_operands(block, input);
-    const Block shape{classes.begin, classes.size(), tokens.size()};
-    list_work(ProductOfGradient::kGradWeight, shape, block, &operands);
-    ProductOutput output;
-    if (at_once) {
-      output = written_by_product(update);
-      if (memory_.in_gradient(block)) move_out_of_gradient(classes, tokens, &operands);
-      output.beside = runs_beside(classes, &classes_written_);
-    } else {
-      output.sums = static_cast<float*>(memory_.weight_sum());
-      output.sums_stride = problem_.features;
-      output.accumulate = !first || apart_;
-      if (apart_) add_smoothing(classes, tokens, !first, output.sums);
-    }
-    check_product(
-        holds_scores(block)
-            ? products_.grad_weight_from_scores(shape, operands, score_gradient(tokens, block),
-                                                output, stream_)
-            : products_.grad_weight_product(shape.classes, shape.tokens, operands, output, stream_),
-        at_once);
-    if (last && !at_once) check(update_rows(update, stream_));
+    ProductTarget to;
+    to.product = ProductOfGradient::kGradWeight;
+    to.rows = classes, to.written = &classes_written_;
+    to.other = memory_.input_rows(tokens);
+    to.sums = memory_.weight_sum();
+    to.update = row_update(classes.size());
+    to.update.sums = to.sums;
+    to.update.gradient = memory_.grad_weight_row(classes.begin);
+    to.update.split = memory_.split_sums_of_weight(classes.begin);
+    to.update.update = parts ? split_update(first, last) : how;
+    to.at_once = writes_gradients_ && ((first && last) || parts);
+    to.accumulate = !first;
+    to.smooths = true;
+    to.updates = last;
+    gradient_product(to, classes, tokens, block);
   }
 
   void finish_gradients() override {
@@ -241,23 +202,91 @@ class CudaBackend : public Backend {
   }
 
  private:
-  /// Of every launch but those of products that write gradients at once.
   void check(const Status& status) {
-    throw_unless_accepted(status);
+    if (!status.ok()) throw std::runtime_error(std::string("memeff: ") + status.message);
     follows_writing_product_ = false;
   }
-  void check_product(const Status& status, bool at_once) {
-    throw_unless_accepted(status);
-    follows_writing_product_ = at_once;
+
+  static Block shape_of(Range classes, Range tokens) {
+    return {classes.begin, classes.size(), tokens.size()};
   }
-  /// Whether the product that will write these rows may run beside those launched just before: they
-  /// write gradients at once, too, and other rows. What they read no product writes: scores leave
-  /// grad_weight by a copy, a launch in between. `written` is the end of the rows so far.
-  bool runs_beside(Range rows, int64_t* written) {
-    const bool beside = follows_writing_product_ && rows.begin >= *written;
-    if (!beside) tokens_written_ = classes_written_ = 0;
-    *written = rows.end;
-    return beside;
+  TileMarks marks_of(const ScoreBlock& block) const {
+    return {static_cast<uint8_t*>(block.tiles), block.tiles_stride, problem_.skip_mass,
+            problem_.vocab};
+  }
+
+  // ---- gradient products ----
+
+  /// Where a gradient product goes: rows of grad_input or of grad_weight.
+  struct ProductTarget {
+    ProductOfGradient product = ProductOfGradient::kGradInput;
+    Range rows;
+    int64_t* written = nullptr;  // end of the rows of that gradient that are written so far
+    Matrix other{};              // operand of the linear layer
+    void* sums = nullptr;
+    RowUpdate update;         // how sums enter the gradient
+    bool at_once = false;     // the product's epilogue does that; else it leaves sums,
+    bool accumulate = false;  // added to those of the products before it,
+    bool smooths = false;     // and to label smoothing, if gradients of logits leave it out
+    bool updates = false;     // then the sums are complete, and enter the gradient
+  };
+
+  void gradient_product(const ProductTarget& to, Range classes, Range tokens,
+                        const ScoreBlock& block) {
+    if (handwritten_) {
+      multiply_handwritten(to, classes, tokens, block);
+    } else {
+      Matrix gradient{
+          block.data, problem_.dtype, classes.size(), tokens.size(), memory_.gradient_stride(block),
+          1};
+      if (to.product == ProductOfGradient::kGradInput) gradient = transposed(gradient);
+      gemm(gradient, to.other, to.accumulate, to.sums, problem_.features);
+    }
+    if (to.updates && !to.at_once) check(update_rows(to.update, stream_));
+  }
+
+  void multiply_handwritten(const ProductTarget& to, Range classes, Range tokens,
+                            const ScoreBlock& block) {
+    const bool of_input = to.product == ProductOfGradient::kGradInput;
+    GradientProduct call{shape_of(classes, tokens), memory_.gradient_operands(block, to.other), {}};
+    list_work(to.product, call.block, block, &call.operands);
+    ProductOutput& output = call.output;
+    if (to.at_once) {
+      output.gradient = to.update.gradient;
+      output.gradient_stride = to.update.gradient_stride;
+      output.split = to.update.split;
+      output.update = to.update.update;
+      output.scale = static_cast<const float*>(to.update.scale);
+      if (!of_input && memory_.in_gradient(block))
+        move_out_of_gradient(classes, tokens, &call.operands);
+      output.overlaps_previous = overlaps_previous(to);
+    } else {
+      const bool smooths = traits_.smoothing_apart && to.smooths;
+      if (smooths) add_smoothing(to, classes, tokens);
+      output.sums = static_cast<float*>(to.sums);
+      output.sums_stride = problem_.features;
+      output.accumulate = to.accumulate || smooths;
+    }
+    // Only kept scores have maxima; other blocks hold gradients.
+    if (reads_scores_ && block.maxima != nullptr) {
+      const auto product =
+          of_input ? products_.grad_input_from_scores : products_.grad_weight_from_scores;
+      check(product(call, score_gradient(tokens, block), stream_));
+    } else {
+      const auto product = of_input ? products_.grad_input_product : products_.grad_weight_product;
+      check(product(call, stream_));
+    }
+    follows_writing_product_ = to.at_once;
+  }
+
+  /// Whether the product may overlap those launched just before: they write gradients at once, too,
+  /// and other rows. What they read no product writes: scores leave grad_weight by a copy, a launch in
+  /// between.
+  bool overlaps_previous(const ProductTarget& to) {
+    const bool overlaps = follows_writing_product_ && to.rows.begin >= *to.written;
+    if (!overlaps) tokens_written_ = classes_written_ = 0;
+    *to.written = to.rows.end;
+    return overlaps;
   }
 
   /// Bias and class weights in the accumulation type; sums of grad_bias that start at zero.
@@ -277,15 +306,15 @@ class CudaBackend : public Backend {
   }
 
   /// u = x W^T of the generic kernels, into the block.
-  void multiply_scores(Range classes, Range tokens, const ScoreBlock& block) const {
-    const Matrix x = memory_.input_rows(tokens);
-    const Matrix x_transposed = {x.data, x.dtype, x.columns, x.rows, x.column_stride, x.row_stride};
-    gemm(memory_.weight_rows(classes), x_transposed, false, block.data, block.stride);
+  void compute_scores(Range classes, Range tokens, const ScoreBlock& block) const {
+    gemm(memory_.weight_rows(classes), transposed(memory_.input_rows(tokens)), false, block.data,
+         block.stride);
   }
 
-  void products_to_gradient(const Block& shape, Range tokens, const ScoreBlock& block) {
-    check(block_gradient(shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
-                         memory_.targets(tokens), memory_.coefficients(tokens), stream_));
+  void scores_to_gradient(const Block& shape, Range tokens, const ScoreBlock& block) {
+    check(block_gradient({shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
+                          memory_.targets(tokens), memory_.coefficients(tokens)},
+                         stream_));
   }
 
   void add_to_bias(const Block& shape, const ScoreBlock& block) {
@@ -294,11 +323,6 @@ class CudaBackend : public Backend {
                             memory_.bias_sum(), stream_));
   }
 
-  /// Whether the products find kept scores, rather than gradients, in the block. Only kept scores
-  /// have maxima.
-  bool holds_scores(const ScoreBlock& block) const {
-    return multiplies_scores_ && block.maxima != nullptr;
-  }
   ScoreGradient score_gradient(Range tokens, const ScoreBlock& block) const {
     const StoredScores scores = CallMemory::stored_scores(block);
     return {scores.maxima,
@@ -313,9 +337,8 @@ class CudaBackend : public Backend {
   void list_work(ProductOfGradient product, const Block& shape, const ScoreBlock& block,
                  GradientOperands* operands) {
     if (block.tiles == nullptr) return;
-    check(make_work_list(product, shape.classes, shape.tokens,
-                         static_cast<const uint8_t*>(block.tiles), block.tiles_stride,
-                         memory_.work_list(), &operands->list, stream_));
+    check(make_work_list(product, shape.classes, shape.tokens, marks_of(block), memory_.work_list(),
+                         &operands->list, stream_));
   }
 
   /// Sums [rows, features] to the gradient, still without either.
@@ -328,7 +351,7 @@ class CudaBackend : public Backend {
     return update;
   }
 
-  /// Of one of several terms that add up in split sums.
+  /// The update of one of several terms that add up in split sums.
   static WeightUpdate split_update(bool first, bool last) {
     return first  ? WeightUpdate::kSplitFirst
            : last ? WeightUpdate::kSplitLast
@@ -339,16 +362,6 @@ class CudaBackend : public Backend {
     update.sums = memory_.input_sum(tokens);
     update.gradient = memory_.grad_input_row(tokens.begin);
     return update;
-  }
-  /// The same update in a product's epilogue.
-  static ProductOutput written_by_product(const RowUpdate& update) {
-    ProductOutput output;
-    output.gradient = update.gradient;
-    output.gradient_stride = update.gradient_stride;
-    output.split = update.split;
-    output.update = update.update;
-    output.scale = static_cast<const float*>(update.scale);
-    return output;
   }
 
   /// Gradients, or scores, that lie where their product will be written.
@@ -361,30 +374,28 @@ class CudaBackend : public Backend {
     operands->gradient_stride = stride;
   }
 
-  /// The part of grad_input that label smoothing gives: weighted_n sum_v w_v W[v].
-  void start_with_smoothing(Range tokens) {
-    if (!has_smoothing_row_) {
-      const Matrix weight = memory_.weight_rows({0, problem_.vocab});
-      check(weighted_row_sum(weight.data, weight.row_stride, problem_.dtype, problem_.vocab,
-                             problem_.features, static_cast<const float*>(terms_.class_weight),
-                             memory_.weight_row_sum(), stream_));
+  /// The part of a gradient that label smoothing gives, a matrix of rank one, into the sums:
+  /// weighted_n sum_v w_v W[v] of grad_input, w_v sum_n weighted_n x[n] of grad_weight.
+  void add_smoothing(const ProductTarget& to, Range classes, Range tokens) {
+    const bool of_input = to.product == ProductOfGradient::kGradInput;
+    const auto* class_weight = static_cast<const float*>(terms_.class_weight);
+    const float* token_weight = memory_.weighted(tokens);
+    float* const row = of_input ? memory_.weight_row_sum() : memory_.input_row_sum();
+    if (!of_input) {
+      sum_rows(to.other, token_weight, row);
+    } else if (!has_smoothing_row_) {
+      sum_rows(memory_.weight_rows({0, problem_.vocab}), class_weight, row);
       has_smoothing_row_ = true;
     }
-    check(outer_product(memory_.weighted(tokens), memory_.weight_row_sum(), tokens.size(),
-                        problem_.features, false, static_cast<float*>(memory_.input_sum(tokens)),
-                        problem_.features, stream_));
+    const float* factors = of_input                  ? token_weight
+                           : class_weight == nullptr ? nullptr
+                                                     : class_weight + classes.begin;
+    check(outer_product(factors, row, to.rows.size(), problem_.features, to.accumulate,
+                        static_cast<float*>(to.sums), problem_.features, stream_));
   }
-
-  /// Likewise of grad_weight: w_v sum_n weighted_n x[n].
-  void add_smoothing(Range classes, Range tokens, bool accumulate, float* sums) {
-    const Matrix input = memory_.input_rows(tokens);
-    check(weighted_row_sum(input.data, input.row_stride, problem_.dtype, tokens.size(),
-                           problem_.features, memory_.weighted(tokens), memory_.input_row_sum(),
-                           stream_));
-    const auto* weights = static_cast<const float*>(terms_.class_weight);
-    check(outer_product(weights == nullptr ? nullptr : weights + classes.begin,
-                        memory_.input_row_sum(), classes.size(), problem_.features, accumulate,
-                        sums, problem_.features, stream_));
+  void sum_rows(const Matrix& matrix, const float* factors, float* sums) {
+    check(weighted_row_sum(matrix.data, matrix.row_stride, problem_.dtype, matrix.rows,
+                           problem_.features, factors, sums, stream_));
   }
 
   const Problem& problem_;
@@ -395,17 +406,17 @@ class CudaBackend : public Backend {
   const TokenArrays& tokens_;
   void* const stream_;
   const bool fused_, handwritten_;
-  const bool apart_;  // label smoothing is added to the products of the gradients
+  const bool writes_gradients_;  // products may: label smoothing is not added to their sums
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
   LogitTerms terms_;
-  bool multiplies_scores_ = false;  // kept scores go into the products as they are
+  bool reads_scores_ = false;  // kept scores go into the gradient products as they are
   bool wrote_grad_input_ = false;
-  // Of the products that may run beside one another:
+  // For products that may overlap:
   bool follows_writing_product_ = false;
   int64_t tokens_written_ = 0, classes_written_ = 0;
   bool has_smoothing_row_ = false;
-  // Of the last scores():
+  // What the last scores() computed:
   PartialStatistics last_partials_;
   int64_t last_range_ = 1;
   ScoreBlock last_block_;

@@ -4,7 +4,7 @@
 // All N tokens take part; those without a target have coefficients of zero. What a kept score is
 // depends on the kernels (select.h):
 //
-//   fused        exp(z - max) of a tile of classes, 16 bits, with the maxima beside (StoredScores)
+//   fused        exp(z - max) of a tile of classes, 16 bits, and the maxima (StoredScores)
 //   generic      the product u = x W^T in the accumulation type
 //
 // Both turn into gradients in place, 16-bit ones for 16-bit inputs. Float products shrink: row v of

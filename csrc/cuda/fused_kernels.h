@@ -1,18 +1,120 @@
-// The functions of a fused architecture (architecture.h), in the variant that was selected.
+// The kernels of fused architectures (architecture.h): scores and gradient products of 16-bit matrices
+// on tensor cores, with all that follows them in their epilogues. Each architecture has the same
+// functions in its own namespace. Sums in fp32; nothing but the results is rounded.
 #pragma once
 
+#include "core/weight_update.h"
 #include "cuda/architecture.h"
-#include "cuda/launch.h"
+#include "cuda/kernel_arguments.h"
+#include "cuda/work_list.h"
 
 namespace memeff::cuda {
 
-/// Null: the variant has no such kernel.
+// ---- scores ----
+
+/// u = x W^T of some tokens and classes.
+struct LinearOperands {
+  const void* input = nullptr;  // x [tokens, features], features adjacent
+  int64_t input_stride = 0;
+  const void* weight = nullptr;  // W [classes, features]: from the block's first class on
+  int64_t weight_stride = 0;
+  int64_t features = 0;
+  DType dtype = DType::kBFloat16;  // or fp16
+};
+
+/// Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores; then
+/// classes_per_range is kStoredTile and first_class a multiple of it. No probabilities.
+struct LinearStatistics {
+  Block block;
+  LinearOperands operands;
+  LogitTerms terms;
+  Targets targets;
+  int64_t classes_per_range = kStoredTile;
+  PartialStatistics partials;
+  float* target_logit = nullptr;  // as in BlockStatistics
+  StoredScores scores;
+};
+
+/// The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the
+/// operands' type. Marks its tiles where that is requested. No probabilities.
+struct LinearGradient {
+  Block block;
+  LinearOperands operands;
+  LogitTerms terms;
+  Targets targets;
+  Coefficients coefficients;
+  void* gradient = nullptr;
+  int64_t stride = 0;
+  TileMarks marks;
+};
+
+// ---- gradient products ----
+
+/// A gradient with respect to u, times the other operand of the linear layer.
+struct GradientOperands {
+  const void* gradient = nullptr;  // G [classes, tokens] of `dtype`
+  int64_t gradient_stride = 0;
+  const void* other = nullptr;  // W [classes, features] for grad_input, x [tokens, features] else
+  int64_t other_stride = 0;
+  int64_t features = 0;
+  DType dtype = DType::kBFloat16;
+  WorkList list = {};  // of this product; tiles of G that are not in it count as zero
+};
+
+/// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
+/// `accumulate`); else it goes to the 16-bit gradient as RowUpdate describes.
+struct ProductOutput {
+  float* sums = nullptr;
+  int64_t sums_stride = 0;
+  bool accumulate = false;
+  void* gradient = nullptr;
+  int64_t gradient_stride = 0;
+  SplitSums split;
+  WeightUpdate update = WeightUpdate::kWrite;
+  const float* scale = nullptr;
+  // The product may run at the same time as the one launched before it in the stream (and as those
+  // that it overlaps): none writes what another reads or writes. A product whose last tiles keep few
+  // multiprocessors busy then shares the others with this one. sm80 ignores it.
+  bool overlaps_previous = false;
+
+  /// Whether adding zeros is adding nothing, so that rows without work may be left as they are.
+  bool only_adds() const {
+    return sums != nullptr ? accumulate : update == WeightUpdate::kSplitNext;
+  }
+};
+
+/// G^T W [tokens, features], or G x [classes, features].
+struct GradientProduct {
+  Block block;
+  GradientOperands operands;
+  ProductOutput output;
+};
+
+/// What stored_gradient makes of stored scores, in addition to the scores themselves.
+struct ScoreGradient {
+  const float* maxima = nullptr;  // of StoredScores
+  int64_t maxima_stride = 0;
+  LogitTerms terms;
+  Targets targets;
+  Coefficients coefficients;
+  const float* target_gradient = nullptr;
+};
+
+// ---- the functions of an architecture ----
+
+/// Null: the architecture has no such kernel.
 struct FusedKernels {
-  LinearStatistics* linear_statistics = nullptr;
-  LinearGradient* linear_gradient = nullptr;
-  GradientProduct *grad_input_product = nullptr, *grad_weight_product = nullptr;
-  // Of variants that read scores, and whether they can make these gradients on the way.
+  using Product = Status(const GradientProduct& call, void* stream);
+  /// Straight from stored scores: operands.gradient is StoredScores::data, and G what stored_gradient
+  /// would write there, bit for bit, but is never written.
+  using ProductFromScores = Status(const GradientProduct& call, const ScoreGradient& scores,
+                                   void* stream);
+
+  Status (*linear_statistics)(const LinearStatistics& call, void* stream) = nullptr;
+  Status (*linear_gradient)(const LinearGradient& call, void* stream) = nullptr;
+  Product *grad_input_product = nullptr, *grad_weight_product = nullptr;
   ProductFromScores *grad_input_from_scores = nullptr, *grad_weight_from_scores = nullptr;
+  /// Whether products from scores know the terms of these gradients.
   bool (*accepts_scores)(const ScoreGradient& scores) = nullptr;
 };
 

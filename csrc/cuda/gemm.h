@@ -30,7 +30,7 @@ inline bool upcasts(DType dtype, const Gpu& gpu) {
 }
 
 /// Pieces are [kUpcastRows, kUpcastDepth] and [kUpcastDepth, kUpcastColumns], 8 MiB each: little
-/// beside a budget, yet 256 tiles of 128 x 128 for the GPU, and a sum of C for 1024 multiply-adds.
+/// of a budget, yet 256 tiles of 128 x 128 for the GPU, and a sum of C for 1024 multiply-adds.
 constexpr int64_t kUpcastRows = 2048, kUpcastDepth = 1024, kUpcastColumns = 2048;
 
 /// What the pieces of a product [rows, inner] [inner, columns] take of torch's allocator.

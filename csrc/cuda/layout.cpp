@@ -5,8 +5,8 @@
 
 #include "core/compact_sum.h"
 #include "core/tiling.h"
-#include "cuda/launch.h"
 #include "cuda/tokens.h"
+#include "cuda/work_list.h"
 
 namespace memeff::cuda {
 namespace {

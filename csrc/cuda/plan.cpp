@@ -8,8 +8,8 @@
 
 #include "core/tiling.h"
 #include "cuda/gemm.h"
-#include "cuda/launch.h"
 #include "cuda/plan_sizes.h"
+#include "cuda/work_list.h"
 
 namespace memeff::cuda {
 namespace {
@@ -107,8 +107,8 @@ Plan in_separate_sweeps(const PlanRequest& r, const PlanTraits& t, const Plan& p
   return separate;
 }
 
-/// Tiles of a product fill the GPU round by round; where it runs beside others (ProductOutput::beside)
-/// these fill its last round and the time of its launch.
+/// Tiles of a product fill the GPU round by round; where it overlaps others
+/// (ProductOutput::overlaps_previous) these fill its last round and the time of its launch.
 enum class Rounds { kWhole, kShared };
 
 /// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in

@@ -40,7 +40,7 @@ struct Layout {
   int64_t bias_sum = 0;         // A [V]
   int64_t kept_maxima = 0;      // [tiles, kept tokens] fp32, of stored scores
   int64_t tiles = 0;            // [tiles, kept token tiles] bytes: which may not be skipped
-  int64_t work_list = 0;        // which tiles a product does not skip: work_list_bytes() (launch.h)
+  int64_t work_list = 0;        // which tiles a product does not skip: work_list_bytes()
   int64_t scores = 0;           // scores of the chunk [V, chunk_tokens]
   int64_t remainder = 0;        // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
   int64_t exponents = 0;        // of compact sums of grad_weight [V or slice_vocab, exponents of D]

@@ -1,13 +1,13 @@
 // Host entry points of the kernels that work on tokens, not on scores: what takes part, statistics
 // from partial statistics, coefficients of the gradient, the loss. The formulas are those of
-// core/problem.h; all pointers of the Problem are device pointers here. As in launch.h nothing
+// core/problem.h; all pointers of the Problem are device pointers here. Nothing
 // synchronises; arithmetic is in fp64 (a few numbers per token), in a fixed order.
 #pragma once
 
 #include <cstdint>
 
 #include "core/problem.h"
-#include "cuda/launch.h"
+#include "cuda/work_list.h"
 
 namespace memeff::cuda {
 
@@ -38,18 +38,18 @@ struct TokenArrays {
   double* entropy = nullptr;       // null unless the problem wants statistics; so are:
   double* maximum = nullptr;
   int64_t* argmax = nullptr;
-  // The arrays of Coefficients (launch.h), of A: target_rest for index targets, weighted with label
+  // The arrays of Coefficients (kernel_arguments.h), of A: target_rest for index targets, weighted with label
   // smoothing, else they may be null.
   void *shift = nullptr, *softmax = nullptr, *target_coefficient = nullptr, *target_rest = nullptr,
        *weighted = nullptr;
   // A; of token statistics with a gradient of the entropy
   void *entropy_coefficient = nullptr, *centre = nullptr;
-  // Of a problem with token statistics (whose pointer lies in host memory) what kernels need of it.
+  // What kernels need of a problem's token statistics, whose pointer lies in host memory.
   bool for_statistics = false;
   TokenStatistics wanted;
   // Whether the gradients of the logits leave `weighted` out: it is then added to their products.
   bool weighted_apart = false;
-  // Of stored scores: dz_y times dz/du (without logit_scale for 16-bit inputs, whose output_scale has
+  // The entry of the target, for stored scores: dz_y times dz/du (without logit_scale for 16-bit inputs, whose output_scale has
   // it); null: no scores are stored.
   float* target_gradient = nullptr;
 };
@@ -83,13 +83,11 @@ Status write_loss(const Problem& problem, const TokenArrays& tokens, void* strea
 Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                               int64_t end, void* stream);
 
-/// Which tiles of stored scores a gradient may leave out (0; see make_work_list): those where
-/// each token's probability mass is less than skip_mass * (classes of the tile) / vocab and no target
-/// lies; tokens left out do not matter. Ranges of the partial statistics are tiles of kStoredTile
+/// Marks the tiles of stored scores that a gradient may leave out (TileMarks; tokens left out do not
+/// matter). Ranges of the partial statistics are tiles of kStoredTile
 /// classes. For 16-bit inputs, whose scores are stored; not with class probabilities, nor label
 /// smoothing unless weighted_apart: their gradient reaches every class.
 Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,
-                  const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
-                  int64_t tiles_stride, void* stream);
+                  const PartialStatistics& partials, const TileMarks& marks, void* stream);
 
 }  // namespace memeff::cuda

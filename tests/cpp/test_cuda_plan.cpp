@@ -6,8 +6,8 @@
 
 #include "check.h"
 #include "cuda/gemm.h"
-#include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/work_list.h"
 
 namespace {
 

@@ -55,7 +55,7 @@ void cluster_wait() {
   current->clock.join(barrier.completed);
 }
 
-// ---- launches beside one another: in truth they follow one another; see global_memory.cpp ----
+// ---- overlapping launches: in truth they follow one another; see global_memory.cpp ----
 
 void launch_dependents() {}
 void wait_for_grid() { block->waited_for_grid = true; }

@@ -33,9 +33,10 @@
 #define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   MEMEFF_LAUNCH_CLUSTERS(1, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define MEMEFF_LAUNCH_CLUSTERS(cluster, kernel, grid, block, shared_bytes, stream, ...) \
-  MEMEFF_LAUNCH_BESIDE(false, cluster, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
-#define MEMEFF_LAUNCH_BESIDE(beside, cluster, kernel, grid, block, shared_bytes, stream, ...) \
-  ((void)(stream), ::memeff::emulator::launch(#kernel, (cluster), (beside), (grid), (block),  \
+  MEMEFF_LAUNCH_OVERLAPPED(false, cluster, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define MEMEFF_LAUNCH_OVERLAPPED(overlaps, cluster, kernel, grid, block, shared_bytes, stream, \
+                                 ...)                                                          \
+  ((void)(stream), ::memeff::emulator::launch(#kernel, (cluster), (overlaps), (grid), (block), \
                                               (shared_bytes), [=] { (kernel)(__VA_ARGS__); }))
 
 // A plain __shared__ variable would be invisible to the checks.

@@ -14,7 +14,7 @@ void cluster_wait();
 // The address in the cluster's shared memory of what lies at `address` in the block `rank`.
 std::uint32_t map_shared(std::uint32_t address, std::uint32_t rank);
 
-// ---- launches beside one another ----
+// ---- overlapping launches ----
 void launch_dependents();
 void wait_for_grid();
 

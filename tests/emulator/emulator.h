@@ -94,17 +94,17 @@ Counters& counters();
 
 // Runs `body(arguments)` once per thread of the grid and returns when all have ended or a defect
 // made it impossible to go on. Prefer MEMEFF_LAUNCH, which is the same line for nvcc.
-// `cluster` blocks, neighbours along x, form a cluster. With `beside`, the grid may run at the same
-// time as the one before it, and as those that that one ran beside: what they write must not meet.
-void launch_erased(const char* kernel_name, int cluster, bool beside, dim3 grid, dim3 block,
+// `cluster` blocks, neighbours along x, form a cluster. With `overlaps`, the grid may run at the same
+// time as the one before it, and as those that it overlaps: what they write must not meet.
+void launch_erased(const char* kernel_name, int cluster, bool overlaps, dim3 grid, dim3 block,
                    std::size_t dynamic_shared_bytes, void (*body)(const void*),
                    const void* arguments, std::size_t argument_bytes);
 
 template <class Closure>
-void launch(const char* kernel_name, int cluster, bool beside, dim3 grid, dim3 block,
+void launch(const char* kernel_name, int cluster, bool overlaps, dim3 grid, dim3 block,
             std::size_t dynamic_shared_bytes, const Closure& closure) {
   launch_erased(
-      kernel_name, cluster, beside, grid, block, dynamic_shared_bytes,
+      kernel_name, cluster, overlaps, grid, block, dynamic_shared_bytes,
       [](const void* erased) { (*static_cast<const Closure*>(erased))(); }, &closure,
       sizeof(Closure));
 }

@@ -1,6 +1,6 @@
 // Registered global buffers: exact bounds, read-only inputs, and races inside a cluster and between
 // clusters (without clusters: blocks). Clusters of a launch have no order, so any conflict between
-// two of them is a race; so is one between launches of which one may run beside the other. All other
+// two of them is a race; so is one between launches that may overlap. All other
 // launches follow one another.
 #include "emulator/internal.h"
 
@@ -11,7 +11,7 @@ namespace memeff::emulator {
 
 namespace {
 
-// The shadow of one granule. Two readers are remembered: enough to notice a write that overtakes a
+// The shadow of one granule. Two readers are remembered: enough to catch a write that overtakes a
 // read, at a cost that buffers of many megabytes can bear.
 struct Cell {
   int launches = -1;

@@ -32,7 +32,7 @@ constexpr int kMaxThreads = 1024;
 FiberContext scheduler_fiber;
 std::mt19937_64 random_bits;
 int launches = 0;
-// Launches that run beside one another are of a kind, and count their clusters in common.
+// Launches that overlap are of a kind, and count their clusters in common.
 int launch_groups = 0, clusters_of_group = 0;
 std::size_t shared_used_before[kMaxClusterSize] = {};
 void (*kernel_body)(const void*) = nullptr;
@@ -178,10 +178,10 @@ bool run_cluster(Cluster& c) {
   while (!c.abandoned && deliver_one(c)) {
   }
   for (const Block& b : c.blocks)
-    if (c.beside && !c.abandoned && !b.waited_for_grid)
+    if (c.overlaps && !c.abandoned && !b.waited_for_grid)
       report(Defect::kInFlightAtExit, nullptr,
              "block %u,%u,%u ends without griddepcontrol.wait: the next launch would not wait for "
-             "the one beside which this one ran",
+             "the one that this one overlaps",
              b.index.x, b.index.y, b.index.z);
   cluster = nullptr;
   return !c.abandoned && !deadlock;
@@ -220,7 +220,7 @@ void abandon_launch() {
   std::abort();
 }
 
-void launch_erased(const char* kernel_name, int cluster_size, bool beside, dim3 grid,
+void launch_erased(const char* kernel_name, int cluster_size, bool overlaps, dim3 grid,
                    dim3 block_dim, std::size_t dynamic_shared_bytes, void (*body)(const void*),
                    const void* arguments, std::size_t argument_bytes) {
   static std::mutex one_launch_at_a_time;  // torch's autograd threads launch kernels too
@@ -228,7 +228,7 @@ void launch_erased(const char* kernel_name, int cluster_size, bool beside, dim3 
   if (!launch_is_legal(kernel_name, cluster_size, grid, block_dim, dynamic_shared_bytes)) return;
 
   ++launches;
-  if (!beside) ++launch_groups, clusters_of_group = 0;
+  if (!overlaps) ++launch_groups, clusters_of_group = 0;
   kernel_body = body;
   random_bits.seed(config().seed * 7919 + static_cast<std::uint64_t>(launches));
   std::vector<int> order(grid.x * grid.y * grid.z / static_cast<unsigned>(cluster_size));
@@ -242,7 +242,7 @@ void launch_erased(const char* kernel_name, int cluster_size, bool beside, dim3 
     c.grid = grid;
     c.number = clusters_of_group + number;
     c.launches = launch_groups;
-    c.beside = beside;
+    c.overlaps = overlaps;
     c.arguments = static_cast<const char*>(arguments);
     c.argument_bytes = argument_bytes;
     c.blocks = std::vector<Block>(cluster_size);

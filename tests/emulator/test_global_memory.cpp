@@ -98,7 +98,7 @@ __global__ void second_launch(float* out) {
   if (i < 128) out[i] += out[255 - i];
 }
 
-// Launched beside one another: none may touch what another writes, each must outlast the one before.
+// Overlapping launches: none may touch what another writes, each must outlast the one before.
 __global__ void first_of_several(float* out) {
   ptx::launch_dependents();
   out[threadIdx.x] = 1.f;
@@ -113,7 +113,7 @@ void launch_three() {
   MEMEFF_LAUNCH(first_of_several, dim3(1), dim3(32), 0, nullptr, data);
   for (const int first : {32, 64}) {
     const auto kernel = another<kMeets, kEndsFirst>;
-    MEMEFF_LAUNCH_BESIDE(true, 1, kernel, dim3(1), dim3(32), 0, nullptr, data, first);
+    MEMEFF_LAUNCH_OVERLAPPED(true, 1, kernel, dim3(1), dim3(32), 0, nullptr, data, first);
   }
 }
 
@@ -175,7 +175,7 @@ int main() {
       MEMEFF_LAUNCH(second_launch, dim3(2), dim3(128), 0, nullptr, data);
       for (int i = 0; i < 256; ++i) CHECK(data[i] == (i < 128 ? 2.f : 1.f));
     });
-    expect_clean("launches beside one another", [] { launch_three<false, false>(); });
+    expect_clean("overlapping launches", [] { launch_three<false, false>(); });
     EXPECT_DEFECT("they meet", kGlobalRace, nullptr, [] { launch_three<true, false>(); });
     EXPECT_DEFECT("they do not wait", kInFlightAtExit, nullptr,
                   [] { launch_three<false, true>(); });

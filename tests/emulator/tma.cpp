@@ -229,7 +229,7 @@ void bulk_commit() {
 }
 
 void bulk_wait(int pending, bool) {
-  // Reading and writing happen at once here, at the last moment that a waiting thread could notice.
+  // Reading and writing happen at once here, at the last moment at which a waiting thread could see it.
   BulkStores& mine = stores_of_current();
   while (static_cast<int>(mine.groups.size()) > pending) {
     const BulkStoreGroup& group = mine.groups.front();

@@ -11,7 +11,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/fused_kernels.h"
 #include "emulator/check.h"
 
 namespace memeff::cuda {

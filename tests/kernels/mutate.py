@@ -39,7 +39,7 @@ REACHED = COPY / "reached.txt"  # by the last run of a program: numbers of mutan
 # Calls that synchronise: the language's, those of csrc/cuda/ptx by their names, and sm90's helpers.
 CALL = (
     r"(?:__sync(?:threads|warp)|ptx::\w*(?:wait|commit|fence|arrive|(?<!a)sync)\w*(?:<[^>]*>)?"
-    r"|leave_(?:read_)?stage|finish_loads|wait_until_empty|boxes\.finish)\("
+    r"|release_(?:read_)?stage|finish_loads|wait_until_empty|boxes\.finish)\("
 )
 # Such a call as a statement of its own, possibly under an `if` of the same line.
 STATEMENT = re.compile(rf"^(\s*(?:if \(.*\) )?)({CALL}[^;]*\);)")

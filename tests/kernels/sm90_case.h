@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "core/tiling.h"
-#include "cuda/launch.h"
+#include "cuda/sm90/kernels.h"
 #include "emulator/check.h"
 #include "kernels/linear_case.h"
 
@@ -60,15 +60,10 @@ inline constexpr auto kInput = BufferAccess::kReadOnly;
 // The kernels under test: without and with clusters.
 struct Family {
   const char* name;
-  LinearStatistics* linear_statistics;
-  LinearGradient* linear_gradient;
-  cuda::GradientProduct *grad_input_product, *grad_weight_product;
+  FusedKernels kernels;
 };
-inline constexpr Family kFamilies[] = {
-    {"sm90", sm90::linear_statistics, sm90::linear_gradient, sm90::grad_input_product,
-     sm90::grad_weight_product},
-    {"sm90x2", sm90x2::linear_statistics, sm90x2::linear_gradient, sm90x2::grad_input_product,
-     sm90x2::grad_weight_product}};
+inline const Family kFamilies[] = {{"sm90", sm90::fused_kernels(1)},
+                                   {"sm90x2", sm90::fused_kernels(2)}};
 inline Family family;  // under test
 
 // ---- x W^T ----

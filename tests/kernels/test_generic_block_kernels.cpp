@@ -3,7 +3,7 @@
 #include <limits>
 #include <random>
 
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 #include "kernels/arrays.h"
 
 using namespace memeff;
@@ -121,8 +121,9 @@ void test_statistics(const Case& c, DType dtype) {
     partials.target_dot = dot.data(), partials.target_mass = mass.data();
     partials.target_plain = plain.data();
   }
-  CHECK(block_statistics(e.block(), e.products.data(), e.stride, dtype, e.terms(), e.targets(),
-                         c.classes_per_range, partials, target_logit.data(), nullptr)
+  CHECK(block_statistics({e.block(), e.products.data(), e.stride, dtype, e.terms(), e.targets(),
+                          c.classes_per_range, partials, target_logit.data()},
+                         nullptr)
             .ok());
 
   const double roundoff = unit_roundoff(dtype);
@@ -245,8 +246,9 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
                      16 * roundoff * magnitude * (1 + std::abs(z) + std::abs(k.shift.at(n)));
     }
 
-  CHECK(block_gradient(e.block(), e.products.data(), e.stride, dtype, gradient_dtype, e.terms(),
-                       e.targets(), k.of(c), nullptr)
+  CHECK(block_gradient({e.block(), e.products.data(), e.stride, dtype, gradient_dtype, e.terms(),
+                        e.targets(), k.of(c)},
+                       nullptr)
             .ok());
   const int64_t stride = e.stride * size_of(dtype) / size_of(gradient_dtype);
   for (int64_t v = 0; v < c.classes; ++v) {
@@ -319,9 +321,11 @@ void test_special_values() {
   PartialStatistics partials;
   partials.max = max.data(), partials.sum = sum.data(), partials.entropy = entropy.data();
   partials.argmax = argmax.data(), partials.max_stride = partials.stride = kTokens;
-  CHECK(block_statistics(e.block(), e.products.data(), e.stride, DType::kFloat32, {}, {}, 64,
-                         partials, nullptr, nullptr)
-            .ok());
+  CHECK(
+      block_statistics(
+          {e.block(), e.products.data(), e.stride, DType::kFloat32, {}, {}, 64, partials, nullptr},
+          nullptr)
+          .ok());
   CHECK(max.at(kOneFinite) == 1 && sum.at(kOneFinite) == 1 && entropy.at(kOneFinite) == 0);
   CHECK(argmax[kOneFinite] == 1007);
   for (int64_t range = 0; range < ranges; ++range) {
@@ -344,8 +348,9 @@ void test_special_values() {
   Array dot(DType::kFloat32, ranges * kTokens, "dot"),
       plain(DType::kFloat32, ranges * kTokens, "plain");
   partials.target_dot = dot.data(), partials.target_plain = plain.data();
-  CHECK(block_statistics(hidden.block(), hidden.products.data(), hidden.stride, DType::kFloat32,
-                         hidden.terms(), hidden.targets(), 64, partials, nullptr, nullptr)
+  CHECK(block_statistics({hidden.block(), hidden.products.data(), hidden.stride, DType::kFloat32,
+                          hidden.terms(), hidden.targets(), 64, partials, nullptr},
+                         nullptr)
             .ok());
   CHECK(std::isfinite(dot.at(0)) && plain.at(0) == -inf);  // w = 0, but q is not
 
@@ -357,8 +362,15 @@ void test_special_values() {
     for (Array* array : {&k.softmax, &k.entropy}) array->set(n, counts ? 1.0 : 0.0);
     for (Array* array : {&k.centre, &k.target, &k.target_rest, &k.weighted}) array->set(n, 0.0);
   }
-  CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kBFloat16,
-                       {}, {}, k.of(Case{classes, kTokens, 2}), nullptr)
+  CHECK(block_gradient({e.block(),
+                        e.products.data(),
+                        e.stride,
+                        DType::kFloat32,
+                        DType::kBFloat16,
+                        {},
+                        {},
+                        k.of(Case{classes, kTokens, 2})},
+                       nullptr)
             .ok());
   for (int64_t v = 0; v < classes; ++v)
     for (int64_t n = 0; n < kTokens; ++n) {
@@ -383,8 +395,15 @@ void test_target_of_a_peaked_softmax() {
   }
   const Coefficients coefficients{k.shift.data(), k.softmax.data(), nullptr,
                                   nullptr,        k.target.data(),  k.target_rest.data()};
-  CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32, {},
-                       e.targets(), coefficients, nullptr)
+  CHECK(block_gradient({e.block(),
+                        e.products.data(),
+                        e.stride,
+                        DType::kFloat32,
+                        DType::kFloat32,
+                        {},
+                        e.targets(),
+                        coefficients},
+                       nullptr)
             .ok());
   for (int64_t n = 0; n < 3; ++n)
     compare(e.products.at(n % 2 * e.stride + n), -5e-10, 1e-15, "peaked target", DType::kFloat32);
@@ -403,8 +422,15 @@ void test_small_target_of_a_flat_softmax() {
   }
   const Coefficients coefficients{k.shift.data(), k.softmax.data(), nullptr,
                                   nullptr,        k.target.data(),  k.target_rest.data()};
-  CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32, {},
-                       e.targets(), coefficients, nullptr)
+  CHECK(block_gradient({e.block(),
+                        e.products.data(),
+                        e.stride,
+                        DType::kFloat32,
+                        DType::kFloat32,
+                        {},
+                        e.targets(),
+                        coefficients},
+                       nullptr)
             .ok());
   for (int64_t n = 0; n < 3; ++n) {
     const double wanted = 0.5 * std::exp(-20.0) + n * 1e-9;
@@ -424,8 +450,15 @@ void test_targets_without_coefficients() {
       k.shift.set(n, 0.0), k.softmax.set(n, 0.5);
       for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, 0.0);
     }
-    CHECK(block_gradient(e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32,
-                         {}, e.targets(), {k.shift.data(), k.softmax.data()}, nullptr)
+    CHECK(block_gradient({e.block(),
+                          e.products.data(),
+                          e.stride,
+                          DType::kFloat32,
+                          DType::kFloat32,
+                          {},
+                          e.targets(),
+                          {k.shift.data(), k.softmax.data()}},
+                         nullptr)
               .ok());
     for (int64_t v = 0; v < 2; ++v)
       for (int64_t n = 0; n < 3; ++n) CHECK(e.products.at(v * e.stride + n) == 0.5);
@@ -437,8 +470,8 @@ void test_statuses() {
   Array max(DType::kFloat32, 8, "max"), sum(DType::kFloat32, 8, "sum");
   const auto statistics = [&](const Block& block, DType dtype, int64_t per_range,
                               const PartialStatistics& partials) {
-    return block_statistics(block, e.products.data(), e.stride, dtype, {}, {}, per_range, partials,
-                            nullptr, nullptr);
+    return block_statistics(
+        {block, e.products.data(), e.stride, dtype, {}, {}, per_range, partials, nullptr}, nullptr);
   };
   PartialStatistics partials;
   CHECK(!statistics(e.block(), DType::kFloat32, 64, partials).ok());
@@ -451,7 +484,7 @@ void test_statuses() {
   CHECK(!statistics(e.block(), DType::kFloat32, 64, partials).ok());
 
   const auto gradient = [&](const Block& block, DType from, DType to) {
-    return block_gradient(block, e.products.data(), e.stride, from, to, {}, {}, {}, nullptr);
+    return block_gradient({block, e.products.data(), e.stride, from, to, {}, {}, {}}, nullptr);
   };
   CHECK(!gradient(e.block(), DType::kFloat64, DType::kFloat32).ok());
   CHECK(!gradient(e.block(), DType::kBFloat16, DType::kBFloat16).ok());

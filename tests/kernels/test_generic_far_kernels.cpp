@@ -4,7 +4,7 @@
 
 #include <random>
 
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 #include "kernels/arrays.h"
 
 using namespace memeff;
@@ -96,9 +96,16 @@ void test_statistics() {
       const int64_t stride = i == 0 ? kColumns : kFarStride;
       const Targets soft{nullptr, i == 0 ? near_q.data() : far_q.data(), DType::kFloat32, 1,
                          stride};
-      CHECK(block_statistics(kBlock, i == 0 ? near.data() : far.data(), stride, DType::kFloat32, {},
-                             probabilities ? soft : Targets{index.data()}, 64, partials,
-                             target_logit[i].data(), nullptr)
+      CHECK(block_statistics({kBlock,
+                              i == 0 ? near.data() : far.data(),
+                              stride,
+                              DType::kFloat32,
+                              {},
+                              probabilities ? soft : Targets{index.data()},
+                              64,
+                              partials,
+                              target_logit[i].data()},
+                             nullptr)
                 .ok());
     }
     for (int64_t n = 0; n < kColumns; ++n) {
@@ -121,9 +128,15 @@ void test_gradients() {
     FarRows far(DType::kFloat32);
     far.copy_from(near.data());
     for (const bool is_far : {false, true})
-      CHECK(block_gradient(kBlock, is_far ? far.data() : near.data(),
-                           is_far ? kFarStride : kColumns, DType::kFloat32, dtype, {},
-                           {index.data()}, coefficients, nullptr)
+      CHECK(block_gradient({kBlock,
+                            is_far ? far.data() : near.data(),
+                            is_far ? kFarStride : kColumns,
+                            DType::kFloat32,
+                            dtype,
+                            {},
+                            {index.data()},
+                            coefficients},
+                           nullptr)
                 .ok());
     CHECK(far.equals(near.data(), kColumns * size_of(dtype)));
   }
@@ -134,8 +147,14 @@ void test_gradients() {
   for (const bool is_far : {false, true}) {
     const StoredScores scores{is_far ? far.data() : near.data(), is_far ? kFarStride : kColumns,
                               static_cast<float*>(shift.data()), kColumns};
-    CHECK(stored_gradient(kBlock, scores, DType::kBFloat16, {}, {index.data()}, coefficients,
-                          static_cast<const float*>(target_gradient.data()), nullptr)
+    CHECK(stored_gradient({kBlock,
+                           scores,
+                           DType::kBFloat16,
+                           {},
+                           {index.data()},
+                           coefficients,
+                           static_cast<const float*>(target_gradient.data())},
+                          nullptr)
               .ok());
   }
   CHECK(far.equals(near.data(), kColumns * 2));

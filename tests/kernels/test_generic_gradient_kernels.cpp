@@ -3,7 +3,7 @@
 #include <limits>
 #include <random>
 
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 #include "kernels/arrays.h"
 #include "kernels/compact_gradient.h"
 
@@ -101,9 +101,14 @@ void test_stored_gradient(const StoredCase& c, DType gradient_dtype) {
                                   coefficient.data(),
                                   nullptr,
                                   c.weighted ? weighted.data() : nullptr};
-  CHECK(stored_gradient({c.first_class, c.classes, c.tokens}, stored, gradient_dtype, terms,
-                        {target.data()}, coefficients,
-                        static_cast<const float*>(target_gradient.data()), nullptr)
+  CHECK(stored_gradient({{c.first_class, c.classes, c.tokens},
+                         stored,
+                         gradient_dtype,
+                         terms,
+                         {target.data()},
+                         coefficients,
+                         static_cast<const float*>(target_gradient.data())},
+                        nullptr)
             .ok());
   for (int64_t v = 0; v < c.classes; ++v) {
     for (int64_t n = 0; n < c.tokens; ++n)
@@ -144,8 +149,14 @@ void test_stored_special_values() {
     scores.set(kTokens + n, n == kNan ? std::nan("") : 0.0);
   }
   const StoredScores stored{scores.data(), kTokens, static_cast<float*>(maxima.data()), kTokens};
-  CHECK(stored_gradient({0, 2, kTokens}, stored, DType::kBFloat16, {}, {},
-                        {shift.data(), softmax.data(), entropy.data()}, nullptr, nullptr)
+  CHECK(stored_gradient({{0, 2, kTokens},
+                         stored,
+                         DType::kBFloat16,
+                         {},
+                         {},
+                         {shift.data(), softmax.data(), entropy.data()},
+                         nullptr},
+                        nullptr)
             .ok());
   CHECK(scores.at(kHalfInfinite, DType::kBFloat16) == 1.0);
   CHECK(scores.at(kTokens + kHalfInfinite, DType::kBFloat16) == 0.0);
@@ -155,7 +166,7 @@ void test_stored_special_values() {
 
   const auto status = [&](const Block& block, DType dtype, const LogitTerms& terms,
                           const Targets& targets, const Coefficients& coefficients) {
-    return stored_gradient(block, stored, dtype, terms, targets, coefficients, nullptr, nullptr);
+    return stored_gradient({block, stored, dtype, terms, targets, coefficients, nullptr}, nullptr);
   };
   const int64_t index = 0;
   CHECK(status({}, DType::kBFloat16, {}, {}, {}).ok());

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <random>
 
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 #include "kernels/arrays.h"
 
 using namespace memeff;

@@ -1,9 +1,10 @@
-// One consumer warpgroup of sm90 leads the other by two steps of k, in every tile that has as many
-// steps as the ring has stages, whatever the schedule (class Lead of csrc/cuda/sm90/pipeline.cuh).
+// One consumer warpgroup of sm90 is ahead of the other by two steps of k, in every tile that has as many
+// steps as the ring has stages, whatever the schedule (class Stagger of csrc/cuda/sm90/pipeline.cuh).
 // Which group issues its products when is all that is looked at here; numbers are checked by
 // test_sm90_*_kernels.cpp.
 #include <optional>
 
+#include "cuda/sm90/kernels.h"
 #include "kernels/linear_case.h"
 #include "kernels/work_list.h"
 
@@ -12,7 +13,7 @@ using namespace memeff::cuda;
 
 namespace {
 
-constexpr std::size_t kLeadSteps = 2, kStages = 4, kProductsPerStep = 4;
+constexpr std::size_t kStaggerSteps = 2, kStages = 4, kProductsPerStep = 4;
 
 // The consumer warpgroup, 0 or 1, of each product that the block of that number issued, in order.
 std::vector<std::size_t> issued[4];
@@ -20,7 +21,7 @@ void note(int block, int warpgroup) { issued[block].push_back(warpgroup - 1); }
 
 using Tiles = std::vector<std::size_t>;  // steps of a block's tiles, one after the other
 
-void check_lead(int block, const Tiles& tiles) {
+void check_stagger(int block, const Tiles& tiles) {
   std::vector<std::size_t> at[2];  // where a group's products are in `issued`
   for (std::size_t i = 0; i < issued[block].size(); ++i) at[issued[block][i]].push_back(i);
   std::size_t products = 0;
@@ -30,8 +31,8 @@ void check_lead(int block, const Tiles& tiles) {
   std::size_t first = 0;  // product of the tile
   for (const std::size_t steps : tiles) {
     // Steps are known to be finished when the next one's products are under way.
-    const std::size_t last_of_lead = first + (kLeadSteps + 1) * kProductsPerStep - 1;
-    if (steps >= kStages) CHECK(at[0][last_of_lead] < at[1][first]);
+    const std::size_t last_alone = first + (kStaggerSteps + 1) * kProductsPerStep - 1;
+    if (steps >= kStages) CHECK(at[0][last_alone] < at[1][first]);
     first += steps * kProductsPerStep;
   }
 }
@@ -85,7 +86,7 @@ void check(const std::vector<Tiles>& tiles_of_blocks, const std::function<Status
   emulator::config().on_wgmma = note;
   CHECK(launch().ok());
   for (std::size_t block = 0; block < tiles_of_blocks.size(); ++block)
-    check_lead(static_cast<int>(block), tiles_of_blocks[block]);
+    check_stagger(static_cast<int>(block), tiles_of_blocks[block]);
 }
 
 void test_products() {
@@ -94,17 +95,18 @@ void test_products() {
   Product product({1, 0, 3, 1, 1, 3, 0, 1});
   const std::vector<Tiles> marked = {{6, 2, 2, 0}, {6, 2, 2, 0}};
   check(marked, [&] {
-    return sm90::grad_input_product(kClasses, kTokens, product.operands(true), product.output(),
-                                    nullptr);
+    return sm90::grad_input_product<1>(
+        {{0, kClasses, kTokens}, product.operands(true), product.output()}, nullptr);
   });
   check(marked, [&] {
-    return sm90::grad_input_from_scores({0, kClasses, kTokens}, product.operands(true),
-                                        product.gradient(), product.output(), nullptr);
+    return sm90::grad_input_from_scores(
+        {{0, kClasses, kTokens}, product.operands(true), product.output()}, product.gradient(),
+        nullptr);
   });
   // Two clusters of two.
   check({{6, 6}, {6, 6}, {6, 6}, {6, 6}}, [&] {
-    return sm90x2::grad_input_product(kClasses, kTokens, product.operands(false), product.output(),
-                                      nullptr);
+    return sm90::grad_input_product<2>(
+        {{0, kClasses, kTokens}, product.operands(false), product.output()}, nullptr);
   });
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "cuda/sm80/kernels.h"
 #include "kernels/linear_case.h"
 #include "kernels/work_list.h"
 
@@ -103,9 +104,15 @@ void check_gradient(LinearCase<T>& c, const GradientOptions& options) {
     (*values)[c.shape.tokens / 2] = 0;
   GuardedMatrix<T> gradient("gradient", c.shape.classes, c.shape.tokens, options.padding,
                             options.offset, BufferAccess::kReadWrite);
-  const Status status = sm80::linear_gradient(
-      c.block(), c.operands(), c.terms(), c.targets(), pass<T>(coefficients, options),
-      gradient.data(), gradient.stride, nullptr, 0, 0.0, c.shape.classes, nullptr);
+  const Status status = sm80::linear_gradient({c.block(),
+                                               c.operands(),
+                                               c.terms(),
+                                               c.targets(),
+                                               pass<T>(coefficients, options),
+                                               gradient.data(),
+                                               gradient.stride,
+                                               {}},
+                                              nullptr);
   CHECK(status.ok());
   for (int64_t n = 0; n < c.shape.tokens; ++n)
     for (int64_t v = 0; v < c.shape.classes; ++v) {
@@ -162,9 +169,15 @@ void test_peaked_target() {
   TokenCoefficients coefficients(16);
   fill(coefficients, c);
   GuardedMatrix<__nv_bfloat16> gradient("gradient", 128, 16, 0, 0, BufferAccess::kReadWrite);
-  CHECK(sm80::linear_gradient(c.block(), c.operands(), c.terms(), c.targets(),
-                              pass<float>(coefficients, {}), gradient.data(), 16, nullptr, 0, 0.0,
-                              128, nullptr)
+  CHECK(sm80::linear_gradient({c.block(),
+                               c.operands(),
+                               c.terms(),
+                               c.targets(),
+                               pass<float>(coefficients, {}),
+                               gradient.data(),
+                               16,
+                               {}},
+                              nullptr)
             .ok());
   const double rest = 127 * std::exp(-20.0), miss = -rest / (1 + rest);  // p - 1
   for (int64_t n = 0; n < 16; ++n) {
@@ -203,9 +216,15 @@ void test_marks() {
   GuardedMatrix<T> gradient("gradient", 300, 300, 4, 0, BufferAccess::kReadWrite);
   GuardedArray<uint8_t> tiles("tiles", 3 * 5, BufferAccess::kReadWrite);
   std::fill(tiles.begin(), tiles.end(), 99);
-  CHECK(sm80::linear_gradient(c.block(), c.operands(), c.terms(), c.targets(),
-                              pass<T>(coefficients, {}), gradient.data(), gradient.stride,
-                              tiles.data(), 5, skip_mass, vocab, nullptr)
+  CHECK(sm80::linear_gradient({c.block(),
+                               c.operands(),
+                               c.terms(),
+                               c.targets(),
+                               pass<T>(coefficients, {}),
+                               gradient.data(),
+                               gradient.stride,
+                               {tiles.data(), 5, skip_mass, vocab}},
+                              nullptr)
             .ok());
   int marked[2] = {};
   for (int64_t class_tile = 0; class_tile < 3; ++class_tile)
@@ -287,8 +306,8 @@ struct ProductCase {
       operands.list = work->list;
     }
     return product == Product::kGradInput
-               ? sm80::grad_input_product(classes, tokens, operands, output, nullptr)
-               : sm80::grad_weight_product(classes, tokens, operands, output, nullptr);
+               ? sm80::grad_input_product({{0, classes, tokens}, operands, output}, nullptr)
+               : sm80::grad_weight_product({{0, classes, tokens}, operands, output}, nullptr);
   }
 
   // The sum and the sum of magnitudes.

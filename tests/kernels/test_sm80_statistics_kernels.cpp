@@ -1,6 +1,7 @@
 // linear_statistics of sm_80, emulated, against double precision.
 #include <algorithm>
 
+#include "cuda/sm80/kernels.h"
 #include "kernels/linear_case.h"
 
 using namespace memeff;
@@ -53,9 +54,10 @@ Status run(LinearCase<T>& c, const Options& options, Computed& out) {
     scores.maxima = out.max.data();
     scores.maxima_stride = out.max.stride;
   }
-  return sm80::linear_statistics(c.block(), c.operands(), c.terms(), c.targets(),
-                                 options.classes_per_range, partials,
-                                 options.target ? out.target.data() : nullptr, scores, nullptr);
+  return sm80::linear_statistics(
+      {c.block(), c.operands(), c.terms(), c.targets(), options.classes_per_range, partials,
+       options.target ? out.target.data() : nullptr, scores},
+      nullptr);
 }
 
 template <class T>
@@ -248,25 +250,25 @@ void test_errors() {
   options.classes_per_range = 256;
   refused(run(c, options, out), "classes_per_range = 128");
   PartialStatistics none;
-  refused(sm80::linear_statistics(c.block(), c.operands(), c.terms(), c.targets(), 128, none,
-                                  nullptr, {}, nullptr),
+  refused(sm80::linear_statistics(
+              {c.block(), c.operands(), c.terms(), c.targets(), 128, none, nullptr, {}}, nullptr),
           "max and sum");
   Targets probabilities;
   probabilities.probabilities = c.bias.data();
-  refused(sm80::linear_statistics(c.block(), c.operands(), c.terms(), probabilities, 128, none,
-                                  nullptr, {}, nullptr),
+  refused(sm80::linear_statistics(
+              {c.block(), c.operands(), c.terms(), probabilities, 128, none, nullptr, {}}, nullptr),
           "probabilities");
   LinearOperands wrong = c.operands();
   wrong.dtype = DType::kFloat32;
   none.max = out.max.data();
   none.sum = out.sum.data();
-  refused(sm80::linear_statistics(c.block(), wrong, c.terms(), c.targets(), 128, none, nullptr, {},
-                                  nullptr),
+  refused(sm80::linear_statistics(
+              {c.block(), wrong, c.terms(), c.targets(), 128, none, nullptr, {}}, nullptr),
           "bfloat16 or float16");
   Block empty = c.block();
   empty.tokens = 0;
-  CHECK(sm80::linear_statistics(empty, c.operands(), c.terms(), c.targets(), 128, none, nullptr, {},
-                                nullptr)
+  CHECK(sm80::linear_statistics(
+            {empty, c.operands(), c.terms(), c.targets(), 128, none, nullptr, {}}, nullptr)
             .ok());
 }
 

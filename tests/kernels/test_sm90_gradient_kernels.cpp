@@ -51,10 +51,16 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
   Matrix<T> gradient(c.classes, c.tokens, (8 - c.tokens % 8) % 8 + c.padding,
                      BufferAccess::kReadWrite, RowEnd::kPiece);
   Matrix<uint8_t> tiles(class_tiles, token_tiles, 2);
-  const Status status = family.linear_gradient(linear.block(), linear.operands(), linear.terms(),
-                                               linear.targets(), coefficients, gradient.data,
-                                               gradient.stride, marks ? tiles.data : nullptr,
-                                               tiles.stride, skip_mass, kVocab, nullptr);
+  const Status status = family.kernels.linear_gradient(
+      {linear.block(),
+       linear.operands(),
+       linear.terms(),
+       linear.targets(),
+       coefficients,
+       gradient.data,
+       gradient.stride,
+       {marks ? tiles.data : nullptr, tiles.stride, skip_mass, kVocab}},
+      nullptr);
   CHECK(status.ok());
   CHECK(gradient.padding_is_intact() && tiles.padding_is_intact());
 
@@ -123,8 +129,8 @@ struct Product {
   }
   Status operator()(int64_t classes, int64_t tokens, const GradientOperands& operands,
                     const ProductOutput& output) const {
-    return (of_weight ? family.grad_weight_product : family.grad_input_product)(
-        classes, tokens, operands, output, nullptr);
+    return (of_weight ? family.kernels.grad_weight_product : family.kernels.grad_input_product)(
+        {{0, classes, tokens}, operands, output}, nullptr);
   }
 };
 
@@ -191,9 +197,9 @@ void test_product(const ProductCase& c, bool of_weight) {
   output.gradient = gradient.data;
   output.gradient_stride = gradient.stride;
   output.scale = scale.data;
-  output.beside = true;  // of the one that adds to the sums: other memory, more blocks
+  output.overlaps_previous = true;  // of the one that adds to the sums: other memory, more blocks
   CHECK(product(c.classes, c.tokens, operands, output).ok());
-  output.beside = false;
+  output.overlaps_previous = false;
   const auto value = [&](int64_t row, int64_t d) { return to_double(gradient.at(row, d)); };
   expect(value, 0.37f, rounding<T>());
 

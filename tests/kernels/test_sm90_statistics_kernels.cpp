@@ -30,9 +30,10 @@ void test_statistics(const Case& c) {
   }
   StoredScores scores;
   if (c.store) scores = {kept.data, kept.stride, max.data, max.stride};
-  const Status status =
-      family.linear_statistics(linear.block(), linear.operands(), linear.terms(), linear.targets(),
-                               c.classes_per_range, partials, hit.data, scores, nullptr);
+  const Status status = family.kernels.linear_statistics(
+      {linear.block(), linear.operands(), linear.terms(), linear.targets(), c.classes_per_range,
+       partials, hit.data, scores},
+      nullptr);
   CHECK(status.ok());
   CHECK(max.padding_is_intact() && sum.padding_is_intact() && kept.padding_is_intact());
 
@@ -123,9 +124,9 @@ void test_argmax_of_equals() {
     partials.sum = sum.data;
     partials.argmax = argmax.data;
     partials.max_stride = partials.stride = c.tokens;
-    CHECK(family
-              .linear_statistics(linear.block(), operands, {}, {}, kClasses, partials, nullptr, {},
-                                 nullptr)
+    CHECK(family.kernels
+              .linear_statistics(
+                  {linear.block(), operands, {}, {}, kClasses, partials, nullptr, {}}, nullptr)
               .ok());
     for (int64_t n = 0; n < c.tokens; ++n) CHECK(argmax.at(0, n) == first);
   }
@@ -139,8 +140,8 @@ void test_refusals() {
   partials.sum = sum.data;
   partials.max_stride = partials.stride = 8;
   const auto accepted = [&](const LinearOperands& operands, int64_t range, const Targets& targets) {
-    return family
-        .linear_statistics(linear.block(), operands, {}, targets, range, partials, nullptr, {},
+    return family.kernels
+        .linear_statistics({linear.block(), operands, {}, targets, range, partials, nullptr, {}},
                            nullptr)
         .ok();
   };

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <memory>
 
+#include "cuda/generic_kernels.h"
+#include "cuda/sm90/kernels.h"
 #include "kernels/compact_gradient.h"
 #include "kernels/linear_case.h"
 #include "kernels/work_list.h"
@@ -111,8 +113,9 @@ struct Scores {
                   static_cast<std::size_t>(c.tokens) * 2);
     const ScoreGradient t = terms();
     StoredScores scores{gradient.data(), gradient.stride, maxima.data(), maxima.stride};
-    CHECK(stored_gradient(block(), scores, dtype_of<T>(), t.terms, t.targets, t.coefficients,
-                          t.target_gradient, nullptr)
+    CHECK(stored_gradient({block(), scores, dtype_of<T>(), t.terms, t.targets, t.coefficients,
+                           t.target_gradient},
+                          nullptr)
               .ok());
     GradientOperands written = operands();
     written.gradient = gradient.data();
@@ -157,11 +160,11 @@ void test_product(const ScoreCase& c, bool of_weight) {
   Scores<T> scores(c, of_weight);
   const GradientOperands operands = scores.operands(), written = scores.written_gradient();
   const auto from_scores = of_weight ? sm90::grad_weight_from_scores : sm90::grad_input_from_scores;
-  const auto from_gradient = of_weight ? sm90::grad_weight_product : sm90::grad_input_product;
+  const auto from_gradient = of_weight ? sm90::grad_weight_product<1> : sm90::grad_input_product<1>;
   const int64_t rows = of_weight ? c.classes : c.tokens;
   const auto run_both = [&](const ProductOutput& ours, const ProductOutput& theirs) {
-    CHECK(from_scores(scores.block(), operands, scores.terms(), ours, nullptr).ok());
-    CHECK(from_gradient(c.classes, c.tokens, written, theirs, nullptr).ok());
+    CHECK(from_scores({scores.block(), operands, ours}, scores.terms(), nullptr).ok());
+    CHECK(from_gradient({scores.block(), written, theirs}, nullptr).ok());
   };
 
   GuardedMatrix<float> sums("sums", rows, c.features, c.padding, 0, BufferAccess::kReadWrite);
@@ -198,10 +201,10 @@ void test_product(const ScoreCase& c, bool of_weight) {
   theirs.gradient = other.data();
   ours.gradient_stride = theirs.gradient_stride = rounded.stride;
   ours.scale = theirs.scale = scale.data();
-  ours.beside = theirs.beside = true;  // of those that add to the sums
+  ours.overlaps_previous = theirs.overlaps_previous = true;  // the products that add to the sums
   run_both(ours, theirs);
   CHECK(same(rounded, other));
-  ours.beside = theirs.beside = false;
+  ours.overlaps_previous = theirs.overlaps_previous = false;
   // Split sums, whose steps through the ring have no factors. Halves are those of bf16.
   CompactGradient<T> codes(rows, c.features, c.padding, 0),
       wanted_codes(rows, c.features, c.padding, 0);
@@ -253,7 +256,7 @@ void test_refusals() {
   output.sums_stride = sums.stride;
   const auto accepted = [&](const Block& block, const GradientOperands& operands,
                             const ScoreGradient& terms) {
-    return sm90::grad_input_from_scores(block, operands, terms, output, nullptr).ok();
+    return sm90::grad_input_from_scores({block, operands, output}, terms, nullptr).ok();
   };
   const Block block = scores.block();
   const GradientOperands operands = scores.operands();

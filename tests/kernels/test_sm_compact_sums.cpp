@@ -1,6 +1,8 @@
 // Gradient products into compact sums, every family, emulated: the bits that the scalar model makes of
 // the same products' fp32 sums, over several chunks, down to the final rounding.
 #include <optional>
+#include "cuda/sm80/kernels.h"
+#include "cuda/sm90/kernels.h"
 #include "kernels/compact_gradient.h"
 #include "kernels/work_list.h"
 
@@ -11,12 +13,11 @@ namespace {
 
 struct Family {
   const char* name;
-  GradientProduct *grad_input_product, *grad_weight_product;
+  FusedKernels kernels;
 };
-constexpr Family kFamilies[] = {
-    {"sm80", sm80::grad_input_product, sm80::grad_weight_product},
-    {"sm90", sm90::grad_input_product, sm90::grad_weight_product},
-    {"sm90x2", sm90x2::grad_input_product, sm90x2::grad_weight_product}};
+const Family kFamilies[] = {{"sm80", sm80::fused_kernels(1)},
+                            {"sm90", sm90::fused_kernels(1)},
+                            {"sm90x2", sm90::fused_kernels(2)}};
 
 struct ProductCase {
   int64_t classes, tokens, features;
@@ -29,7 +30,7 @@ template <class T>
 struct Chunks {
   Chunks(const Family& family, const ProductCase& c, bool of_weight)
       : c(c),
-        launch(of_weight ? family.grad_weight_product : family.grad_input_product),
+        launch(of_weight ? family.kernels.grad_weight_product : family.kernels.grad_input_product),
         product(of_weight ? ProductOfGradient::kGradWeight : ProductOfGradient::kGradInput),
         random(53),
         g("G", c.classes, c.tokens, (8 - c.tokens % 8) % 8, 0, BufferAccess::kReadOnly),
@@ -61,11 +62,11 @@ struct Chunks {
       work.emplace(product, c.classes, c.tokens, tiles.data(), tile_count(c.tokens));
       operands.list = work->list;
     }
-    return launch(c.classes, c.tokens, operands, output, nullptr);
+    return launch({{0, c.classes, c.tokens}, operands, output}, nullptr);
   }
 
   ProductCase c;
-  GradientProduct* launch;
+  FusedKernels::Product* launch;
   ProductOfGradient product;
   std::mt19937 random;
   GuardedMatrix<T> g, other;
@@ -118,7 +119,7 @@ void test_refusals() {
   output.gradient_stride = compact.gradient.stride;
   output.update = WeightUpdate::kSplitFirst;
   for (const Family& family : kFamilies) {
-    chunks.launch = family.grad_weight_product;
+    chunks.launch = family.kernels.grad_weight_product;
     output.split = {};
     CHECK(!chunks.run(output).ok());
     output.split = compact.split();

@@ -263,8 +263,8 @@ void test_tiles() {
   Buffer<uint8_t> tiles(ranges * stride, "tiles");
   const auto mark = [&](double skip_mass, const PartialStatistics& partials) {
     for (int64_t i = 0; i < ranges * stride; ++i) tiles[i] = 77;
-    CHECK(mark_tiles(e.problem, e.tokens, begin, c.tokens, partials, skip_mass, tiles.data(),
-                     stride, nullptr)
+    CHECK(mark_tiles(e.problem, e.tokens, begin, c.tokens, partials,
+                     {tiles.data(), stride, skip_mass, e.problem.vocab}, nullptr)
               .ok());
     for (int64_t i = 0; i < ranges * stride; ++i)
       CHECK((tiles[i] == 77) == (i % stride >= columns));
@@ -294,8 +294,8 @@ void test_tiles() {
   }
 
   e.problem.label_smoothing = 0.1;
-  CHECK(!mark_tiles(e.problem, e.tokens, begin, c.tokens, partials.pointers, kSkipMass,
-                    tiles.data(), stride, nullptr)
+  CHECK(!mark_tiles(e.problem, e.tokens, begin, c.tokens, partials.pointers,
+                    {tiles.data(), stride, kSkipMass, e.problem.vocab}, nullptr)
              .ok());
 }
 

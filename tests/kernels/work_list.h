@@ -3,15 +3,15 @@
 
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/work_list.h"
 #include "emulator/check.h"
 
 namespace memeff::cuda {
 
-// Made of marks by make_work_list. Its memory has the size that launch.h says and held noise before.
+// Made of marks by make_work_list. Its memory has the size that cuda/work_list.h says and held noise before.
 class ListedWork {
  public:
-  ListedWork(ProductOfGradient product, int64_t classes, int64_t tokens, const uint8_t* tiles,
+  ListedWork(ProductOfGradient product, int64_t classes, int64_t tokens, uint8_t* tiles,
              int64_t tiles_stride)
       : rows(count(product == ProductOfGradient::kGradInput ? tokens : classes)),
         k_tiles(count(product == ProductOfGradient::kGradInput ? classes : tokens)),
@@ -19,7 +19,7 @@ class ListedWork {
         memory_(static_cast<std::size_t>((bytes_ + 7) / 8), -1),
         guard_(memory_.data(), static_cast<std::size_t>(bytes_), "work list",
                emulator::BufferAccess::kReadWrite, 4) {
-    CHECK(make_work_list(product, classes, tokens, tiles, tiles_stride, memory_.data(), &list,
+    CHECK(make_work_list(product, classes, tokens, {tiles, tiles_stride}, memory_.data(), &list,
                          nullptr)
               .ok());
   }

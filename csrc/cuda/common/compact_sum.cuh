@@ -27,7 +27,7 @@ MEMEFF_DEVICE uint32_t compact_exponent(uint32_t largest) {
   return exponent < kLeastCompactExponent ? kLeastCompactExponent : exponent;
 }
 
-// Of a block with inf or NaN: bf16.
+// The codes of a block with inf or NaN: bf16.
 struct PlainCodes {
   MEMEFF_DEVICE explicit PlainCodes(uint32_t) {}
   MEMEFF_DEVICE float value(uint32_t code) const { return __uint_as_float(code & 0xffff0000u); }
@@ -39,7 +39,7 @@ struct PlainCodes {
   }
 };
 
-// Of all others.
+// The codes of all other blocks.
 class CompactCodes {
  public:
   // No initialisers: nvcc leaves them to the host's compiler as well, which does not know the function.

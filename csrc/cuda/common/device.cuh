@@ -6,7 +6,7 @@
 //   MEMEFF_DYNAMIC_SHARED(name)       unsigned char* name: the launch's dynamic shared memory
 //   MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
 //   MEMEFF_LAUNCH_CLUSTERS(size, kernel, ...)   the same in clusters of `size` blocks along x
-//   MEMEFF_LAUNCH_BESIDE(beside, size, kernel, ...)   if `beside`, may start before the launch in front
+//   MEMEFF_LAUNCH_OVERLAPPED(overlaps, size, kernel, ...)   if `overlaps`, may start before the one before
 //                                     has ended, once all its blocks called launch_dependents; each
 //                                     block must then wait_for_grid before it ends
 //   MEMEFF_CHECK_ALIGNED(p, bytes)    nothing on a GPU, where a misaligned access traps by itself
@@ -27,9 +27,9 @@
 #define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define MEMEFF_LAUNCH_CLUSTERS(size, kernel, grid, block, shared_bytes, stream, ...) \
-  MEMEFF_LAUNCH_BESIDE(false, size, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
-#define MEMEFF_LAUNCH_BESIDE(beside, size, kernel, grid, block, shared_bytes, stream, ...)     \
-  ::memeff::cuda::launch_clusters((beside), (size), (kernel), (grid), (block), (shared_bytes), \
+  MEMEFF_LAUNCH_OVERLAPPED(false, size, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+#define MEMEFF_LAUNCH_OVERLAPPED(overlaps, size, kernel, grid, block, shared_bytes, stream, ...) \
+  ::memeff::cuda::launch_clusters((overlaps), (size), (kernel), (grid), (block), (shared_bytes), \
                                   (stream), __VA_ARGS__)
 
 #define MEMEFF_CHECK_ALIGNED(pointer, bytes) ((void)0)
@@ -73,7 +73,7 @@ static inline Status allow_shared_memory(Kernel kernel, int bytes) {
 class ClusterLaunch {
  public:
   ClusterLaunch(int size, dim3 grid, dim3 block, int shared_bytes, void* stream,
-                bool beside = false) {
+                bool overlaps = false) {
     attributes_[0].id = cudaLaunchAttributeClusterDimension;
     attributes_[0].val.clusterDim = {static_cast<unsigned>(size), 1, 1};
     attributes_[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -83,7 +83,7 @@ class ClusterLaunch {
     config_.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config_.stream = static_cast<cudaStream_t>(stream);
     config_.attrs = attributes_;
-    config_.numAttrs = beside ? 2 : 1;
+    config_.numAttrs = overlaps ? 2 : 1;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
   ClusterLaunch& operator=(const ClusterLaunch&) = delete;
@@ -94,12 +94,12 @@ class ClusterLaunch {
   cudaLaunchConfig_t config_{};
 };
 
-// MEMEFF_LAUNCH_BESIDE. What goes wrong, launch_status reports.
+// MEMEFF_LAUNCH_OVERLAPPED. What goes wrong, launch_status reports.
 template <class... Parameters, class... Arguments>
-static inline void launch_clusters(bool beside, int size, void (*kernel)(Parameters...), dim3 grid,
-                                   dim3 block, int shared_bytes, void* stream,
+static inline void launch_clusters(bool overlaps, int size, void (*kernel)(Parameters...),
+                                   dim3 grid, dim3 block, int shared_bytes, void* stream,
                                    const Arguments&... arguments) {
-  const ClusterLaunch launch(size, grid, block, shared_bytes, stream, beside);
+  const ClusterLaunch launch(size, grid, block, shared_bytes, stream, overlaps);
   (void)cudaLaunchKernelEx(launch.config(), kernel, arguments...);
 }
 

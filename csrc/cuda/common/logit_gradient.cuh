@@ -1,4 +1,4 @@
-// The gradient of one logit from the coefficients of its token (Coefficients in launch.h).
+// The gradient of one logit from the coefficients of its token (Coefficients in kernel_arguments.h).
 #pragma once
 
 #include "cuda/common/logit_transform.cuh"
@@ -63,7 +63,7 @@ MEMEFF_DEVICE void load_member(TokenCoefficients<A> (&c)[kCount], A TokenCoeffic
   for (int i = 0; i < kCount; ++i) c[i].*member = values[i];
 }
 
-// Of kCount adjacent tokens; those beyond `count` get zeros.
+// The coefficients of kCount adjacent tokens; those beyond `count` get zeros.
 template <int kCount, class A>
 MEMEFF_DEVICE void load_coefficients(TokenCoefficients<A> (&c)[kCount], const Coefficients& from,
                                      int64_t token, int count) {

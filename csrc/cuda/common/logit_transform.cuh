@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common/vector_io.cuh"
-#include "cuda/launch.h"
+#include "cuda/kernel_arguments.h"
 
 namespace memeff::cuda {
 

@@ -3,7 +3,7 @@
 
 #include "core/weight_update.h"
 #include "cuda/common/compact_sum.cuh"
-#include "cuda/launch.h"
+#include "cuda/kernel_arguments.h"
 
 namespace memeff::cuda {
 

@@ -3,17 +3,6 @@
 
 namespace memeff::cuda::generic {
 
-static constexpr Variant kVariants[] = {{"", 1, false}};
-
-const Architecture architecture = {
-    "generic",
-    [](const Problem&, const Gpu&) { return true; },
-    [](int) { return 1.0; },
-    /*fused=*/false,
-    /*overlaps_launches=*/false,
-    /*overlaps_epilogue=*/false,
-    kVariants,
-    1,
-};
+const Architecture architecture = {"generic", [](const Problem&, const Gpu&) { return true; }};
 
 }  // namespace memeff::cuda::generic

@@ -7,7 +7,7 @@
 // type, in an order that the number of tokens alone determines.
 #include "core/tiling.h"
 #include "cuda/common/vector_io.cuh"
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 
 namespace memeff::cuda {
 

@@ -1,6 +1,6 @@
 // From stored products to the gradient with respect to them, in place, any architecture.
 //
-//   du[v,t] = dz[v,t] (1 - (z / softcap)^2), dz as in Coefficients (launch.h)     [classes, tokens]
+//   du[v,t] = dz[v,t] (1 - (z / softcap)^2), dz as in Coefficients (kernel_arguments.h)     [classes, tokens]
 //
 // A thread block of 256 threads is `lanes` threads along the tokens (32 to 256, by how many there
 // are), each with 16 bytes of a row, by 256 / lanes groups of rows. A thread loads the coefficients
@@ -18,6 +18,7 @@
 // (target_gradient in logit_gradient.cuh) and is stored after the others.
 #include "core/tiling.h"
 #include "cuda/common/logit_gradient.cuh"
+#include "cuda/generic_kernels.h"
 
 namespace memeff::cuda {
 
@@ -144,16 +145,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
 // 4 instantiations: (T, G) = (float, float), (float, bf16), (float, fp16), (double, double).
 template <class T, class G>
-Status launch(const Block& block, void* products, int64_t stride, const LogitTerms& terms,
-              const Targets& targets, const Coefficients& coefficients, void* stream) {
+Status launch(const BlockGradient& call, void* stream) {
+  const Block& block = call.block;
   GradientArguments<T> arguments;
-  arguments.products = static_cast<T*>(products);
-  arguments.stride = stride;
+  arguments.products = static_cast<T*>(call.products);
+  arguments.stride = call.stride;
   arguments.block = block;
-  arguments.transform = logit_transform<T>(terms, block.first_class);
-  arguments.coefficients = coefficients;
+  arguments.transform = logit_transform<T>(call.terms, block.first_class);
+  arguments.coefficients = call.coefficients;
   // Targets without coefficients are none.
-  const Targets counted = coefficients.target == nullptr ? Targets{} : targets;
+  const Targets counted = call.coefficients.target == nullptr ? Targets{} : call.targets;
   arguments.index = counted.index;
   arguments.probabilities = probability_targets<T>(counted, block.first_class);
 
@@ -177,21 +178,14 @@ Status launch(const Block& block, void* products, int64_t stride, const LogitTer
 
 }  // namespace
 
-Status block_gradient(const Block& block, void* products, int64_t stride, DType dtype,
-                      DType gradient_dtype, const LogitTerms& terms, const Targets& targets,
-                      const Coefficients& coefficients, void* stream) {
-  if (block.tokens == 0 || block.classes == 0) return {};
-  const auto run = [&](auto function) {
-    return function(block, products, stride, terms, targets, coefficients, stream);
-  };
-  if (dtype == DType::kFloat64 && gradient_dtype == DType::kFloat64)
-    return run(launch<double, double>);
-  if (dtype == DType::kFloat32 && gradient_dtype == DType::kFloat32)
-    return run(launch<float, float>);
-  if (dtype == DType::kFloat32 && gradient_dtype == DType::kBFloat16)
-    return run(launch<float, __nv_bfloat16>);
-  if (dtype == DType::kFloat32 && gradient_dtype == DType::kFloat16)
-    return run(launch<float, __half>);
+Status block_gradient(const BlockGradient& call, void* stream) {
+  const DType from = call.dtype, to = call.gradient_dtype;
+  if (call.block.tokens == 0 || call.block.classes == 0) return {};
+  if (from == DType::kFloat64 && to == DType::kFloat64) return launch<double, double>(call, stream);
+  if (from == DType::kFloat32 && to == DType::kFloat32) return launch<float, float>(call, stream);
+  if (from == DType::kFloat32 && to == DType::kBFloat16)
+    return launch<float, __nv_bfloat16>(call, stream);
+  if (from == DType::kFloat32 && to == DType::kFloat16) return launch<float, __half>(call, stream);
   return {"block_gradient: from float32 to float32 or 16 bits, or from float64 to float64"};
 }
 

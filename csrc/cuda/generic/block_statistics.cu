@@ -16,6 +16,7 @@
 // maximum moves.
 #include "core/tiling.h"
 #include "cuda/common/online_softmax.cuh"
+#include "cuda/generic_kernels.h"
 
 namespace memeff::cuda {
 
@@ -180,24 +181,23 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
 
 // 4 instantiations: 2 types, with and without what few losses need.
 template <class A>
-Status launch(const Block& block, const void* products, int64_t stride, const LogitTerms& terms,
-              const Targets& targets, int64_t classes_per_range, const PartialStatistics& partials,
-              void* target_logit, void* stream) {
+Status launch(const BlockStatistics& call, void* stream) {
+  const Block& block = call.block;
   StatisticsArguments<A> arguments;
-  arguments.products = static_cast<const A*>(products);
-  arguments.stride = stride;
-  arguments.classes_per_range = classes_per_range;
+  arguments.products = static_cast<const A*>(call.products);
+  arguments.stride = call.stride;
+  arguments.classes_per_range = call.classes_per_range;
   arguments.token_tiles = ceil_div(block.tokens, kTile<A>);
   arguments.block = block;
-  arguments.transform = logit_transform<A>(terms, block.first_class);
-  arguments.index = targets.index;
-  arguments.probabilities = probability_targets<A>(targets, block.first_class);
-  arguments.partials = partials;
-  arguments.target_logit = static_cast<A*>(target_logit);
+  arguments.transform = logit_transform<A>(call.terms, block.first_class);
+  arguments.index = call.targets.index;
+  arguments.probabilities = probability_targets<A>(call.targets, block.first_class);
+  arguments.partials = call.partials;
+  arguments.target_logit = static_cast<A*>(call.target_logit);
 
-  const bool full = wants_full(partials) || targets.probabilities != nullptr;
+  const bool full = wants_full(call.partials) || call.targets.probabilities != nullptr;
   const auto kernel = full ? block_statistics_kernel<A, true> : block_statistics_kernel<A, false>;
-  const int64_t ranges = ceil_div(block.classes, classes_per_range);
+  const int64_t ranges = ceil_div(block.classes, call.classes_per_range);
   const dim3 grid(static_cast<unsigned>(ranges * arguments.token_tiles));
   MEMEFF_LAUNCH(kernel, grid, dim3(kLanes, kWarps), 0, stream, arguments);
   return launch_status();
@@ -205,24 +205,19 @@ Status launch(const Block& block, const void* products, int64_t stride, const Lo
 
 }  // namespace
 
-Status block_statistics(const Block& block, const void* products, int64_t stride, DType dtype,
-                        const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
-                        const PartialStatistics& partials, void* target_logit, void* stream) {
-  if (block.tokens == 0 || block.classes == 0) return {};
+Status block_statistics(const BlockStatistics& call, void* stream) {
+  const PartialStatistics& partials = call.partials;
+  if (call.block.tokens == 0 || call.block.classes == 0) return {};
   if (partials.max == nullptr || partials.sum == nullptr)
     return {"block_statistics: max and sum must be given"};
-  if (classes_per_range <= 0) return {"block_statistics: classes_per_range must be positive"};
+  if (call.classes_per_range <= 0) return {"block_statistics: classes_per_range must be positive"};
   const bool wants_targets = partials.target_dot != nullptr || partials.target_mass != nullptr ||
                              partials.target_plain != nullptr;
-  if (wants_targets && targets.probabilities == nullptr)
+  if (wants_targets && call.targets.probabilities == nullptr)
     return {"block_statistics: sums over targets need class probabilities"};
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch<float>(block, products, stride, terms, targets, classes_per_range, partials,
-                           target_logit, stream);
-    case DType::kFloat64:
-      return launch<double>(block, products, stride, terms, targets, classes_per_range, partials,
-                            target_logit, stream);
+  switch (call.dtype) {
+    case DType::kFloat32: return launch<float>(call, stream);
+    case DType::kFloat64: return launch<double>(call, stream);
     default: return {"block_statistics: products are float32 or float64"};
   }
 }

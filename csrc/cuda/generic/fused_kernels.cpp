@@ -1,4 +1,4 @@
-// The generic kernels are not fused: what takes this architecture calls those of launch.h and cuBLAS.
+// The generic kernels are not fused: what takes this architecture calls those of generic_kernels.h and cuBLAS.
 #include "cuda/fused_kernels.h"
 
 namespace memeff::cuda::generic {

@@ -4,7 +4,7 @@
 //   grad_input[n]   += weighted_n sum_v w_v W[v]            weighted_row_sum, then outer_product
 //   grad_weight[v]  += w_v sum_n weighted_n x[n]
 //
-// Used where blocks of gradients may skip tiles (skip_mass), which this part would keep from being
+// Used where blocks of gradients may skip tiles (work_list.h), which this part would keep from being
 // small.
 //
 // weighted_row_sum: a thread block owns 64 adjacent columns; its 1024 threads are 8 lanes along
@@ -15,7 +15,7 @@
 // Numerics: fp32.
 #include "core/tiling.h"
 #include "cuda/common/vector_io.cuh"
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 
 namespace memeff::cuda {
 

@@ -12,7 +12,7 @@
 // (common/weight_update.cuh).
 #include "core/tiling.h"
 #include "cuda/common/weight_update.cuh"
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 
 namespace memeff::cuda {
 

@@ -14,6 +14,7 @@
 // derivative is not needed; with `weighted` it would be.
 #include "core/tiling.h"
 #include "cuda/common/logit_gradient.cuh"
+#include "cuda/generic_kernels.h"
 
 namespace memeff::cuda {
 
@@ -111,30 +112,29 @@ Status launch(const StoredArguments& arguments, bool full, void* stream) {
 
 }  // namespace
 
-Status stored_gradient(const Block& block, const StoredScores& scores, DType gradient_dtype,
-                       const LogitTerms& terms, const Targets& targets,
-                       const Coefficients& coefficients, const float* target_gradient,
-                       void* stream) {
+Status stored_gradient(const StoredGradient& call, void* stream) {
+  const Block& block = call.block;
+  const Coefficients& coefficients = call.coefficients;
   if (block.tokens == 0 || block.classes == 0) return {};
   if (block.first_class % kStoredTile != 0)
     return {"stored_gradient: the block begins inside a tile of classes"};
-  if (targets.probabilities != nullptr)
+  if (call.targets.probabilities != nullptr)
     return {"stored_gradient: class probabilities need stored products"};
-  if (terms.softcap != 0 && coefficients.weighted != nullptr)
+  if (call.terms.softcap != 0 && coefficients.weighted != nullptr)
     return {"stored_gradient: softcap with `weighted` needs stored products"};
-  if (targets.index != nullptr && target_gradient == nullptr)
+  if (call.targets.index != nullptr && call.target_gradient == nullptr)
     return {"stored_gradient: index targets need target_gradient"};
   StoredArguments arguments;
-  arguments.scores = scores;
+  arguments.scores = call.scores;
   arguments.token_tiles = ceil_div(block.tokens, kTile);
   arguments.block = block;
-  arguments.transform = logit_transform<float>(terms, block.first_class);
-  arguments.index = targets.index;
+  arguments.transform = logit_transform<float>(call.terms, block.first_class);
+  arguments.index = call.targets.index;
   arguments.coefficients = coefficients;
-  arguments.target_gradient = target_gradient;
-  const bool full =
-      terms.softcap != 0 || coefficients.entropy != nullptr || coefficients.weighted != nullptr;
-  switch (gradient_dtype) {
+  arguments.target_gradient = call.target_gradient;
+  const bool full = call.terms.softcap != 0 || coefficients.entropy != nullptr ||
+                    coefficients.weighted != nullptr;
+  switch (call.gradient_dtype) {
     case DType::kBFloat16: return launch<__nv_bfloat16>(arguments, full, stream);
     case DType::kFloat16: return launch<__half>(arguments, full, stream);
     default: return {"stored_gradient: gradients are bfloat16 or float16"};

@@ -8,7 +8,7 @@
 //   restore_statistics  lse as an earlier merge left it
 //   mark_tiles          stored tiles without enough probability mass to matter
 //
-// The last step of merging and restoring makes the coefficients (launch.h) of
+// The last step of merging and restoring makes the coefficients (kernel_arguments.h) of
 //
 //   dz_v / g = p_v ( (1-eps) w_y + eps/V sum_v w_v + 2 z_loss lse D/D_z )
 //              - (1-eps) w_y [v == y]  (or (1-eps) w_v q_v)  - eps/V w_v
@@ -123,7 +123,7 @@ struct Factors {
   double softmax = 0.0, target = 0.0, weighted = 0.0, entropy = 0.0, expected_logit = 0.0;
 };
 
-// Of token statistics, from the caller's upstream gradients (core/problem.h).
+// Coefficients of token statistics, from the caller's upstream gradients (core/problem.h).
 MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenArrays& tokens,
                                             int64_t token, double lse) {
   const TokenStatistics& wanted = tokens.wanted;
@@ -232,7 +232,7 @@ MEMEFF_DEVICE double sum_over_warps(double value, double* scratch) {
   return sum;
 }
 
-// Of one token: `values` points to its element of the first range.
+// A token's sum over all ranges: `values` points to its element of the first range.
 template <class A>
 MEMEFF_DEVICE double sum_over_ranges(const void* values, int64_t column, int64_t stride,
                                      int64_t ranges, double* scratch) {
@@ -373,13 +373,13 @@ constexpr int kMarkingWarps = 8;
 // classes. Bound by reading the partial statistics once.
 __global__ void __launch_bounds__(32 * kMarkingWarps)
     mark_tiles_kernel(TokenArrays tokens, int64_t begin, int64_t end, PartialStatistics partials,
-                      int64_t vocab, double skip_mass, uint8_t* tiles, int64_t tiles_stride) {
+                      TileMarks to) {
   const int64_t range = int64_t{blockIdx.y} * kMarkingWarps + threadIdx.y;
-  if (range * kStoredTile >= vocab) return;
-  const int64_t rest = vocab - range * kStoredTile;
+  if (range * kStoredTile >= to.vocab) return;
+  const int64_t rest = to.vocab - range * kStoredTile;
   const int64_t classes = rest < kStoredTile ? rest : kStoredTile;
   const auto enough =
-      static_cast<float>(skip_mass * static_cast<double>(classes) / static_cast<double>(vocab));
+      static_cast<float>(to.mass * static_cast<double>(classes) / static_cast<double>(to.vocab));
   const auto* max = static_cast<const float*>(partials.max) + range * partials.max_stride;
   const auto* sum = static_cast<const float*>(partials.sum) + range * partials.stride;
   bool counts = false;
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(32 * kMarkingWarps)
     counts |= !(mass < enough) || target == kBadTarget || target / kStoredTile == range;
   }
   const int any = __any_sync(~0u, counts);
-  if (threadIdx.x == 0) tiles[range * tiles_stride + blockIdx.x] = any != 0 ? 1 : 0;
+  if (threadIdx.x == 0) to.marks[range * to.stride + blockIdx.x] = any != 0 ? 1 : 0;
 }
 
 }  // namespace
@@ -439,17 +439,15 @@ Status restore_statistics(const Problem& problem, const TokenArrays& tokens, int
 }
 
 Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,
-                  const PartialStatistics& partials, double skip_mass, uint8_t* tiles,
-                  int64_t tiles_stride, void* stream) {
+                  const PartialStatistics& partials, const TileMarks& marks, void* stream) {
   if (!is_16_bit(problem.dtype)) return {"mark_tiles: scores are stored of 16-bit inputs only"};
   if (problem.probabilities != nullptr || (problem.label_smoothing > 0 && !tokens.weighted_apart))
     return {"mark_tiles: class probabilities and label smoothing reach every tile"};
   if (begin == end) return {};
-  const int64_t vocab = problem.vocab;
   const dim3 grid(blocks_of(end - begin, kTokenTile),
-                  blocks_of(vocab, kStoredTile * kMarkingWarps));
+                  blocks_of(marks.vocab, kStoredTile * kMarkingWarps));
   MEMEFF_LAUNCH(mark_tiles_kernel, grid, dim3(32, kMarkingWarps), 0, stream, tokens, begin, end,
-                partials, vocab, skip_mass, tiles, tiles_stride);
+                partials, marks);
   return launch_status();
 }
 

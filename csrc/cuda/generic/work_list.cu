@@ -17,7 +17,7 @@
 
 #include "core/tiling.h"
 #include "cuda/common/device.cuh"
-#include "cuda/launch.h"
+#include "cuda/work_list.h"
 
 namespace memeff::cuda {
 
@@ -116,12 +116,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 }  // namespace
 
 Status make_work_list(ProductOfGradient product, int64_t classes, int64_t tokens,
-                      const uint8_t* tiles, int64_t tiles_stride, void* memory, WorkList* list,
-                      void* stream) {
+                      const TileMarks& tiles, void* memory, WorkList* list, void* stream) {
   const int class_tiles = static_cast<int>(ceil_div(classes, kStoredTile));
   const int token_tiles = static_cast<int>(ceil_div(tokens, kTokenTile));
   const bool of_input = product == ProductOfGradient::kGradInput;
-  const Marks marks{tiles, of_input ? 1 : tiles_stride, of_input ? tiles_stride : 1,
+  const Marks marks{tiles.marks, of_input ? 1 : tiles.stride, of_input ? tiles.stride : 1,
                     of_input ? token_tiles : class_tiles, of_input ? class_tiles : token_tiles};
   auto* const rows = static_cast<WorkRow*>(memory);
   auto* const counts = reinterpret_cast<int32_t*>(rows + marks.rows);

@@ -1,4 +1,4 @@
-// PTX of sm_90, each instruction beside the emulator's model of it; see sm80.cuh for the
+// PTX of sm_90, each instruction with the emulator's model of it; see sm80.cuh for the
 // conventions. Everything but stmatrix, mbarrier and TMA exists on sm_90a only: kernels guard their
 // bodies with __CUDA_ARCH_FEAT_SM90_ALL.
 #pragma once
@@ -84,6 +84,25 @@ MEMEFF_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
 #endif
 }
 
+// ---- overlapping launches ----
+
+// From here on the stream's next grid may start, if it was launched to overlap this one.
+MEMEFF_DEVICE void launch_dependents() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#else
+  emulator::launch_dependents();
+#endif
+}
+// Waits until the grid that this one overlaps has ended.
+MEMEFF_DEVICE void wait_for_grid() {
+#if defined(__CUDACC__)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#else
+  emulator::wait_for_grid();
+#endif
+}
+
 // ---- mbarrier: a barrier in shared memory that counts arrivals and bytes ----
 //
 // A phase ends when `count` arrivals and all expected bytes have come; phases alternate between
@@ -108,25 +127,6 @@ MEMEFF_DEVICE void mbarrier_inval(uint32_t mbarrier) {
 
 // Makes this thread's mbarrier_init visible to TMA; other threads see it after a barrier, those of
 // other blocks after one of the cluster.
-// ---- launches beside one another ----
-
-// From here on the stream's next grid may start, if it was launched beside this one.
-MEMEFF_DEVICE void launch_dependents() {
-#if defined(__CUDACC__)
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#else
-  emulator::launch_dependents();
-#endif
-}
-// Waits until the grid beside which this one was launched has ended.
-MEMEFF_DEVICE void wait_for_grid() {
-#if defined(__CUDACC__)
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#else
-  emulator::wait_for_grid();
-#endif
-}
-
 MEMEFF_DEVICE void fence_mbarrier_init() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

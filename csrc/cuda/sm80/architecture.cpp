@@ -3,17 +3,11 @@
 
 namespace memeff::cuda::sm80 {
 
-static constexpr Variant kVariants[] = {{"", 1, false}};
-
 const Architecture architecture = {
     "sm80",
     [](const Problem& p, const Gpu& gpu) { return gpu.capability >= 80 && suits_fused_kernels(p); },
-    [](int) { return 0.75; },
     /*fused=*/true,
-    /*overlaps_launches=*/false,
-    /*overlaps_epilogue=*/false,
-    kVariants,
-    1,
+    /*relative_speed=*/[](int) { return 0.75; },
 };
 
 }  // namespace memeff::cuda::sm80

@@ -1,4 +1,4 @@
-#include "cuda/fused_kernels.h"
+#include "cuda/sm80/kernels.h"
 
 namespace memeff::cuda::sm80 {
 

@@ -17,7 +17,7 @@
 // to, blocks without work end at once.
 //
 // The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is
-// short for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, launch.h),
+// short for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, fused_kernels.h),
 // scaled and rounded, added, or split over the gradient and a remainder that together hold the
 // unscaled fp32 sum of several calls, or as the gradient's compact sum of several calls, whose blocks
 // of 64 columns 8 neighbouring lanes share.
@@ -26,8 +26,8 @@
 // Per call 2 tokens features classes FLOPs; of its operands a block reads 256 k elements, mostly from
 // L2. Numerics: fp32 accumulators over all of k, one rounding.
 #include "cuda/common/weight_update.cuh"
-#include "cuda/launch.h"
 #include "cuda/sm80/gemm_tile.cuh"
+#include "cuda/sm80/kernels.h"
 
 namespace memeff::cuda::sm80 {
 
@@ -183,22 +183,24 @@ Status launch(const Matrix<T>& a, const Matrix<T>& b, const WorkList& list, cons
 }
 
 template <class T, Contiguous kContiguousA>
-Status select(int64_t classes, int64_t tokens, const GradientOperands& operands,
-              const ProductOutput& output, void* stream) {
+Status select(const GradientProduct& call, void* stream) {
+  const GradientOperands& operands = call.operands;
+  const int64_t classes = call.block.classes, tokens = call.block.tokens;
   constexpr bool kGradInput = kContiguousA == Contiguous::kTile;
   const Matrix<T> a{static_cast<const T*>(operands.gradient), classes, tokens,
                     operands.gradient_stride};
   const Matrix<T> b{static_cast<const T*>(operands.other), kGradInput ? classes : tokens,
                     operands.features, operands.other_stride};
-  const Destination to{kGradInput ? tokens : classes, operands.features, output};
+  const Destination to{kGradInput ? tokens : classes, operands.features, call.output};
   const bool aligned = chunks_are_aligned(a) && chunks_are_aligned(b);
   return aligned ? launch<T, true, kContiguousA>(a, b, operands.list, to, stream)
                  : launch<T, false, kContiguousA>(a, b, operands.list, to, stream);
 }
 
 template <Contiguous kContiguousA>
-Status product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-               const ProductOutput& output, void* stream) {
+Status product(const GradientProduct& call, void* stream) {
+  const GradientOperands& operands = call.operands;
+  const ProductOutput& output = call.output;
   const bool split = output.sums == nullptr && output.update != WeightUpdate::kWrite;
   if (output.sums == nullptr && output.gradient == nullptr)
     return {"gradient product: sums or gradient must be given"};
@@ -208,26 +210,22 @@ Status product(int64_t classes, int64_t tokens, const GradientOperands& operands
   if (split && !compact && output.split.remainder == nullptr)
     return {"gradient product: split sums need a remainder or exponents"};
   switch (operands.dtype) {
-    case DType::kBFloat16:
-      return select<__nv_bfloat16, kContiguousA>(classes, tokens, operands, output, stream);
-    case DType::kFloat16:
-      return select<__half, kContiguousA>(classes, tokens, operands, output, stream);
+    case DType::kBFloat16: return select<__nv_bfloat16, kContiguousA>(call, stream);
+    case DType::kFloat16: return select<__half, kContiguousA>(call, stream);
     default: return {"gradient product: operands are bfloat16 or float16"};
   }
 }
 
 }  // namespace
 
-Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                          const ProductOutput& output, void* stream) {
-  if (tokens == 0 || operands.features == 0) return {};
-  return product<Contiguous::kTile>(classes, tokens, operands, output, stream);
+Status grad_input_product(const GradientProduct& call, void* stream) {
+  if (call.block.tokens == 0 || call.operands.features == 0) return {};
+  return product<Contiguous::kTile>(call, stream);
 }
 
-Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                           const ProductOutput& output, void* stream) {
-  if (classes == 0 || operands.features == 0) return {};
-  return product<Contiguous::kDepth>(classes, tokens, operands, output, stream);
+Status grad_weight_product(const GradientProduct& call, void* stream) {
+  if (call.block.classes == 0 || call.operands.features == 0) return {};
+  return product<Contiguous::kDepth>(call, stream);
 }
 
 }  // namespace memeff::cuda::sm80

@@ -1,9 +1,9 @@
 // The gradient with respect to u = x W^T, whose logits are computed again and never stored.
 //
-//   x [tokens, features], W [classes, features]:   u = x W^T, z of u (launch.h)
+//   x [tokens, features], W [classes, features]:   u = x W^T, z of u (kernel_arguments.h)
 //   G [classes, tokens] = (p_v (softmax + entropy (z_v - centre)) + target's term + weighted w_v)
 //                         slope(z_v)
-//   p_v = exp(z_v - shift),  slope = 1 - (z / softcap)^2; coefficients: launch.h
+//   p_v = exp(z_v - shift),  slope = 1 - (z / softcap)^2; coefficients: kernel_arguments.h
 //
 // One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). Products leave through
 // shared memory, where 8 tokens of one class become the work of one thread: their coefficients stay
@@ -22,8 +22,8 @@ namespace memeff::cuda::sm80 {
 
 namespace {
 
-// Kernel argument: which tiles carry mass (launch.h); null: nobody asks.
-struct TileMarks {
+// Kernel argument: TileMarks (work_list.h); null: not requested.
+struct Marks {
   uint8_t* tiles;
   int64_t stride;
   float mass_per_class;
@@ -103,7 +103,7 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
 
 // Marks the tile 1 unless each token's mass in it is small and no target lies in it.
 MEMEFF_DEVICE void mark_tile(unsigned char* shared, const Masses& masses, const LogitBlock& logits,
-                             int64_t first_token, int64_t first_class, const TileMarks& marks) {
+                             int64_t first_token, int64_t first_class, const Marks& marks) {
   const int thread = static_cast<int>(threadIdx.x);
   auto* votes = reinterpret_cast<uint32_t*>(shared + kVotesAt);
   __syncthreads();  // masses are complete
@@ -128,7 +128,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     linear_gradient_kernel(Matrix<T> x, Matrix<T> w, LogitBlock logits, unsigned token_tiles,
                            unsigned class_tiles, Coefficients coefficients, T* gradient,
-                           int64_t stride, TileMarks marks) {
+                           int64_t stride, Marks marks) {
   MEMEFF_DYNAMIC_SHARED(shared);
   const TileIndex index = tile_of_block(token_tiles, class_tiles);
   const int64_t first_token = int64_t{index.row} * kRows;
@@ -154,54 +154,46 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
 template <class T, bool kAligned>
 Status launch(const Matrix<T>& x, const Matrix<T>& w, const LogitBlock& logits,
-              const Coefficients& coefficients, T* gradient, int64_t stride, const TileMarks& marks,
-              void* stream) {
+              const LinearGradient& call, void* stream) {
   const auto token_tiles = static_cast<unsigned>(count_tiles(logits.block.tokens, kRows));
   const auto class_tiles = static_cast<unsigned>(count_tiles(logits.block.classes, kColumns));
   const auto kernel = linear_gradient_kernel<T, kAligned>;
   const Status allowed = allow_shared_memory(kernel, kPipelineBytes);
   if (!allowed.ok()) return allowed;
+  const Marks marks{call.marks.marks, call.marks.stride, call.marks.mass_per_class()};
   MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream, x,
-                w, logits, token_tiles, class_tiles, coefficients, gradient, stride, marks);
+                w, logits, token_tiles, class_tiles, call.coefficients,
+                static_cast<T*>(call.gradient), call.stride, marks);
   return launch_status();
 }
 
 template <class T>
-Status select(const LinearOperands& operands, const LogitBlock& logits,
-              const Coefficients& coefficients, void* gradient, int64_t stride,
-              const TileMarks& marks, void* stream) {
+Status select(const LinearGradient& call, const LogitBlock& logits, void* stream) {
+  const LinearOperands& operands = call.operands;
   const Matrix<T> x{static_cast<const T*>(operands.input), logits.block.tokens, operands.features,
                     operands.input_stride};
   const Matrix<T> w{static_cast<const T*>(operands.weight), logits.block.classes, operands.features,
                     operands.weight_stride};
-  auto* to = static_cast<T*>(gradient);
-  return chunks_are_aligned(x) && chunks_are_aligned(w)
-             ? launch<T, true>(x, w, logits, coefficients, to, stride, marks, stream)
-             : launch<T, false>(x, w, logits, coefficients, to, stride, marks, stream);
+  const bool aligned = chunks_are_aligned(x) && chunks_are_aligned(w);
+  return (aligned ? launch<T, true> : launch<T, false>)(x, w, logits, call, stream);
 }
 
 }  // namespace
 
-Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-                       const Targets& targets, const Coefficients& coefficients, void* gradient,
-                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
-                       int64_t vocab, void* stream) {
-  if (block.tokens == 0 || block.classes == 0) return {};
-  if (targets.probabilities != nullptr)
+Status linear_gradient(const LinearGradient& call, void* stream) {
+  const Coefficients& coefficients = call.coefficients;
+  if (call.block.tokens == 0 || call.block.classes == 0) return {};
+  if (call.targets.probabilities != nullptr)
     return {"linear_gradient: class probabilities need stored products"};
   if (coefficients.shift == nullptr || coefficients.softmax == nullptr)
     return {"linear_gradient: shift and softmax must be given"};
-  if (operands.features <= 0) return {"linear_gradient: features must be positive"};
-  const TileMarks marks{tiles, tiles_stride,
-                        static_cast<float>(skip_mass / static_cast<double>(vocab > 0 ? vocab : 1))};
+  if (call.operands.features <= 0) return {"linear_gradient: features must be positive"};
   // Targets without coefficients are none.
-  const LogitBlock logits =
-      logit_block(block, terms, coefficients.target == nullptr ? Targets{} : targets);
-  switch (operands.dtype) {
-    case DType::kBFloat16:
-      return select<__nv_bfloat16>(operands, logits, coefficients, gradient, stride, marks, stream);
-    case DType::kFloat16:
-      return select<__half>(operands, logits, coefficients, gradient, stride, marks, stream);
+  const LogitBlock logits = logit_block(call.block, call.terms,
+                                        coefficients.target == nullptr ? Targets{} : call.targets);
+  switch (call.operands.dtype) {
+    case DType::kBFloat16: return select<__nv_bfloat16>(call, logits, stream);
+    case DType::kFloat16: return select<__half>(call, logits, stream);
     default: return {"linear_gradient: operands are bfloat16 or float16"};
   }
 }

@@ -1,7 +1,7 @@
 // Softmax statistics of logits of which at most 16-bit scores are stored: matrix product and
 // softmax in one kernel.
 //
-//   x [tokens, features], W [classes, features]:   u = x W^T, z of u (launch.h)
+//   x [tokens, features], W [classes, features]:   u = x W^T, z of u (kernel_arguments.h)
 //   per token and range of classes:   max_v z,  sum_v exp(z - max),  and on request
 //                                     sum_v exp(z - max) (z - max),  sum_v w_v z,  argmax
 //   per token:                        z_y, written by the one thread that meets the target
@@ -177,7 +177,7 @@ MEMEFF_DEVICE void add_weighted(float (&sums)[kThreadRows], Accumulators& c,
   }
 }
 
-// Of the 8 rows that 4 lanes share, each keeps the states of two.
+// 4 lanes share 8 rows; each keeps the states of two.
 constexpr int kKeptRows = kThreadRows / 4;
 MEMEFF_DEVICE int kept_row(int s) {
   return row_in_tile(static_cast<int>(threadIdx.x) % 4 * kKeptRows + s);
@@ -326,23 +326,23 @@ Status select(const LinearOperands& operands, const LogitBlock& logits, int64_t 
 
 }  // namespace
 
-Status linear_statistics(const Block& block, const LinearOperands& operands,
-                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
-                         const PartialStatistics& partials, float* target_logit,
-                         const StoredScores& scores, void* stream) {
-  if (block.tokens == 0 || block.classes == 0) return {};
-  if (targets.probabilities != nullptr)
+Status linear_statistics(const LinearStatistics& call, void* stream) {
+  const LinearOperands& operands = call.operands;
+  const StoredScores& scores = call.scores;
+  if (call.block.tokens == 0 || call.block.classes == 0) return {};
+  if (call.targets.probabilities != nullptr)
     return {"linear_statistics: class probabilities need stored products"};
-  if (partials.max == nullptr || partials.sum == nullptr)
+  if (call.partials.max == nullptr || call.partials.sum == nullptr)
     return {"linear_statistics: max and sum must be given"};
   if (operands.features <= 0) return {"linear_statistics: features must be positive"};
-  if (classes_per_range <= 0 || classes_per_range % kColumns != 0)
+  if (call.classes_per_range <= 0 || call.classes_per_range % kColumns != 0)
     return {"linear_statistics: classes_per_range must be a multiple of 128"};
-  if (scores.data != nullptr && classes_per_range != kStoredTile)
+  if (scores.data != nullptr && call.classes_per_range != kStoredTile)
     return {"linear_statistics: stored scores need classes_per_range = 128"};
-  const Results results{partials, target_logit, static_cast<__half*>(scores.data), scores.stride};
-  const LogitBlock logits = logit_block(block, terms, targets);
-  const int64_t tiles_per_range = classes_per_range / kColumns;
+  const Results results{call.partials, call.target_logit, static_cast<__half*>(scores.data),
+                        scores.stride};
+  const LogitBlock logits = logit_block(call.block, call.terms, call.targets);
+  const int64_t tiles_per_range = call.classes_per_range / kColumns;
   switch (operands.dtype) {
     case DType::kBFloat16:
       return select<__nv_bfloat16>(operands, logits, tiles_per_range, results, stream);

@@ -8,6 +8,7 @@
 
 #include "cuda/common/logit_gradient.cuh"
 #include "cuda/sm80/gemm_tile.cuh"
+#include "cuda/sm80/kernels.h"
 
 namespace memeff::cuda::sm80 {
 

@@ -1,7 +1,6 @@
 // The sm90 kernels: wgmma and TMA of sm_90a, which runs on compute capability 9.0 only. What they can
 // work on are the demands of TMA, which moves all operands and results.
-#include "cuda/architecture.h"
-#include "cuda/launch.h"
+#include "cuda/sm90/kernels.h"
 
 namespace memeff::cuda::sm90 {
 
@@ -25,16 +24,15 @@ bool can_run(const Problem& p, const Gpu& gpu) {
          suits_tma(p.weight, p.weight_stride, 2, p.features) && suits_tma(nullptr, p.features, 2);
 }
 
-constexpr Variant kVariants[] = {{"", 1, false}, {"x2", 2, false}, {"rs", 1, true}};
+constexpr Variant kVariants[] = {kPlainVariant, {"x2", 2, false}, {"rs", 1, true}};
 
 }  // namespace
 
 const Architecture architecture = {
     "sm90",
     &can_run,
-    // 660 of 750 TFLOP/s on an H100 (docs/kernels-sm90.md).
-    [](int) { return 0.88; },
     /*fused=*/true,
+    /*relative_speed=*/[](int) { return 0.88; },  // 660 of 750 TFLOP/s (docs/kernels-sm90.md)
     /*overlaps_launches=*/true,
     /*overlaps_epilogue=*/true,
     kVariants,

@@ -1,7 +1,7 @@
 // What becomes of C, a product of a gradient with respect to the scores (gradient_products.cu,
 // stored_products.cu): fp32 sums, or an update of a 16-bit gradient (core/weight_update.h).
 //
-//                joins                          leaves as
+//                source                         stored as
 //   sums         -, or added by TMA in L2       boxes of 64 x 32 floats
 //   kWrite       -                              boxes of 64 x 64 of T
 //   kSplitFirst  -                              split sums: two boxes of halves, or one of codes
@@ -9,7 +9,7 @@
 //   kSplitLast   a split sum                    boxes of T
 //
 // All by TMA (tile_store.cuh). fp32 sums that L2 adds are not even read; each element is added to once
-// per launch, so results do not depend on timing. What C joins otherwise comes through the ring: after
+// per launch, so results do not depend on timing. Any other source comes through the ring: after
 // a tile's last step of k follow steps whose stages hold, instead of operands, the tile as it was,
 //
 //   kCodes    2 steps: the gradient's columns 0-127, then 128-255
@@ -17,20 +17,20 @@
 //
 // 4 boxes of 64 x 64 in a stage, 32 of its 48 KiB. So they arrive during the tile's last products, and
 // no consumer waits for memory. ldmatrix takes a box apart as stmatrix puts it together. In a cluster
-// each block loads its own tile, but both go through the same steps; where the second has no rows, it
-// joins zeros.
+// each block loads its own tile, but both go through the same steps; where the second has no rows, its
+// source is zeros.
 //
 // Compact sums (common/compact_sum.cuh): a quad holds 256 columns of a row, 4 blocks, of whose 64
 // columns a thread has 16; two shuffles find the largest. The 4 exponents of a row are an aligned
 // word, read before the main loop.
 //
-// A product may run beside the one before it (ProductOutput::beside). Its blocks then start on whatever
+// A product may overlap the one before it (ProductOutput::overlaps_previous). Its blocks then start on whatever
 // multiprocessors that one has left idle; they are more than fit at a time, of a few tiles each, so that
 // those that start late are few.
 #pragma once
 
 #include "cuda/common/compact_sum.cuh"
-#include "cuda/launch.h"
+#include "cuda/fused_kernels.h"
 #include "cuda/sm90/tile_store.cuh"
 
 namespace memeff::cuda::sm90 {
@@ -39,21 +39,21 @@ namespace memeff::cuda::sm90 {
 template <class T>
 constexpr bool kHasHalves = std::is_same_v<T, __nv_bfloat16>;
 
-enum class Joins { kNothing, kHalves, kCodes };
-enum class Leaves { kAsSums, kAddedToSums, kRounded, kAsHalves, kAsCodes };
+enum class Source { kNone, kHalves, kCodes };
+enum class Store { kSums, kAddedSums, kRounded, kHalves, kCodes };
 
 // What becomes of C.
 struct Destination {
-  Joins joins;
-  Leaves leaves;
+  Source source;
+  Store store;
   int rows, columns;
   SplitSums split;
   const float* scale;
-  bool beside;  // of ProductOutput
+  bool overlaps_previous;  // of ProductOutput
 
   // Steps of the ring that follow those of k.
   MEMEFF_DEVICE int steps_after() const {
-    return joins == Joins::kNothing ? 0 : joins == Joins::kHalves ? 4 : 2;
+    return source == Source::kNone ? 0 : source == Source::kHalves ? 4 : 2;
   }
 };
 
@@ -62,21 +62,21 @@ struct OutputMaps {
   TensorMap remainder;  // of kHalves
 };
 
-// ---- what C joins: from global memory to consumers ----
+// ---- the source: from global memory to consumers ----
 
-constexpr int kSecondBox = kConsumerGroups * kBoxBytes, kJoinedBytes = 2 * kSecondBox;
-static_assert(kJoinedBytes <= kStageBytes);
+constexpr int kSecondBox = kConsumerGroups * kBoxBytes, kSourceBytes = 2 * kSecondBox;
+static_assert(kSourceBytes <= kStageBytes);
 
 // The producer's thread, after the last step of k: the tile as it was, from `row`, `column` on.
 template <int kCluster>
-MEMEFF_DEVICE void load_joined(Ring<kCluster>& ring, const Destination& to, const OutputMaps& maps,
+MEMEFF_DEVICE void load_source(Ring<kCluster>& ring, const Destination& to, const OutputMaps& maps,
                                int row, int column) {
-  const bool halves = to.joins == Joins::kHalves;
+  const bool halves = to.source == Source::kHalves;
   const TensorMap* const second = halves ? &maps.remainder : &maps.result;
   for (int step = 0; step < to.steps_after(); ++step) {
     const int at = column + step * (halves ? kPanel : 2 * kPanel);
     wait_until_empty(ring);
-    ptx::mbarrier_arrive_expect_tx(ring.full(), kJoinedBytes);
+    ptx::mbarrier_arrive_expect_tx(ring.full(), kSourceBytes);
     for (int group = 0; group < kConsumerGroups; ++group) {
       const uint32_t box = ring.tile() + group * kBoxBytes;
       ptx::tma_load_2d(box, &maps.result, at, row + group * kGroupM, ring.full());
@@ -87,10 +87,10 @@ MEMEFF_DEVICE void load_joined(Ring<kCluster>& ring, const Destination& to, cons
   }
 }
 
-// A consumer warpgroup: join(step, box) adds its two boxes of each step to c, which lie at `box` and
+// A consumer warpgroup: add(step, box) adds its two boxes of each step to c, which lie at `box` and
 // kSecondBox behind.
-template <int kSteps, int kCluster, class Join>
-MEMEFF_DEVICE void for_joined(float (&c)[kTileN / 2], Ring<kCluster>& ring, const Join& join) {
+template <int kSteps, int kCluster, class Add>
+MEMEFF_DEVICE void for_source(float (&c)[kTileN / 2], Ring<kCluster>& ring, const Add& add) {
   // All at once: where code between two waits only adds, ptxas puts it off until the last one is over,
   // and spills.
   int stages[kSteps];
@@ -103,27 +103,27 @@ MEMEFF_DEVICE void for_joined(float (&c)[kTileN / 2], Ring<kCluster>& ring, cons
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const uint32_t box = ring.shared + stages[step] * kStageBytes + consumer_group() * kBoxBytes;
-    join(step, box);
+    add(step, box);
   }
   ptx::accumulators_are_ready(c);  // additions stay here, too
   ptx::fence_proxy_async();        // TMA must not overtake ldmatrix
   __syncwarp();
 #pragma unroll
   for (const int stage : stages) {
-    leave_stage(ring, stage);
+    release_stage(ring, stage);
   }
 }
 
-// The same where nothing but the gradient is joined: join(panel, pairs) of each 64 columns.
-template <int kCluster, class Join>
-MEMEFF_DEVICE void for_joined_gradient(float (&c)[kTileN / 2], Ring<kCluster>& ring,
-                                       const Join& join) {
-  for_joined<kTileN / (2 * kPanel)>(c, ring, [&](int step, uint32_t box) {
+// The same where the source is the gradient alone: add(panel, pairs) for each 64 columns.
+template <int kCluster, class Add>
+MEMEFF_DEVICE void for_source_gradient(float (&c)[kTileN / 2], Ring<kCluster>& ring,
+                                       const Add& add) {
+  for_source<kTileN / (2 * kPanel)>(c, ring, [&](int step, uint32_t box) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t pairs[kPairsOfBox];
       read_box(pairs, box, half * kSecondBox);
-      join(2 * step + half, pairs);
+      add(2 * step + half, pairs);
     }
   });
 }
@@ -150,7 +150,7 @@ MEMEFF_DEVICE void add_halves(float* c, uint32_t box) {
 class RowExponents {
  public:
   MEMEFF_DEVICE RowExponents(const Destination& to, int row, int column) {
-    if (to.joins != Joins::kCodes) return;
+    if (to.source != Source::kCodes) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (const uint8_t* const at = place(to, row, r, column))
@@ -223,15 +223,15 @@ MEMEFF_DEVICE uint32_t make_codes(const float* c, uint32_t (&pairs)[kPairsOfBox]
 // ---- the epilogue ----
 
 template <class T, int kCluster>
-MEMEFF_DEVICE void join(float (&c)[kTileN / 2], const Destination& to, RowExponents& exponents,
-                        Ring<kCluster>& ring, int column) {
-  if (to.joins == Joins::kCodes) {
-    for_joined_gradient(c, ring, [&](int panel, const uint32_t(&pairs)[kPairsOfBox]) {
+MEMEFF_DEVICE void add_source(float (&c)[kTileN / 2], const Destination& to,
+                              RowExponents& exponents, Ring<kCluster>& ring, int column) {
+  if (to.source == Source::kCodes) {
+    for_source_gradient(c, ring, [&](int panel, const uint32_t(&pairs)[kPairsOfBox]) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) add_codes(c + 32 * panel, pairs, r, exponents.get(r, panel));
     });
-  } else if (kHasHalves<T> && to.joins == Joins::kHalves) {
-    for_joined<kTileN / kPanel>(c, ring, [&](int panel, uint32_t box) {
+  } else if (kHasHalves<T> && to.source == Source::kHalves) {
+    for_source<kTileN / kPanel>(c, ring, [&](int panel, uint32_t box) {
       // A condition, as ptxas would work on all panels at a time, and spill.
       if (column + kPanel * panel < to.columns) add_halves(c + 32 * panel, box);
     });
@@ -243,16 +243,16 @@ template <class T, int kCluster>
 MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, const OutputMaps& maps,
                               RowExponents& exponents, Ring<kCluster>& ring, BoxStore& boxes,
                               int row, int column) {
-  if (to.leaves == Leaves::kAsSums || to.leaves == Leaves::kAddedToSums) {
+  if (to.store == Store::kSums || to.store == Store::kAddedSums) {
 #pragma unroll
     for (int box = 0; box < kTileN / 32; ++box) {
       fill_box_of_floats(boxes.begin(), c + 16 * box);
-      boxes.end(&maps.result, column + 32 * box, row, to.leaves == Leaves::kAddedToSums);
+      boxes.end(&maps.result, column + 32 * box, row, to.store == Store::kAddedSums);
     }
     return;
   }
-  join<T>(c, to, exponents, ring, column);
-  if (to.leaves == Leaves::kRounded) {
+  add_source<T>(c, to, exponents, ring, column);
+  if (to.store == Store::kRounded) {
     const float scale = to.scale == nullptr ? 1.f : *to.scale;
 #pragma unroll
     for (float& x : c) x *= scale;
@@ -261,7 +261,7 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
       fill_box<T>(boxes.begin(), c + 32 * box);
       boxes.end(&maps.result, column + kPanel * box, row);
     }
-  } else if (to.leaves == Leaves::kAsCodes) {
+  } else if (to.store == Store::kCodes) {
 #pragma unroll
     for (int box = 0; box < kTileN / kPanel; ++box) {
       uint32_t pairs[kPairsOfBox];
@@ -288,18 +288,18 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
 
 // ---- launch ----
 
-// What the launcher passes on: C [rows, columns] of T, and the maps by which it comes and leaves.
+// What the launcher passes on: C [rows, columns] of T, and the maps of its source and result.
 template <class T>
 Status make_destination(int64_t rows, int64_t columns, const ProductOutput& output, Destination* to,
                         OutputMaps* maps) {
-  *to = {Joins::kNothing, Leaves::kRounded, static_cast<int>(rows), static_cast<int>(columns),
-         output.split,    output.scale,     output.beside};
+  *to = {Source::kNone, Store::kRounded, static_cast<int>(rows),  static_cast<int>(columns),
+         output.split,  output.scale,    output.overlaps_previous};
   TensorMapLayout box;
   box.columns = static_cast<uint64_t>(columns);
   box.rows = static_cast<uint64_t>(rows);
   box.box_rows = kGroupM;
   if (output.sums != nullptr) {
-    to->leaves = output.accumulate ? Leaves::kAddedToSums : Leaves::kAsSums;
+    to->store = output.accumulate ? Store::kAddedSums : Store::kSums;
     box.base = output.sums;
     box.element = TensorMapElement::kFloat32;
     box.row_bytes = static_cast<uint64_t>(output.sums_stride) * 4;
@@ -317,9 +317,9 @@ Status make_destination(int64_t rows, int64_t columns, const ProductOutput& outp
   if (!compact && (output.split.remainder == nullptr || !kHasHalves<T>))
     return {"split sums need exponents, or are those of bfloat16 gradients and need a remainder"};
   if (output.update != WeightUpdate::kSplitFirst)
-    to->joins = compact ? Joins::kCodes : Joins::kHalves;
+    to->source = compact ? Source::kCodes : Source::kHalves;
   if (output.update != WeightUpdate::kSplitLast)
-    to->leaves = compact ? Leaves::kAsCodes : Leaves::kAsHalves;
+    to->store = compact ? Store::kCodes : Store::kHalves;
   if (compact) return {};
   box.base = output.split.remainder;
   box.row_bytes = static_cast<uint64_t>(output.split.remainder_stride) * 2;

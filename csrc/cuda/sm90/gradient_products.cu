@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x != 0) return;
     while (tiles.next(&tile)) {
       load_tile<A, B>(ring, &g, &other, tile);
-      load_joined(ring, to, out, tile.row * kTileM, tile.column * kTileN);
+      load_source(ring, to, out, tile.row * kTileM, tile.column * kTileN);
     }
     finish_loads(ring);
     return;
@@ -59,19 +59,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int row = tile.row * kTileM + consumer_group() * kGroupM, column = tile.column * kTileN;
     RowExponents exponents(to, row, column);
     float c[kTileN / 2];
-    multiply<T, A, B>(c, ring, tile.steps());
+    mainloop<T, A, B>(c, ring, tile.steps());
     write_tile<T>(c, to, out, exponents, ring, boxes, row, column);
   }
   boxes.finish();
-  if (to.beside) ptx::wait_for_grid();
+  if (to.overlaps_previous) ptx::wait_for_grid();
 #endif
 }
 
 // rows: of C, k: what is summed over.
 template <class T, Major kMajorOfG, int kCluster>
-Status launch(int64_t rows, int64_t k, const GradientOperands& operands,
-              const ProductOutput& output, void* stream) {
+Status launch(int64_t rows, int64_t k, const GradientProduct& call, void* stream) {
   const bool g_is_transposed = kMajorOfG == Major::kMn;
+  const GradientOperands& operands = call.operands;
+  const ProductOutput& output = call.output;
   TensorMap g, other;
   OutputMaps out{};
   Destination to;
@@ -87,63 +88,45 @@ Status launch(int64_t rows, int64_t k, const GradientOperands& operands,
   const auto kernel = gradient_product_kernel<T, kMajorOfG, kCluster>;
   unsigned blocks = 0;
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
-  if (output.beside) blocks = blocks_that_share(blocks, order, k);
+  if (output.overlaps_previous) blocks = blocks_that_share(blocks, order, k);
   if (!status.ok()) return status;
   const Work work = work_of(operands, k, output);
-  MEMEFF_LAUNCH_BESIDE(output.beside, kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes,
-                       stream, g, other, out, work, to, order);
+  MEMEFF_LAUNCH_OVERLAPPED(output.overlaps_previous, kCluster, kernel, dim3(blocks), dim3(kThreads),
+                           kSharedBytes, stream, g, other, out, work, to, order);
   return launch_status();
 }
 
-template <int kCluster>
-Status grad_input(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                  const ProductOutput& output, void* stream) {
-  if (tokens == 0) return {};
-  if (!accepts(operands, output))
-    return {"grad_input_product: sm90 needs rows that start at multiples of 16 bytes"};
-  const auto typed = operands.dtype == DType::kBFloat16
-                         ? launch<__nv_bfloat16, Major::kMn, kCluster>
-                         : launch<__half, Major::kMn, kCluster>;
-  return typed(tokens, classes, operands, output, stream);
+template <Major kMajorOfG, int kCluster>
+Status run(int64_t rows, int64_t k, const GradientProduct& call, void* stream) {
+  if (rows == 0) return {};
+  if (!accepts(call.operands, call.output))
+    return {"gradient product: sm90 needs rows that start at multiples of 16 bytes"};
+  const auto typed = call.operands.dtype == DType::kBFloat16
+                         ? launch<__nv_bfloat16, kMajorOfG, kCluster>
+                         : launch<__half, kMajorOfG, kCluster>;
+  return typed(rows, k, call, stream);
 }
 
-template <int kCluster>
-Status grad_weight(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                   const ProductOutput& output, void* stream) {
-  if (classes == 0) return {};
-  if (!accepts(operands, output))
-    return {"grad_weight_product: sm90 needs rows that start at multiples of 16 bytes"};
-  const auto typed = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, Major::kK, kCluster>
-                                                        : launch<__half, Major::kK, kCluster>;
-  return typed(classes, tokens, operands, output, stream);
+template <Major kMajorOfG, int kCluster>
+Status select(int64_t rows, int64_t k, const GradientProduct& call, void* stream) {
+  const bool skips = call.operands.list.rows != nullptr;
+  return (skips ? run<kMajorOfG, 1> : run<kMajorOfG, kCluster>)(rows, k, call, stream);
 }
 
 }  // namespace
 
-Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                          const ProductOutput& output, void* stream) {
-  return grad_input<1>(classes, tokens, operands, output, stream);
+template <int kCluster>
+Status grad_input_product(const GradientProduct& call, void* stream) {
+  return select<Major::kMn, kCluster>(call.block.tokens, call.block.classes, call, stream);
 }
+template Status grad_input_product<1>(const GradientProduct& call, void* stream);
+template Status grad_input_product<2>(const GradientProduct& call, void* stream);
 
-Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                           const ProductOutput& output, void* stream) {
-  return grad_weight<1>(classes, tokens, operands, output, stream);
+template <int kCluster>
+Status grad_weight_product(const GradientProduct& call, void* stream) {
+  return select<Major::kK, kCluster>(call.block.classes, call.block.tokens, call, stream);
 }
+template Status grad_weight_product<1>(const GradientProduct& call, void* stream);
+template Status grad_weight_product<2>(const GradientProduct& call, void* stream);
 
 }  // namespace memeff::cuda::sm90
-
-namespace memeff::cuda::sm90x2 {
-
-Status grad_input_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                          const ProductOutput& output, void* stream) {
-  const auto run = operands.list.rows == nullptr ? sm90::grad_input<2> : sm90::grad_input<1>;
-  return run(classes, tokens, operands, output, stream);
-}
-
-Status grad_weight_product(int64_t classes, int64_t tokens, const GradientOperands& operands,
-                           const ProductOutput& output, void* stream) {
-  const auto run = operands.list.rows == nullptr ? sm90::grad_weight<2> : sm90::grad_weight<1>;
-  return run(classes, tokens, operands, output, stream);
-}
-
-}  // namespace memeff::cuda::sm90x2

@@ -10,7 +10,7 @@
 // would not change are left out.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/sm90/kernels.h"
 #include "cuda/sm90/pipeline.cuh"
 #include "cuda/work_schedule.h"
 

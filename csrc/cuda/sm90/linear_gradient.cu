@@ -1,7 +1,7 @@
 // The gradient with respect to the products u = x W^T, from products computed again, on sm_90a.
 //
 //   dz_v = p_v (softmax + entropy (z_v - centre)) + weighted w_v,  p_v = exp(z_v - shift)
-//   du_v = dz_v (1 - (z_v / softcap)^2)                       [classes, tokens], as in launch.h
+//   du_v = dz_v (1 - (z_v / softcap)^2)                       [classes, tokens], as in kernel_arguments.h
 //
 // x [tokens, features], W [classes, features]; the gradient has their type. One coefficient of each
 // kind per token. The pipeline, its tiles of 128 tokens x 256 classes and its map of shared memory
@@ -11,7 +11,7 @@
 // tokens only. Results are transposed on the way to shared memory and leave by TMA.
 //
 // Marks: a tile of 128 classes x 128 tokens counts unless every token's mass in it, sum p, is less
-// than skip_mass * classes / vocab, and no target lies in it. The quad sums a token's mass; the 8
+// than mass_per_class * classes, and no target lies in it. The quad sums a token's mass; the 8
 // consumer warps vote through shared memory.
 //
 // Numerics: fp32, rounded once. The exponential's relative error, 2^-22 near p = 1 and 2^-18 at
@@ -26,11 +26,11 @@ namespace memeff::cuda::sm90 {
 
 namespace {
 
-// Where marks go; null: nobody wants them.
+// Kernel argument: TileMarks (work_list.h); null: not requested.
 struct Marks {
   uint8_t* tiles;
   int64_t stride;
-  float mass_per_class;  // skip_mass / vocab
+  float mass_per_class;
 };
 
 // Votes of the consumer warps on two halves, two sets: the next tile's may come before the last
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       target[r] = scores.target_of(token);
     }
     float c[kTileN / 2];
-    multiply<T, TokensOperand, Classes>(c, ring, steps);
+    mainloop<T, TokensOperand, Classes>(c, ring, steps);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int first = first_class + half * kHalfN;
@@ -175,63 +175,41 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, int kCluster>
-Status launch(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-              const Targets& targets, const Coefficients& coefficients, void* gradient,
-              int64_t stride, const Marks& marks, void* stream) {
+Status launch(const LinearGradient& call, void* stream) {
+  const Block& block = call.block;
   TensorMap x, w, gradient_map;
-  Status status = make_operand_maps<T, kCluster>(block, operands, &x, &w);
+  Status status = make_operand_maps<T, kCluster>(block, call.operands, &x, &w);
   if (status.ok())
-    status = make_block_map(block, gradient, stride, map_element<T>(), &gradient_map);
+    status = make_block_map(block, call.gradient, call.stride, map_element<T>(), &gradient_map);
   const auto order = tile_order<kCluster>(block.tokens, count_tiles(block.classes, kTileN));
   const auto kernel = linear_gradient_kernel<T, kCluster>;
   unsigned blocks = 0;
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (!status.ok()) return status;
-  const Scores scores = make_scores(block, terms, targets);
-  const auto features = static_cast<int>(operands.features);
+  const Scores scores = make_scores(block, call.terms, call.targets);
+  const auto features = static_cast<int>(call.operands.features);
+  const Marks marks{call.marks.marks, call.marks.stride, call.marks.mass_per_class()};
   MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
-                         gradient_map, scores, features, coefficients, marks, order);
+                         gradient_map, scores, features, call.coefficients, marks, order);
   return launch_status();
-}
-
-template <int kCluster>
-Status run(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-           const Targets& targets, const Coefficients& coefficients, void* gradient, int64_t stride,
-           uint8_t* tiles, int64_t tiles_stride, double skip_mass, int64_t vocab, void* stream) {
-  if (block.tokens == 0 || block.classes == 0) return {};
-  if (targets.probabilities != nullptr)
-    return {"linear_gradient: class probabilities need stored products"};
-  if (coefficients.shift == nullptr || coefficients.softmax == nullptr)
-    return {"linear_gradient: shift and softmax must be given"};
-  if (gradient == nullptr || !accepts(operands, gradient, stride))
-    return {"linear_gradient: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
-  const Marks marks{tiles, tiles_stride,
-                    static_cast<float>(skip_mass / static_cast<double>(vocab))};
-  const auto typed = operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, kCluster>
-                                                        : launch<__half, kCluster>;
-  return typed(block, operands, terms, targets, coefficients, gradient, stride, marks, stream);
 }
 
 }  // namespace
 
-Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-                       const Targets& targets, const Coefficients& coefficients, void* gradient,
-                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
-                       int64_t vocab, void* stream) {
-  return run<1>(block, operands, terms, targets, coefficients, gradient, stride, tiles,
-                tiles_stride, skip_mass, vocab, stream);
+template <int kCluster>
+Status linear_gradient(const LinearGradient& call, void* stream) {
+  if (call.block.tokens == 0 || call.block.classes == 0) return {};
+  if (call.targets.probabilities != nullptr)
+    return {"linear_gradient: class probabilities need stored products"};
+  if (call.coefficients.shift == nullptr || call.coefficients.softmax == nullptr)
+    return {"linear_gradient: shift and softmax must be given"};
+  if (call.gradient == nullptr || !accepts(call.operands, call.gradient, call.stride))
+    return {"linear_gradient: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
+  const auto typed = call.operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, kCluster>
+                                                             : launch<__half, kCluster>;
+  return typed(call, stream);
 }
+template Status linear_gradient<1>(const LinearGradient& call, void* stream);
+template Status linear_gradient<2>(const LinearGradient& call, void* stream);
 
 }  // namespace memeff::cuda::sm90
-
-namespace memeff::cuda::sm90x2 {
-
-Status linear_gradient(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-                       const Targets& targets, const Coefficients& coefficients, void* gradient,
-                       int64_t stride, uint8_t* tiles, int64_t tiles_stride, double skip_mass,
-                       int64_t vocab, void* stream) {
-  return sm90::run<2>(block, operands, terms, targets, coefficients, gradient, stride, tiles,
-                      tiles_stride, skip_mass, vocab, stream);
-}
-
-}  // namespace memeff::cuda::sm90x2

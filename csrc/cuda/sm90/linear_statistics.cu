@@ -22,6 +22,8 @@
 // per tile 32768 exponentials, 2048 cycles of the special function units, against 16 * features
 // cycles of tensor cores: 3 % at 4096 features, as far as it does not overlap. Kept scores are 2.1
 // GB there.
+#include <algorithm>
+
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/sm90/logits.cuh"
 
@@ -39,7 +41,7 @@ struct StatisticsOutput {
   int tiles_per_unit;
 };
 
-// Logits of 128 classes join the states of the thread's two tokens; `first` is its first class.
+// Adds logits of 128 classes to the states of the thread's two tokens; `first` is its first class.
 // With kStore, z becomes exp(z - max); then a range is one half. Maximum and argmax are the same in
 // all lanes of a quad; the sums are each lane's own until the range ends.
 template <bool kFull, bool kStore>
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile) {
       float c[kTileN / 2];
-      multiply<T, TokensOperand, Classes>(c, ring, steps);
+      mainloop<T, TokensOperand, Classes>(c, ring, steps);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         const int half_number = tile * kHalves + half, first = unit_class + half_number * kHalfN;
@@ -182,89 +184,69 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class T, bool kFull, bool kStore, int kCluster>
-Status launch(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-              const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
-              void* stream) {
+Status launch(const LinearStatistics& call, const StatisticsOutput& out, void* stream) {
+  const Block& block = call.block;
   TensorMap x, w, kept_map{};
-  Status status = make_operand_maps<T, kCluster>(block, operands, &x, &w);
+  Status status = make_operand_maps<T, kCluster>(block, call.operands, &x, &w);
   if (status.ok() && kStore)
-    status = make_block_map(block, kept.data, kept.stride, TensorMapElement::kFloat16, &kept_map);
+    status = make_block_map(block, call.scores.data, call.scores.stride, TensorMapElement::kFloat16,
+                            &kept_map);
   const auto order = tile_order<kCluster>(
       block.tokens, count_tiles(block.classes, int64_t{out.tiles_per_unit} * kTileN));
   const auto kernel = linear_statistics_kernel<T, kFull, kStore, kCluster>;
   unsigned blocks = 0;
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
   if (!status.ok()) return status;
-  const Scores scores = make_scores(block, terms, targets);
-  const auto features = static_cast<int>(operands.features);
+  const Scores scores = make_scores(block, call.terms, call.targets);
+  const auto features = static_cast<int>(call.operands.features);
   MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
                          kept_map, scores, features, out, order);
   return launch_status();
 }
 
 template <class T, int kCluster>
-Status select(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-              const Targets& targets, const StatisticsOutput& out, const StoredScores& kept,
-              void* stream) {
-  const bool store = kept.data != nullptr;
+Status select(const LinearStatistics& call, const StatisticsOutput& out, void* stream) {
+  const bool store = call.scores.data != nullptr;
   const auto full = store ? launch<T, true, true, kCluster> : launch<T, true, false, kCluster>;
   const auto plain = store ? launch<T, false, true, kCluster> : launch<T, false, false, kCluster>;
-  return (wants_full(out.partials) ? full : plain)(block, operands, terms, targets, out, kept,
-                                                   stream);
+  return (wants_full(out.partials) ? full : plain)(call, out, stream);
 }
 
+}  // namespace
+
 template <int kCluster>
-Status run(const Block& block, const LinearOperands& operands, const LogitTerms& terms,
-           const Targets& targets, int64_t classes_per_range, const PartialStatistics& partials,
-           float* target_logit, const StoredScores& scores, void* stream) {
+Status linear_statistics(const LinearStatistics& call, void* stream) {
+  const Block& block = call.block;
+  const PartialStatistics& partials = call.partials;
+  const StoredScores& scores = call.scores;
   if (block.tokens == 0 || block.classes == 0) return {};
   if (partials.max == nullptr || partials.sum == nullptr)
     return {"linear_statistics: max and sum must be given"};
-  if (targets.probabilities != nullptr)
+  if (call.targets.probabilities != nullptr)
     return {"linear_statistics: class probabilities need stored products"};
-  if (classes_per_range <= 0 || classes_per_range % kHalfN != 0)
+  if (call.classes_per_range <= 0 || call.classes_per_range % kHalfN != 0)
     return {"linear_statistics: classes_per_range must be a multiple of 128"};
-  if (scores.data != nullptr && classes_per_range != kStoredTile)
+  if (scores.data != nullptr && call.classes_per_range != kStoredTile)
     return {"linear_statistics: a range of kept scores has 128 classes"};
-  if (!accepts(operands, scores.data, scores.stride))
+  if (!accepts(call.operands, scores.data, scores.stride))
     return {"linear_statistics: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
 
   const int64_t whole = int64_t{count_tiles(block.classes, kTileN)} * kHalves;
-  const int64_t halves = classes_per_range / kHalfN < whole ? classes_per_range / kHalfN : whole;
+  const int64_t halves = std::min(call.classes_per_range / kHalfN, whole);
   StatisticsOutput out;
   out.partials = partials;
-  out.target_logit = target_logit;
+  out.target_logit = call.target_logit;
   out.kept_maxima =
       scores.data != nullptr && scores.maxima != partials.max ? scores.maxima : nullptr;
   out.maxima_stride = scores.maxima_stride;
   out.halves_per_range = static_cast<int>(halves);
   // An odd number of halves: two ranges make a unit, or one half does not need the other.
   out.tiles_per_unit = static_cast<int>(halves % kHalves == 0 ? halves / kHalves : halves);
-  const auto typed = operands.dtype == DType::kBFloat16 ? select<__nv_bfloat16, kCluster>
-                                                        : select<__half, kCluster>;
-  return typed(block, operands, terms, targets, out, scores, stream);
+  const auto typed = call.operands.dtype == DType::kBFloat16 ? select<__nv_bfloat16, kCluster>
+                                                             : select<__half, kCluster>;
+  return typed(call, out, stream);
 }
-
-}  // namespace
-
-Status linear_statistics(const Block& block, const LinearOperands& operands,
-                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
-                         const PartialStatistics& partials, float* target_logit,
-                         const StoredScores& scores, void* stream) {
-  return run<1>(block, operands, terms, targets, classes_per_range, partials, target_logit, scores,
-                stream);
-}
+template Status linear_statistics<1>(const LinearStatistics& call, void* stream);
+template Status linear_statistics<2>(const LinearStatistics& call, void* stream);
 
 }  // namespace memeff::cuda::sm90
-
-namespace memeff::cuda::sm90x2 {
-
-Status linear_statistics(const Block& block, const LinearOperands& operands,
-                         const LogitTerms& terms, const Targets& targets, int64_t classes_per_range,
-                         const PartialStatistics& partials, float* target_logit,
-                         const StoredScores& scores, void* stream) {
-  return sm90::run<2>(block, operands, terms, targets, classes_per_range, partials, target_logit,
-                      scores, stream);
-}
-
-}  // namespace memeff::cuda::sm90x2

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/common/logit_transform.cuh"
+#include "cuda/sm90/kernels.h"
 #include "cuda/sm90/tile_store.cuh"
 
 namespace memeff::cuda::sm90 {

@@ -1,4 +1,4 @@
-// The main loop that all sm_90a products share: C = A B with 16-bit operands and fp32 accumulators,
+// The mainloop that all sm_90a products share: C = A B with 16-bit operands and fp32 accumulators,
 // a persistent grid of specialised warps.
 //
 //   tile of C     128 x 256 per thread block, 64 x 256 per consumer warpgroup: 128 accumulators per
@@ -7,10 +7,10 @@
 //                 (128 + 256) * 128 bytes per 128 * 256 * 64 products is 48 bytes a cycle already.
 //   cluster       kCluster blocks, 1 or 2, compute tiles one below the other, so they share B: each
 //                 loads its own A and half of B, which TMA writes to both. 32 bytes a cycle.
-//   warpgroup 0   producer: its first warp fills a ring of stages by TMA, the rest leaves at once;
+//   warpgroup 0   producer: its first warp fills a ring of stages by TMA, the rest exits at once;
 //                 gives its registers to the others
 //   warpgroups 1, 2  consumers: wgmma on rows 0-63 and 64-127, then the epilogue; the second some
-//                 steps behind the first (class Lead)
+//                 steps behind the first (class Stagger)
 //
 // Shared memory, bytes:
 //        0  4 stages of 48 KiB: A [128, 64] then B [64, 256] of one step of k, 128-byte swizzle
@@ -39,9 +39,9 @@
 #include "cuda/common/device.cuh"
 #include "cuda/ptx/sm90.cuh"
 
-// Steps of k by which consumer warpgroup 1 leads warpgroup 2; 0: they begin each tile together.
-#ifndef MEMEFF_SM90_LEAD_STEPS
-#define MEMEFF_SM90_LEAD_STEPS 2
+// Steps of k by which consumer warpgroup 1 is ahead of warpgroup 2; 0: they begin each tile together.
+#ifndef MEMEFF_SM90_STAGGER_STEPS
+#define MEMEFF_SM90_STAGGER_STEPS 2
 #endif
 
 namespace memeff::cuda::sm90 {
@@ -51,12 +51,12 @@ constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kConsumerGroups = 2, kConsumerWarps = 8;
 constexpr int kThreads = (1 + kConsumerGroups) * kGroupThreads;
 constexpr int kGroupM = kTileM / kConsumerGroups;
-constexpr int kLeadSteps = MEMEFF_SM90_LEAD_STEPS;
-static_assert(kLeadSteps >= 0 && kLeadSteps < kStages);
+constexpr int kStaggerSteps = MEMEFF_SM90_STAGGER_STEPS;
+static_assert(kStaggerSteps >= 0 && kStaggerSteps < kStages);
 // Named barriers of PTX; 0 is that of __syncthreads().
 constexpr int kBoxBarrier = 1;  // and the next: of a consumer warpgroup each (tile_store.cuh)
 constexpr int kVotesBarrier = kBoxBarrier + kConsumerGroups;  // linear_gradient.cu
-constexpr int kLeadBarrier = kVotesBarrier + 1;
+constexpr int kStaggerBarrier = kVotesBarrier + 1;
 // 65536 registers are 168 for each of 384 threads at launch; ptxas wants multiples of 8.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
@@ -114,7 +114,7 @@ struct OperandTile {
       ptx::tma_load_2d_multicast(to, map, column, row, mbarrier, (1 << kBlocks) - 1);
   }
 
-  // Of the 16 k number `k16` of the step, from row `first_mn` (a multiple of 64) on.
+  // The descriptor of the 16 k number `k16` of the step, from row `first_mn` (a multiple of 64) on.
   MEMEFF_DEVICE static uint64_t descriptor(uint32_t tile, int first_mn, int k16) {
     if constexpr (kMajor == Major::kK)
       return ptx::k_major_descriptor(tile + first_mn * 128 + k16 * 32);
@@ -166,7 +166,7 @@ struct Ring {
 };
 
 // All threads of the block, before anything else. `fillers`: arrivals that make a stage full,
-// beside the bytes of TMA.
+// in addition to the bytes of TMA.
 template <int kCluster>
 MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int fillers = 1) {
   const Ring<kCluster> ring{ptx::shared_address(shared_memory)};
@@ -215,9 +215,9 @@ MEMEFF_DEVICE void finish_loads(Ring<kCluster>& ring) {
   }
 }
 
-// Each warp waits for its own share of the products, so each says itself that it has left a stage.
+// Each warp waits for its own share of the products, so each releases a stage by itself.
 template <int kCluster>
-MEMEFF_DEVICE void leave_stage(const Ring<kCluster>& ring, int stage) {
+MEMEFF_DEVICE void release_stage(const Ring<kCluster>& ring, int stage) {
   if (lane_index() >= kCluster) return;
   if constexpr (kCluster == 1)
     ptx::mbarrier_arrive(ring.empty(stage));
@@ -225,32 +225,32 @@ MEMEFF_DEVICE void leave_stage(const Ring<kCluster>& ring, int stage) {
     ptx::mbarrier_arrive_cluster(ptx::map_shared(ring.empty(stage), lane_index()));
 }
 
-// Warpgroup 1 leads. In every tile warpgroup 2 begins when the first has finished kLeadSteps steps,
+// Warpgroup 1 is ahead. In every tile warpgroup 2 begins when the first has finished kStaggerSteps steps,
 // so it also ends later: its last products fill the tensor cores while the first is in its epilogue,
 // and the first's next ones while it is itself there. No products are lost by waiting: those of one
 // group alone take half the time. Where the first is ahead already, the second does not wait.
 //
 // No deadlock: to finish those steps the first needs stages that both groups, in both blocks of a
-// cluster, have left before this tile. kLeadSteps + 1 <= kStages of them, as one is in flight when
+// cluster, have released before this tile. kStaggerSteps + 1 <= kStages of them, as one is in flight when
 // it arrives.
 //
 // Tiles of fewer steps than stages are left out, by both groups: across several of them the first
 // could arrive twice before the second comes once. Otherwise it cannot: it arrives again kStages
-// steps later at the earliest, in a stage that the second has left in between.
-class Lead {
+// steps later at the earliest, in a stage that the second has released in between.
+class Stagger {
  public:
   // Before the first step of a tile.
-  MEMEFF_DEVICE explicit Lead(int steps) {
-    if (kLeadSteps == 0 || steps < kStages) return;
+  MEMEFF_DEVICE explicit Stagger(int steps) {
+    if (kStaggerSteps == 0 || steps < kStages) return;
     if (consumer_group() == 0)
-      arrives_after_ = kLeadSteps;
+      arrives_after_ = kStaggerSteps;
     else
-      ptx::bar_sync(kLeadBarrier, kConsumerGroups * kGroupThreads);
+      ptx::bar_sync(kStaggerBarrier, kConsumerGroups * kGroupThreads);
   }
-  // Of the tile's steps, `steps` are finished, 1 at least.
+  // The first `steps` of the tile's steps are finished, 1 at least.
   MEMEFF_DEVICE void finished(int steps) const {
-    if (kLeadSteps == 0 || steps != arrives_after_) return;
-    ptx::bar_arrive(kLeadBarrier, kConsumerGroups * kGroupThreads);
+    if (kStaggerSteps == 0 || steps != arrives_after_) return;
+    ptx::bar_arrive(kStaggerBarrier, kConsumerGroups * kGroupThreads);
   }
 
  private:
@@ -261,14 +261,14 @@ class Lead {
 // accumulator i of a thread is
 //   row 16 warp + lane / 4 + 8 (i / 2 % 2),  column 8 (i / 4) + 2 (lane % 4) + i % 2
 template <class T, class A, class B, int kCluster>
-MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring<kCluster>& ring, int steps) {
+MEMEFF_DEVICE void mainloop(float (&c)[kTileN / 2], Ring<kCluster>& ring, int steps) {
   // Zeroed here rather than by the first product: undefined registers that enter a loop make ptxas
   // keep a second copy of them, and spill it.
 #pragma unroll
   for (float& x : c) x = 0.f;
   const int first_m = consumer_group() * kGroupM;
   int previous_stage = 0;
-  const Lead lead(steps);
+  const Stagger stagger(steps);
   for (int step = 0; step < steps; ++step) {
     ptx::mbarrier_wait(ring.full(), ring.parity);
     ptx::wgmma_fence();
@@ -280,15 +280,15 @@ MEMEFF_DEVICE void multiply(float (&c)[kTileN / 2], Ring<kCluster>& ring, int st
     ptx::wgmma_commit();
     if (step > 0) {
       ptx::wgmma_wait<1>();
-      leave_stage(ring, previous_stage);
-      lead.finished(step);
+      release_stage(ring, previous_stage);
+      stagger.finished(step);
     }
     previous_stage = ring.stage;
     ring.advance();
   }
   ptx::wgmma_wait<0>();
   ptx::accumulators_are_ready(c);
-  if (steps > 0) leave_stage(ring, previous_stage);
+  if (steps > 0) release_stage(ring, previous_stage);
 }
 
 // ---- which tile of C a block computes next ----
@@ -307,7 +307,7 @@ struct TileOrder {
   MEMEFF_DEVICE static int stride() { return static_cast<int>(gridDim.x) / kCluster; }
   MEMEFF_DEVICE int count() const { return rows * columns; }
 
-  // Of this block's tile of C. In the last row there may be none left for it.
+  // Place of this block's tile of C. In the last row there may be none left for it.
   MEMEFF_DEVICE void place(int number, int* row, int* column) const {
     const int group = number / (kRowsPerGroup * columns);
     const int first_row = group * kRowsPerGroup;
@@ -322,7 +322,7 @@ inline int count_tiles(int64_t extent, int64_t tile) {
   return static_cast<int>((extent + tile - 1) / tile);
 }
 
-// Of a C with `rows` rows, in columns of tiles.
+// The order of tiles of a C with `rows` rows, in columns of tiles.
 template <int kCluster>
 TileOrder<kCluster> tile_order(int64_t rows, int columns) {
   return {count_tiles(rows, kTileM * kCluster), columns};

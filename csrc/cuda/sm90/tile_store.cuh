@@ -74,7 +74,7 @@ class BoxStore {
   int current_ = 0;
 };
 
-// ---- accumulators to boxes; c are consecutive accumulators, see multiply() ----
+// ---- accumulators to boxes; c are consecutive accumulators, see mainloop() ----
 
 // Pairs of adjacent columns that a thread has of a box of 16-bit numbers: pair i are the accumulators
 // 2 i and 2 i + 1 of 32.

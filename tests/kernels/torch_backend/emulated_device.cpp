@@ -18,7 +18,7 @@
 #include "bindings/ops.h"
 #include "bindings/schema.h"
 #include "bindings/statistics_ops.h"
-#include "cuda/launch.h"
+#include "cuda/generic_kernels.h"
 #include "emulator/emulator.h"
 
 namespace memeff {

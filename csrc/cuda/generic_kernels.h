@@ -1,0 +1,88 @@
+// The generic kernels: every GPU from sm_75 on, elementwise or reductions, bound by memory.
+#pragma once
+
+#include "core/weight_update.h"
+#include "cuda/kernel_arguments.h"
+
+namespace memeff::cuda {
+
+/// Partial statistics of stored products u, [classes, tokens] of A, one range per
+/// `classes_per_range` (a multiple of 64) classes. `target_logit` [tokens] of A gets z_y of the
+/// tokens whose index target lies in the block and is otherwise left alone; null: not requested.
+struct BlockStatistics {
+  Block block;
+  const void* products = nullptr;
+  int64_t stride = 0;
+  DType dtype = DType::kFloat32;
+  LogitTerms terms;
+  Targets targets;
+  int64_t classes_per_range = 0;
+  PartialStatistics partials;
+  void* target_logit = nullptr;
+};
+Status block_statistics(const BlockStatistics& call, void* stream);
+
+/// Replaces u by the gradient with respect to u, in place. The gradient's type is that of u, or a
+/// 16-bit type for float u; its rows then start where those of u start, 2 stride elements apart.
+struct BlockGradient {
+  Block block;
+  void* products = nullptr;
+  int64_t stride = 0;
+  DType dtype = DType::kFloat32, gradient_dtype = DType::kFloat32;
+  LogitTerms terms;
+  Targets targets;
+  Coefficients coefficients;
+};
+Status block_gradient(const BlockGradient& call, void* stream);
+
+/// Replaces stored scores by the gradient with respect to u, in place, in the 16-bit type
+/// `gradient_dtype`. The entry of an index target is target_gradient[token] (float), as it is, or
+/// zero where all coefficients are. first_class is a multiple of kStoredTile. No class
+/// probabilities; not softcap with `weighted`.
+struct StoredGradient {
+  Block block;
+  StoredScores scores;
+  DType gradient_dtype = DType::kBFloat16;
+  LogitTerms terms;
+  Targets targets;
+  Coefficients coefficients;
+  const float* target_gradient = nullptr;
+};
+Status stored_gradient(const StoredGradient& call, void* stream);
+
+/// sums[v] += sum over tokens of gradient[v, token], sums [V] of A: the gradient of the bias.
+Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
+                         void* sums, void* stream);
+
+/// Rows of sums [rows, columns] of A into a gradient of type `dtype`, scaled by *scale (A, on the
+/// device; null: 1).
+struct RowUpdate {
+  const void* sums = nullptr;
+  int64_t sums_stride = 0;
+  void* gradient = nullptr;
+  int64_t gradient_stride = 0;
+  SplitSums split;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0, columns = 0;
+  WeightUpdate update = WeightUpdate::kWrite;
+  const void* scale = nullptr;  // kSplitFirst and kSplitNext keep unscaled sums
+};
+Status update_rows(const RowUpdate& update, void* stream);
+
+/// Copies a matrix, to the same type or to fp32.
+Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
+                 int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream);
+
+/// gradient = from * *scale (fp64, on the device), n adjacent elements, computed in A. `from` may
+/// be `gradient`; then nothing is written where the scale is 1.
+Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
+                      void* stream);
+
+/// sums [columns] (float) = sum over rows of factors[row] * matrix[row]; no factors: ones. 16 bits.
+Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t rows,
+                        int64_t columns, const float* factors, float* sums, void* stream);
+/// out[row, column] = factors[row] * values[column], or += with `accumulate`; no factors: ones.
+Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
+                     bool accumulate, float* out, int64_t stride, void* stream);
+
+}  // namespace memeff::cuda
