@@ -4,8 +4,8 @@
 //   csrc/cuda/NAME/            architecture.cpp, fused_kernels.cpp and its kernels
 //   a row of the table below   nothing else in csrc knows its name
 //   buildtools/sources.json    what compiles the folder, for which GPUs
-//   tests                      of its kernels, and its names in the lists of test_emulated.py, test_cuda.py
-//                              and scripts/measured_choices.py
+//
+// and its tests and tools, which CONTRIBUTING.md lists.
 #pragma once
 
 #include <cstddef>
