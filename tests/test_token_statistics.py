@@ -456,7 +456,7 @@ def test_memory_budget(dtype: str) -> None:
         ({"linear_bias": torch.zeros(5)}, RuntimeError, "linear_bias has shape"),
         ({"linear_weight": torch.zeros(5, 5)}, RuntimeError, "linear_weight"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
-        ({"memory_budget": 1000}, ValueError, "least that works"),
+        ({"memory_budget": 1000}, ValueError, "minimum is"),
         ({"target": None, "shift": 1}, ValueError, "there is no target"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'"),
     ],

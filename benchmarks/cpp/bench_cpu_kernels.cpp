@@ -11,10 +11,10 @@
 #include <functional>
 #include <vector>
 
-#include "core/planner.h"
-#include "core/tiling.h"
 #include "cpu/bf16_kernels.h"
 #include "cpu/features.h"
+#include "cpu/layout.h"
+#include "cpu/tiling.h"
 
 #if defined(__x86_64__)
 

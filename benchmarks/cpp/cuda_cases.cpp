@@ -6,8 +6,8 @@
 #include <stdexcept>
 
 #include "core/compact_sum.h"
+#include "core/math.h"
 #include "core/problem.h"
-#include "core/tiling.h"
 #include "cpu/number.h"
 #include "cuda/fused_kernels.h"
 #include "cuda/generic_kernels.h"
@@ -226,12 +226,12 @@ class Maker {
 
   /// Multiples of a tile of 256 classes: the launcher's choice.
   std::vector<int64_t> ranges_to_try() const {
-    PlanRequest request;
+    GpuPlanRequest request;
     request.tokens = n_, request.features = d_, request.vocab = v_, request.dtype = dtype_;
     PlanTraits traits;
     traits.kernels.scores.architecture = &sm80::architecture;
     Plan plan;
-    plan.token_block = n_;
+    plan.token_block = plan.score_block = n_;
     const int64_t planned = classes_per_range(request, traits, plan, false);
     std::vector<int64_t> ranges = {256};
     for (const int64_t range : {int64_t{1024}, planned})

@@ -115,25 +115,18 @@ void Call::run(bool statistics_known) {
   const bool nothing_wanted = problem_.grad_input == nullptr && problem_.grad_weight == nullptr &&
                               problem_.grad_bias == nullptr;
   if (statistics_known && nothing_wanted) return;
-  PlanRequest request =
+  const PlanRequest request =
       plan_request(statistics_known, problem_.grad_input != nullptr,
                    problem_.grad_weight != nullptr, problem_.grad_bias != nullptr);
-  const Plan plan = make_plan(&request);
-  device_.run(problem_, request, plan, input_);
-}
-
-Plan Call::make_plan(PlanRequest* request) const {
-  Plan plan;
-  const std::string problem = device_.make_plan(problem_, request, &plan);
-  TORCH_CHECK_VALUE(problem.empty(), problem);
-  return plan;
+  const std::string objection = device_.run(problem_, request, input_);
+  TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 
 void Call::check_backward_budget() const {
   if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
-  PlanRequest request =
-      plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad);
-  make_plan(&request);
+  const std::string objection = device_.check(
+      problem_, plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad));
+  TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 
 PlanRequest Call::plan_request(bool statistics_known, bool input_grad, bool weight_grad,
@@ -147,7 +140,6 @@ PlanRequest Call::plan_request(bool statistics_known, bool input_grad, bool weig
   request.grad_weight = weight_grad;
   request.grad_bias = bias_grad;
   request.statistics_known = statistics_known;
-  request.targets = problem_.targets;
   request.memory_budget = options_.memory_budget;
   request.chunk_size = options_.chunk_size;
   request.accumulation = options_.accumulation;

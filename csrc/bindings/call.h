@@ -8,7 +8,7 @@
 #include <string>
 
 #include "bindings/device.h"
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 
 namespace memeff {
@@ -54,8 +54,6 @@ class Call {
   void use_lse(const at::Tensor& known);
   PlanRequest plan_request(bool statistics_known, bool input_grad, bool weight_grad,
                            bool bias_grad) const;
-  /// Raises an error when no plan fits the budget.
-  Plan make_plan(PlanRequest* request) const;
 
   const Device& device_;
   const Options options_;

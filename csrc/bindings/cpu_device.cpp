@@ -64,16 +64,20 @@ class CpuDevice : public Device {
 
   bool values_are_at_hand() const override { return true; }
 
-  std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
-    const std::string error = complete_request(problem, request);
-    return error.empty() ? memeff::make_plan(*request, plan) : error;
+  std::string check(const Problem& problem, const PlanRequest& request) const override {
+    CpuCallPlan call;
+    return plan_call(problem, request, &call);
   }
 
-  void run(const Problem& problem, const PlanRequest& request, const Plan& plan,
-           const at::Tensor&) const override {
-    const Workspace workspace(plan.workspace_bytes);
-    const CpuContext context{&problem, &request, &plan, workspace.data()};
-    memeff::run(problem, plan, request.statistics_known, *make_cpu_backend(context));
+  std::string run(const Problem& problem, const PlanRequest& request,
+                  const at::Tensor&) const override {
+    CpuCallPlan call;
+    std::string objection = plan_call(problem, request, &call);
+    if (!objection.empty()) return objection;
+    const Workspace workspace(call.plan.workspace_bytes);
+    const CpuContext context{&problem, &call.request, &call.plan, workspace.data()};
+    memeff::run(problem, call.plan, request.statistics_known, *make_cpu_backend(context));
+    return objection;
   }
 
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {

@@ -23,9 +23,9 @@ class CudaDevice : public CudaLikeDevice {
 
   bool values_are_at_hand() const override { return false; }
 
-  void run(const Problem& problem, const PlanRequest& request, const Plan& plan,
-           const at::Tensor& like) const override {
-    run_on_stream(problem, request, plan, like, stream_of(like));
+  std::string run(const Problem& problem, const PlanRequest& request,
+                  const at::Tensor& like) const override {
+    return run_on_stream(problem, request, like, stream_of(like));
   }
 
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {

@@ -19,39 +19,29 @@ namespace memeff {
 /// What both have in common: selection, plan, workspace from torch's allocator, the driver.
 class CudaLikeDevice : public Device {
  public:
-  std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const override {
-    std::string error;
-    cuda::Selection kernels = select(problem, &error);
-    if (!error.empty()) return error;
-    request->gpu_upcasts = cuda::upcasts(problem.dtype, cuda::current_gpu());
-    request->multiprocessors = cuda::multiprocessors_of(cuda::current_gpu());
-    return cuda::choose_plan(problem, *request, &kernels, plan);
+  std::string check(const Problem& problem, const PlanRequest& request) const override {
+    cuda::CallPlan call;
+    return cuda::plan_call(problem, request, cuda::current_gpu(), &call);
   }
 
  protected:
-  void run_on_stream(const Problem& problem, const PlanRequest& request, const Plan& plan,
-                     const at::Tensor& like, void* stream) const {
-    const at::Tensor workspace = at::empty({plan.workspace_bytes}, like.options().dtype(at::kByte));
-    std::string error;
-    const cuda::CudaContext context{&problem,
-                                    &request,
-                                    &plan,
-                                    cuda::kernels_of_plan(select(problem, &error), plan),
-                                    static_cast<char*>(workspace.mutable_data_ptr()),
-                                    stream};
+  std::string run_on_stream(const Problem& problem, const PlanRequest& request,
+                            const at::Tensor& like, void* stream) const {
+    cuda::CallPlan call;
+    std::string objection = cuda::plan_call(problem, request, cuda::current_gpu(), &call);
+    if (!objection.empty()) return objection;
+    const at::Tensor workspace =
+        at::empty({call.plan.workspace_bytes}, like.options().dtype(at::kByte));
+    const cuda::CudaContext context{&problem, &call,
+                                    static_cast<char*>(workspace.mutable_data_ptr()), stream};
     use_workspace(workspace, [&] {
-      memeff::run(problem, plan, request.statistics_known, *cuda::make_cuda_backend(context));
+      memeff::run(problem, call.plan, request.statistics_known, *cuda::make_cuda_backend(context));
     });
+    return objection;
   }
 
   /// Calls `run`, which works in the workspace. For devices that want to know of their memory.
   virtual void use_workspace(const at::Tensor&, const std::function<void()>& run) const { run(); }
-
- private:
-  static cuda::Selection select(const Problem& problem, std::string* error) {
-    return cuda::select_kernels(problem, cuda::current_gpu(), cuda::forced_kernels(),
-                                cuda::measured_choices(), error);
-  }
 };
 
 }  // namespace memeff

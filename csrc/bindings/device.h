@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 
 namespace memeff {
@@ -18,13 +18,12 @@ class Device {
   /// Whether values of tensors may be looked at. On a GPU that would wait for the device.
   virtual bool values_are_at_hand() const = 0;
 
-  /// As make_plan of core/planner.h, for this device's kernels. Completes the request by what depends
-  /// on the device.
-  virtual std::string make_plan(const Problem& problem, PlanRequest* request, Plan* plan) const = 0;
-  /// Runs the problem by that plan, in a workspace of plan.workspace_bytes. `like` is a tensor on
-  /// the device.
-  virtual void run(const Problem& problem, const PlanRequest& request, const Plan& plan,
-                   const at::Tensor& like) const = 0;
+  /// Returns "", or why no plan fits.
+  virtual std::string check(const Problem& problem, const PlanRequest& request) const = 0;
+  /// Plans the problem and runs it, in a workspace of its own; or returns why no plan fits. `like` is a
+  /// tensor on the device.
+  virtual std::string run(const Problem& problem, const PlanRequest& request,
+                          const at::Tensor& like) const = 0;
 
   /// to = from * scale, element by element; contiguous, of one dtype; may be the same tensor.
   /// `scale` has one element.

@@ -9,11 +9,10 @@
 #include <string>
 
 #include "bindings/request.h"
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
-#include "cuda/gemm.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
 
@@ -84,12 +83,12 @@ const char* name_of(Accumulation accumulation) {
   return "";
 }
 
-/// Completes a request and plans it, as the operators of a backend do.
-using Planner = std::function<std::string(const Problem&, PlanRequest*, Plan*)>;
+/// Plans a call, as the operators of a backend do.
+using Planner = std::function<std::string(const Problem&, const PlanRequest&, Plan*)>;
 
-Plan plan_or_throw(const Planner& planner, const Problem& problem, PlanRequest request) {
+Plan plan_or_throw(const Planner& planner, const Problem& problem, const PlanRequest& request) {
   Plan plan;
-  const std::string objection = planner(problem, &request, &plan);
+  const std::string objection = planner(problem, request, &plan);
   if (!objection.empty()) throw py::value_error(objection);
   return plan;
 }
@@ -152,27 +151,19 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   request.accumulation = parse_accumulation(grad_accumulation);
 
   Planner planner;
-  std::string kernels, reason;
   if (backend == "cpu") {
-    reason = std::getenv("MEMEFF_CPU_KERNELS") != nullptr ? "MEMEFF_CPU_KERNELS" : "default";
-    planner = [&](const Problem& planned, PlanRequest* request_of_call, Plan* chosen) {
-      const std::string error = complete_request(planned, request_of_call);
-      kernels = kernels_name(*request_of_call);
-      return error.empty() ? make_plan(*request_of_call, chosen) : error;
+    planner = [](const Problem& planned, const PlanRequest& asked, Plan* plan) {
+      CpuCallPlan call;
+      std::string objection = plan_call(planned, asked, &call);
+      *plan = call.plan;
+      return objection;
     };
   } else if (backend == "cuda") {
-    std::string error;
-    const cuda::Gpu card{capability, gpu, multiprocessors};
-    const cuda::Selection selection = cuda::select_kernels(problem, card, cuda::forced_kernels(),
-                                                           cuda::measured_choices(), &error);
-    if (!error.empty()) throw py::value_error(error);
-    request.gpu_upcasts = cuda::upcasts(problem.dtype, card);
-    request.multiprocessors = cuda::multiprocessors_of(card);
-    planner = [&, selection](const Problem& planned, PlanRequest* completed, Plan* chosen) {
-      cuda::Selection chosen_kernels = selection;
-      const std::string objection = cuda::choose_plan(planned, *completed, &chosen_kernels, chosen);
-      kernels = cuda::name_of(chosen_kernels);
-      reason = cuda::reason_of(chosen_kernels);
+    planner = [gpu = cuda::Gpu{capability, gpu, multiprocessors}](
+                  const Problem& planned, const PlanRequest& asked, Plan* plan) {
+      cuda::CallPlan call;
+      std::string objection = cuda::plan_call(planned, asked, gpu, &call);
+      *plan = call.plan;
       return objection;
     };
   } else {
@@ -182,8 +173,8 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   const Plan chosen = plan_call(planner, problem, request);
   py::dict result;
   result["kind"] = name_of(chosen.kind);
-  result["kernels"] = kernels;
-  result["kernels_reason"] = reason;
+  result["kernels"] = chosen.kernels;
+  result["kernels_reason"] = chosen.kernels_reason;
   result["tokens_per_chunk"] = chosen.chunk_tokens > 0 ? chosen.chunk_tokens : chosen.token_block;
   result["num_chunks"] = chosen.num_chunks;
   result["vocab_per_slice"] = chosen.slice_vocab;

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 
 namespace memeff {

@@ -100,11 +100,9 @@ void StatisticsCall::check_backward_budget() const {
   later.top = 0;
   Problem problem = problem_;
   problem.token_statistics = &later;
-  PlanRequest request =
-      plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad);
-  Plan plan;
-  const std::string refusal = device_.make_plan(problem, &request, &plan);
-  TORCH_CHECK_VALUE(refusal.empty(), refusal);
+  const std::string objection = device_.check(
+      problem, plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad));
+  TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 
 const double* StatisticsCall::gradient(const OptionalTensor& tensor, at::IntArrayRef shape,

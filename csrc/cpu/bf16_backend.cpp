@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "core/tiling.h"
 #include "cpu/number.h"
 #include "cpu/parallel.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {

@@ -17,8 +17,8 @@
 
 #include <cstdint>
 
-#include "core/tiling.h"
 #include "cpu/column_kernels.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "core/tiling.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/tiling.h"
 #include "cpu/gemm.h"
 #include "cpu/number.h"
 #include "cpu/parallel.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {

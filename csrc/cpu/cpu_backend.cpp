@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "core/tiling.h"
+#include "core/planning.h"
 #include "cpu/number.h"
 #include "cpu/parallel.h"
 #include "cpu/row_update.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {
@@ -136,7 +137,7 @@ template <class T>
 ScoreBlock CpuBackend<T>::block_in_gradient() {
   ScoreBlock block;
   block.data = problem_.grad_weight;
-  block.stride = tokens_per_gradient_row(*context_.request);
+  block.stride = tokens_in_gradient_row(*context_.request, score_bytes(*context_.request));
   if (context_.request->bf16_kernels) {
     block.maxima = at<T>(layout_.kept_maxima);
     block.maxima_stride = round_up(plan_.stored_in_gradient, kPanel);

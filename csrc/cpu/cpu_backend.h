@@ -8,9 +8,9 @@
 #include <memory>
 #include <string>
 
-#include "core/planner.h"
 #include "core/problem.h"
 #include "cpu/cpu_context.h"
+#include "cpu/layout.h"
 #include "cpu/tokens.h"
 #include "driver/backend.h"
 
@@ -50,7 +50,7 @@ class CpuBackend : public Backend {
   const CpuContext context_;
   const Problem& problem_;
   const Plan& plan_;
-  const WorkspaceLayout layout_;
+  const CpuLayout layout_;
   CpuTokens<T> tokens_;
 
  private:
@@ -72,8 +72,8 @@ std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context);
 ///   bf16_portable   the same kernels in plain C++, slow, for tests on any processor
 ///   blas            torch's products of fp32 numbers; the default on other processors
 /// Returns "", or what is wrong with the variable's value.
-std::string complete_request(const Problem& problem, PlanRequest* request);
-/// The name, of those above, of what runs a completed request.
-const char* kernels_name(const PlanRequest& request);
+std::string complete_request(const Problem& problem, CpuPlanRequest* request);
+/// The plan of a call on this machine. Returns "", or why there is none.
+std::string plan_call(const Problem& problem, const PlanRequest& request, CpuCallPlan* call);
 
 }  // namespace memeff

@@ -1,14 +1,14 @@
 // What a CPU backend works on.
 #pragma once
 
-#include "core/planner.h"
 #include "core/problem.h"
+#include "cpu/layout.h"
 
 namespace memeff {
 
 struct CpuContext {
   const Problem* problem;
-  const PlanRequest* request;
+  const CpuPlanRequest* request;
   const Plan* plan;
   char* workspace;  // layout_workspace(request, plan).total bytes
 };

@@ -40,7 +40,7 @@ int count_partials(const Problem& problem) {
 
 }  // namespace
 
-std::string complete_request(const Problem& problem, PlanRequest* request) {
+std::string complete_request(const Problem& problem, CpuPlanRequest* request) {
   const std::string products = bf16_products();
   const bool handwritten = products == kAvx512Bf16 || products == kPortable;
   if (!handwritten && products != kBlas) {
@@ -52,16 +52,21 @@ std::string complete_request(const Problem& problem, PlanRequest* request) {
            "': this processor has no AVX512-BF16, expected '" + kPortable + "' or '" + kBlas + "'";
   }
   request->bf16_kernels = handwritten && bf16_kernels_support(problem);
-  request->cpu_blas = !request->bf16_kernels;
-  request->compact_sums = true;
+  request->blas = !request->bf16_kernels;
+  request->targets = problem.targets;
   request->partials = count_partials(problem);
   request->threads = max_threads();
   return "";
 }
 
-const char* kernels_name(const PlanRequest& request) {
-  if (!request.bf16_kernels) return kBlas;
-  return bf16_products() == kAvx512Bf16 ? kAvx512Bf16 : kPortable;
+std::string plan_call(const Problem& problem, const PlanRequest& request, CpuCallPlan* call) {
+  call->request = CpuPlanRequest{request};
+  const std::string error = complete_request(problem, &call->request);
+  if (!error.empty()) return error;
+  call->plan.kernels = call->request.bf16_kernels ? bf16_products() : kBlas;
+  call->plan.kernels_reason =
+      std::getenv("MEMEFF_CPU_KERNELS") != nullptr ? "MEMEFF_CPU_KERNELS" : "default";
+  return make_plan(call->request, &call->plan);
 }
 
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context) {

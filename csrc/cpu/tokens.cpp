@@ -4,9 +4,9 @@
 #include <cmath>
 #include <limits>
 
-#include "core/tiling.h"
 #include "cpu/number.h"
 #include "cpu/parallel.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {
@@ -16,7 +16,7 @@ constexpr int64_t kTokenGrain = 16;
 }  // namespace
 
 template <class T>
-CpuTokens<T>::CpuTokens(const CpuContext& context, const WorkspaceLayout& layout)
+CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
     : problem_(*context.problem),
       statistics_(problem_.token_statistics),
       statistics_known_(context.request->statistics_known),

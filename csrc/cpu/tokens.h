@@ -7,10 +7,10 @@
 
 #include <vector>
 
-#include "core/planner.h"
 #include "core/problem.h"
 #include "cpu/column_kernels.h"
 #include "cpu/cpu_context.h"
+#include "cpu/layout.h"
 #include "driver/backend.h"
 
 namespace memeff {
@@ -24,7 +24,7 @@ constexpr int kPartials = 8;
 template <class T>
 class CpuTokens {
  public:
-  CpuTokens(const CpuContext& context, const WorkspaceLayout& layout);
+  CpuTokens(const CpuContext& context, const CpuLayout& layout);
 
   // ---- the steps of a call, as in driver/backend.h ----
 

@@ -3,11 +3,11 @@
 #include <algorithm>
 
 #include "core/compact_sum.h"
-#include "core/tiling.h"
+#include "core/math.h"
 
 namespace memeff::cuda {
 
-CallMemory::CallMemory(const Problem& problem, const PlanRequest& request, const Plan& plan,
+CallMemory::CallMemory(const Problem& problem, const GpuPlanRequest& request, const Plan& plan,
                        const PlanTraits& traits, char* workspace)
     : problem_(problem),
       request_(request),

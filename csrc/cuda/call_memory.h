@@ -6,10 +6,11 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 #include "cuda/fused_kernels.h"
 #include "cuda/gemm.h"
+#include "cuda/layout.h"
 #include "cuda/plan.h"
 #include "cuda/tokens.h"
 #include "driver/backend.h"
@@ -18,7 +19,7 @@ namespace memeff::cuda {
 
 class CallMemory {
  public:
-  CallMemory(const Problem& problem, const PlanRequest& request, const Plan& plan,
+  CallMemory(const Problem& problem, const GpuPlanRequest& request, const Plan& plan,
              const PlanTraits& traits, char* workspace);
 
   static constexpr int64_t kRowPadding = 8;  // elements: rows of every block start at 16 bytes
@@ -124,7 +125,7 @@ class CallMemory {
   void add_kept(ScoreBlock* block, int64_t before, int64_t count) const;
 
   const Problem& problem_;
-  const PlanRequest& request_;
+  const GpuPlanRequest& request_;
   const Plan& plan_;
   const PlanTraits& traits_;
   const Layout layout_;

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/call_memory.h"
 #include "cuda/fused_kernels.h"
 #include "cuda/generic_kernels.h"
@@ -25,9 +25,9 @@ class CudaBackend : public Backend {
  public:
   explicit CudaBackend(const CudaContext& context)
       : problem_(*context.problem),
-        request_(*context.request),
-        plan_(*context.plan),
-        traits_(plan_traits(problem_, request_, context.kernels)),
+        request_(context.call->request),
+        plan_(context.call->plan),
+        traits_(context.call->traits),
         memory_(problem_, request_, plan_, traits_, context.workspace),
         tokens_(memory_.tokens()),
         stream_(context.stream),
@@ -399,9 +399,9 @@ class CudaBackend : public Backend {
   }
 
   const Problem& problem_;
-  const PlanRequest& request_;
+  const GpuPlanRequest& request_;
   const Plan& plan_;
-  const PlanTraits traits_;
+  const PlanTraits& traits_;
   const CallMemory memory_;
   const TokenArrays& tokens_;
   void* const stream_;

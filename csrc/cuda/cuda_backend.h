@@ -15,7 +15,7 @@
 
 #include <memory>
 
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 #include "cuda/plan.h"
 #include "driver/backend.h"
@@ -24,9 +24,7 @@ namespace memeff::cuda {
 
 struct CudaContext {
   const Problem* problem;
-  const PlanRequest* request;
-  const Plan* plan;
-  Selection kernels;
+  const CallPlan* call;
   char* workspace;  // layout(...).total bytes on the device
   void* stream;
 };

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/select.h"
 
 namespace memeff::cuda {

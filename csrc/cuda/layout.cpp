@@ -4,7 +4,8 @@
 #include <algorithm>
 
 #include "core/compact_sum.h"
-#include "core/tiling.h"
+#include "core/planning.h"
+#include "cuda/layout.h"
 #include "cuda/tokens.h"
 #include "cuda/work_list.h"
 
@@ -15,22 +16,6 @@ constexpr int64_t kAlignment = 256;  // what kernels and TMA like best
 constexpr int64_t kRow = 8;          // tokens to which rows of blocks are padded: 16 bytes
 // Enough for the GPU to be busy with the scores of one token tile row after row.
 constexpr int64_t kBlocksPerMultiprocessor = 4;
-
-class Cursor {
- public:
-  int64_t take(int64_t bytes) {
-    const int64_t at = offset_;
-    offset_ += round_up(bytes, kAlignment);
-    end_ = std::max(end_, offset_);
-    return at;
-  }
-  int64_t offset() const { return offset_; }
-  int64_t end() const { return end_; }
-  void move_to(int64_t offset) { offset_ = offset; }
-
- private:
-  int64_t offset_ = 0, end_ = 0;
-};
 
 int64_t tiles(int64_t classes) { return ceil_div(classes, kStoredTile); }
 int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
@@ -72,10 +57,6 @@ int64_t longest_list(const PlanRequest& r, const Plan& plan) {
 
 }  // namespace
 
-int64_t score_block(const Plan& plan) {
-  return plan.score_block > 0 ? plan.score_block : plan.token_block;
-}
-
 bool writes_gradients(const PlanTraits& t) {
   return t.kernels.products.fused() && !t.smoothing_apart;
 }
@@ -99,10 +80,10 @@ int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& pla
   if (plan.kind == PlanKind::kVocabSlices) {
     const bool all_at_once = r.grad_weight && !plan.separate_sweeps && !plan.compact_input_sums;
     const int64_t fresh = fresh_tokens(r, plan);
-    const int64_t block = plan.input_sweep_block > 0 ? plan.input_sweep_block : plan.token_block;
-    const int64_t slice = plan.input_sweep_slice > 0 ? plan.input_sweep_slice : plan.slice_vocab;
-    const bool at_once = writes_gradients(t) && (plan.compact_input_sums || slice >= r.vocab);
-    if (!at_once) rows = std::max(rows, all_at_once ? fresh : std::min(block, fresh));
+    const bool at_once =
+        writes_gradients(t) && (plan.compact_input_sums || plan.input_sweep_slice >= r.vocab);
+    if (!at_once)
+      rows = std::max(rows, all_at_once ? fresh : std::min(plan.input_sweep_block, fresh));
   }
   return std::min(rows, r.tokens);
 }
@@ -125,30 +106,25 @@ int64_t kept_score_bytes(const PlanRequest& r, const PlanTraits& t) {
   return t.kernels.stores_16_bits() ? 2 : accumulation_size(r);
 }
 
-int64_t tokens_in_gradient_row(const PlanRequest& r, const PlanTraits& t) {
-  // None if a row is no whole number of scores: the rows of scores and of gradients must coincide.
-  const int64_t bytes = r.features * size_of(r.dtype);
-  return bytes % kept_score_bytes(r, t) == 0 ? bytes / kept_score_bytes(r, t) : 0;
-}
-
-int64_t classes_per_range(const PlanRequest& r, const PlanTraits& t, const Plan& plan, bool kept) {
+int64_t classes_per_range(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
+                          bool kept) {
   if (!t.kernels.stores_16_bits()) return kGenericRange;
   if (kept) return kStoredTile;
   // Two stored tiles are the largest tile of any family.
   constexpr int64_t kStep = 2 * kStoredTile;
-  const int64_t rows = token_tiles(std::min(score_block(plan), std::max<int64_t>(1, r.tokens)));
+  const int64_t rows = token_tiles(std::min(plan.score_block, std::max<int64_t>(1, r.tokens)));
   const int64_t ranges =
       std::max<int64_t>(1, ceil_div(kBlocksPerMultiprocessor * r.multiprocessors, rows));
   return round_up(ceil_div(std::max<int64_t>(1, r.vocab), ranges), kStep);
 }
 
-Layout layout(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   const int64_t sum_bytes = accumulation_size(r);
   const bool fused = t.kernels.stores_16_bits();
   const int64_t kept = kept_tokens(r, plan);
-  const int64_t block = round_up(std::min(score_block(plan), std::max<int64_t>(1, r.tokens)), kRow);
+  const int64_t block = round_up(std::min(plan.score_block, std::max<int64_t>(1, r.tokens)), kRow);
 
-  Cursor cursor;
+  Cursor cursor(kAlignment);
   Layout at;
   at.scalars = cursor.take(sizeof(CallScalars));
   at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <functional>
 #include <limits>
 
-#include "core/tiling.h"
+#include "core/planning.h"
 #include "cuda/gemm.h"
+#include "cuda/layout.h"
 #include "cuda/plan_sizes.h"
 #include "cuda/work_list.h"
 
@@ -48,7 +48,7 @@ constexpr int64_t kDefaultBudget = 512 * kMiB;
 // ---- candidates ----
 
 /// The sizes of everything that passes through at once: tokens by the scale, classes by the width.
-Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale, int width) {
+Plan blocks(const GpuPlanRequest& r, const PlanTraits& t, PlanKind kind, int scale, int width) {
   const bool fused = t.kernels.stores_16_bits();
   const int64_t padded = round_up(std::max<int64_t>(1, r.tokens), kTokenTile);
   const auto scaled = [&](int64_t preferred) {
@@ -70,6 +70,8 @@ Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale,
                               round_up(std::max<int64_t>(1, r.vocab), step));
   plan.input_slice = r.vocab;
   plan.score_block = std::min(plan.token_block, kTokenBlock);
+  plan.input_sweep_block = plan.token_block;
+  plan.input_sweep_slice = plan.slice_vocab;
   // In place, float products shrink to 16 bits within the tokens that are converted together.
   plan.input_block = plan.token_block;
   // 16-bit gradients do not move, so these blocks are free: sums about as large as grad_weight's.
@@ -79,23 +81,16 @@ Plan blocks(const PlanRequest& r, const PlanTraits& t, PlanKind kind, int scale,
 }
 
 /// Completes a plan whose stored tokens are known.
-void finish(const PlanRequest& r, const PlanTraits& t, Plan* plan) {
+void finish(const GpuPlanRequest& r, const PlanTraits& t, Plan* plan) {
   if (!t.kernels.stores_16_bits()) return;
   const int64_t kept = round_up(std::max<int64_t>(1, kept_tokens(r, *plan)), kTokenTile);
   if (plan->kind == PlanKind::kTokenChunks) plan->weight_block = kept;
   if (writes_gradients(t)) plan->input_block = kept;
 }
 
-int64_t first_chunk(const PlanRequest& r, const PlanTraits& t) {
-  if (!r.grad_weight || r.statistics_known) return 0;
-  int64_t most = tokens_in_gradient_row(r, t);
-  if (r.chunk_size > 0) most = std::min(most, r.chunk_size);
-  return std::min(r.tokens, most);
-}
-
 /// The plan with a sweep of its own for grad_input: its blocks are those of the other sweep with
 /// tokens and classes exchanged, so that both have sums of about the same size, and large products.
-Plan in_separate_sweeps(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+Plan in_separate_sweeps(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   Plan separate = plan;
   separate.separate_sweeps = true;
   const int64_t step = t.kernels.stores_16_bits() ? kStoredTile : kGenericRange;
@@ -113,7 +108,7 @@ enum class Rounds { kWhole, kShared };
 
 /// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in
 /// parts, and each part `pieces` times. Tiles at the edges count in full, as do the last rounds.
-double product_cost(const PlanRequest& r, int64_t rows, int64_t row_part, int64_t columns,
+double product_cost(const GpuPlanRequest& r, int64_t rows, int64_t row_part, int64_t columns,
                     int64_t column_part, int64_t depth, int64_t pieces = 1,
                     Rounds rounds = Rounds::kWhole) {
   double cost = 0;
@@ -138,25 +133,14 @@ double product_cost(const PlanRequest& r, int64_t rows, int64_t row_part, int64_
 }
 
 /// The largest chunk of [least, most] tokens that fits the budget; 0: none does.
-int64_t largest_chunk(const PlanRequest& r, const PlanTraits& t, int64_t budget, int64_t least,
+int64_t largest_chunk(const GpuPlanRequest& r, const PlanTraits& t, int64_t budget, int64_t least,
                       int64_t most, const Plan& plan) {
-  const auto fits = [&](int64_t chunk) {
+  return largest_fitting(least, most, kTokenTile, [&](int64_t chunk) {
     Plan trial = plan;
     trial.chunk_tokens = chunk;
     finish(r, t, &trial);
     return layout(r, t, trial).total <= budget;
-  };
-  if (most < least || !fits(least)) return 0;
-  int64_t low = least, high = most;
-  while (low < high) {
-    const int64_t middle = std::min(high, round_up(low + (high - low + 1) / 2, kTokenTile));
-    if (fits(middle)) {
-      low = middle;
-    } else {
-      high = std::max(least, std::min(high - 1, (middle - 1) / kTokenTile * kTokenTile));
-    }
-  }
-  return low;
+  });
 }
 
 /// Plans that may suit a request, whether or not they fit; chunks are as large as the budget allows,
@@ -164,9 +148,9 @@ int64_t largest_chunk(const PlanRequest& r, const PlanTraits& t, int64_t budget,
 class Candidates {
  public:
   using Visit = std::function<void(const Plan&)>;
-  Candidates(const PlanRequest& r, const PlanTraits& t, int64_t budget, const Visit& visit)
+  Candidates(const GpuPlanRequest& r, const PlanTraits& t, int64_t budget, const Visit& visit)
       : r_(r), t_(t), budget_(budget), visit_(visit) {
-    stored_ = first_chunk(r, t);
+    stored_ = first_chunk(r, kept_score_bytes(r, t));
     rest_ = r.tokens - stored_;
     most_ = rest_ <= 0 ? 0 : r.chunk_size > 0 ? std::min(r.chunk_size, rest_) : rest_;
     least_ = r.chunk_size > 0 ? most_ : std::min(most_, kTokenTile);
@@ -189,8 +173,7 @@ class Candidates {
       if (kind != PlanKind::kStatistics) plan.stored_in_gradient = stored_;
       return plan;
     };
-    if (!r_.grad_input && !r_.grad_weight && !r_.grad_bias)
-      return consider(base(PlanKind::kStatistics));
+    if (!wants_gradient(r_)) return consider(base(PlanKind::kStatistics));
     if (!r_.statistics_known) token_chunks(base(PlanKind::kTokenChunks));
     if (r_.statistics_known || r_.grad_weight) vocab_slices(base(PlanKind::kVocabSlices));
   }
@@ -263,7 +246,7 @@ class Candidates {
     visit_(plan);
   }
 
-  const PlanRequest& r_;
+  const GpuPlanRequest& r_;
   const PlanTraits& t_;
   const int64_t budget_;
   const Visit& visit_;
@@ -280,13 +263,13 @@ int64_t parts_of(int64_t tokens, int64_t part) {
 
 /// Under token chunks, whether a chunk's products of gradients run beside one another. (Those of
 /// scores in the gradient cannot: a copy lies in between.)
-bool run_beside(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+bool run_beside(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   return r.grad_input && r.grad_weight && plan.kind == PlanKind::kTokenChunks && !t.skips &&
          t.kernels.products.architecture->overlaps_launches && products_write_weight(r, t, plan);
 }
 
 /// The products that make grad_weight, and the bytes that they move back and forth.
-double weight_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
+double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
   const int64_t n = r.tokens, d = r.features, v = r.vocab, slice = plan.slice_vocab;
   const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
   const int64_t stored = plan.stored_in_gradient, rest = n - stored;
@@ -322,7 +305,7 @@ double weight_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, 
 }
 
 /// Likewise of grad_input.
-double input_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
+double input_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
   const int64_t d = r.features, v = r.vocab, stored = plan.stored_in_gradient;
   const int64_t fresh = fresh_tokens(r, plan), kept = r.tokens - fresh;
   if (plan.kind == PlanKind::kTokenChunks) {
@@ -331,22 +314,20 @@ double input_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan, i
            product_cost(r, kept - stored, std::min(plan.chunk_tokens, plan.input_block), d, d, v, 1,
                         rounds);
   }
-  const bool separate = plan.separate_sweeps;
-  const int64_t slices = parts_of(v, separate ? plan.input_sweep_slice : plan.slice_vocab);
-  const int64_t block = separate ? plan.input_sweep_block : plan.token_block;
+  const int64_t slices = parts_of(v, plan.input_sweep_slice);
   if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) *bytes += 8 * slices * fresh * d;
   if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) *bytes += 4 * slices * fresh * d;
   return product_cost(r, kept, plan.input_block, d, d, v) +
-         product_cost(r, fresh, block, d, d, v, slices);
+         product_cost(r, fresh, plan.input_sweep_block, d, d, v, slices);
 }
 
 }  // namespace
 
-double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+double predicted_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   const int64_t n = r.tokens, d = r.features, v = r.vocab;
   const int64_t fresh = fresh_tokens(r, plan);
   int64_t bytes = 0;
-  double cost = r.statistics_known ? 0 : product_cost(r, n, score_block(plan), v, v, d);
+  double cost = r.statistics_known ? 0 : product_cost(r, n, plan.score_block, v, v, d);
   if (plan.kind != PlanKind::kStatistics) {
     if (!plan.products_from_scores)  // scores become gradients
       bytes += (n - fresh) * v * (t.kernels.stores_16_bits() ? 4 : 8);
@@ -356,28 +337,26 @@ double predicted_cost(const PlanRequest& r, const PlanTraits& t, const Plan& pla
     cost += product_cost(r, fresh, plan.input_sweep_block, v, plan.input_sweep_slice, d);
   if (r.grad_weight) cost += weight_cost(r, t, plan, &bytes);
   if (r.grad_input) cost += input_cost(r, t, plan, &bytes);
-  // Who fixes the size of chunks wants chunks.
-  if (r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices)
-    cost += 100.0 * static_cast<double>(n) * static_cast<double>(d) * static_cast<double>(v);
   return cost + static_cast<double>(bytes) * kMultiplyAddsPerByte;
 }
 
 namespace {
 
 /// What products take beside the workspace: see gemm.h.
-int64_t product_bytes(const PlanRequest& r) {
-  if (!r.gpu_upcasts || r.tokens == 0 || r.vocab == 0) return 0;
+int64_t product_bytes(const GpuPlanRequest& r) {
+  if (!r.upcasts || r.tokens == 0 || r.vocab == 0) return 0;
   int64_t most = upcast_bytes(r.vocab, r.features, r.tokens);
   if (r.grad_input) most = std::max(most, upcast_bytes(r.tokens, r.vocab, r.features));
   if (r.grad_weight) most = std::max(most, upcast_bytes(r.vocab, r.tokens, r.features));
   return most;
 }
 
-std::string megabytes(int64_t bytes) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%lld bytes (%.1f MiB)", static_cast<long long>(bytes),
-                static_cast<double>(bytes) / (1 << 20));
-  return text;
+/// What plans are ranked by: the FLOPs that they are predicted to take the time of. An explicit
+/// chunk_size wants chunks, which slices come before only where these are far faster.
+double rank(const PlanRequest& r, const Plan& plan) {
+  const bool unwanted =
+      r.chunk_size > 0 && !r.statistics_known && plan.kind == PlanKind::kVocabSlices;
+  return plan.predicted_flops + (unwanted ? 100 * product_flops(r) : 0);
 }
 
 }  // namespace
@@ -395,72 +374,69 @@ PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selec
   return traits;
 }
 
-std::string make_plan(const PlanRequest& request, const PlanTraits& traits, Plan* plan) {
+std::string make_plan(const GpuPlanRequest& request, const PlanTraits& traits, Plan* plan) {
   const int64_t floor =
       ((request.grad_input ? request.tokens : 0) + (request.grad_weight ? request.vocab : 0)) *
       request.features * size_of(request.dtype);
-  const int64_t beside = product_bytes(request);
+  const int64_t library = product_bytes(request);
   const int64_t budget = request.memory_budget < 0 ? std::max(kDefaultBudget, floor + floor / 4)
-                                                   : request.memory_budget - beside;
+                                                   : request.memory_budget - library;
   double best = std::numeric_limits<double>::infinity();
-  int64_t least = INT64_MAX;
-  const auto visit = [&](const Plan& candidate) {
-    const int64_t bytes = layout(request, traits, candidate).total;
-    const double time = predicted_cost(request, traits, candidate);
-    if (bytes <= budget && time < best) {
-      best = time;
+  int64_t minimum = INT64_MAX;
+  const auto visit = [&](Plan candidate) {
+    candidate.workspace_bytes = layout(request, traits, candidate).total;
+    candidate.predicted_flops = 2 * predicted_cost(request, traits, candidate);
+    const double its_rank = rank(request, candidate);
+    if (candidate.workspace_bytes <= budget && its_rank < best) {
+      best = its_rank;
       *plan = candidate;
     }
     // The smallest plan also serves where nothing fits and nobody set a limit.
-    if (bytes < least) {
-      least = bytes;
+    if (candidate.workspace_bytes < minimum) {
+      minimum = candidate.workspace_bytes;
       if (request.memory_budget < 0 && best == std::numeric_limits<double>::infinity())
         *plan = candidate;
     }
   };
   Candidates(request, traits, budget, visit).visit_all();
-  if (best == std::numeric_limits<double>::infinity() && request.memory_budget >= 0) {
-    return "memory_budget=" + megabytes(request.memory_budget) + " is too small for " +
-           std::to_string(request.tokens) + " tokens, " + std::to_string(request.features) +
-           " features and " + std::to_string(request.vocab) +
-           " classes on a GPU: the least that works is " + megabytes(least + beside);
-  }
+  if (best == std::numeric_limits<double>::infinity() && request.memory_budget >= 0)
+    return budget_error(request, " on a GPU", minimum + library);
   count_work(request, fresh_tokens(request, *plan), plan);
-  plan->workspace_bytes = layout(request, traits, *plan).total;
-  plan->predicted_flops = 2 * predicted_cost(request, traits, *plan);
-  plan->library_bytes = beside;
+  plan->library_bytes = library;
   return "";
 }
 
-std::string choose_plan(const Problem& problem, const PlanRequest& request, Selection* kernels,
-                        Plan* plan) {
-  const std::string objection = make_plan(request, plan_traits(problem, request, *kernels), plan);
+std::string choose_plan(const Problem& problem, const Selection& kernels, CallPlan* call) {
+  const GpuPlanRequest& request = call->request;
+  call->traits = plan_traits(problem, request, kernels);
+  const std::string objection = make_plan(request, call->traits, &call->plan);
   // What was measured was measured without a budget.
-  const bool settled =
-      kernels->forced || (kernels->measured != nullptr && request.memory_budget < 0);
-  if (settled || !kernels->stores_16_bits() || kernels->products.fused()) return objection;
-  Selection own_kernels = *kernels;
-  own_kernels.products = kernels->scores;
+  const bool settled = kernels.forced || (kernels.measured != nullptr && request.memory_budget < 0);
+  if (settled || !kernels.stores_16_bits() || kernels.products.fused()) return objection;
+  Selection own_kernels = kernels;
+  own_kernels.products = kernels.scores;
   own_kernels.predicted = true;
-  Plan own;
-  if (!make_plan(request, plan_traits(problem, request, own_kernels), &own).empty())
-    return objection;
-  const double product = 2.0 * static_cast<double>(request.tokens) *
-                         static_cast<double>(request.features) * static_cast<double>(request.vocab);
+  CallPlan own{request, plan_traits(problem, request, own_kernels), {}};
+  if (!make_plan(request, own.traits, &own.plan).empty()) return objection;
   const int products = (request.grad_input ? 1 : 0) + (request.grad_weight ? 1 : 0);
-  const double speed = kernels->scores.architecture->relative_speed(kernels->capability);
-  own.predicted_flops += products * product * (1 / speed - 1);
-  if (objection.empty() && own.predicted_flops >= plan->predicted_flops) return objection;
-  own.own_products = true;
-  *plan = own;
-  *kernels = own_kernels;
+  const double speed = kernels.scores.architecture->relative_speed(kernels.capability);
+  own.plan.predicted_flops += products * product_flops(request) * (1 / speed - 1);
+  if (objection.empty() && rank(request, own.plan) >= rank(request, call->plan)) return objection;
+  *call = own;
   return "";
 }
 
-Selection kernels_of_plan(const Selection& selection, const Plan& plan) {
-  Selection kernels = selection;
-  if (plan.own_products) kernels.products = kernels.scores;
-  return kernels;
+std::string plan_call(const Problem& problem, const PlanRequest& request, const Gpu& gpu,
+                      CallPlan* call) {
+  std::string error;
+  const Selection kernels =
+      select_kernels(problem, gpu, forced_kernels(), measured_choices(), &error);
+  if (!error.empty()) return error;
+  call->request = GpuPlanRequest{request, upcasts(problem.dtype, gpu), multiprocessors_of(gpu)};
+  error = choose_plan(problem, kernels, call);
+  call->plan.kernels = name_of(call->traits.kernels);
+  call->plan.kernels_reason = reason_of(call->traits.kernels);
+  return error;
 }
 
 }  // namespace memeff::cuda

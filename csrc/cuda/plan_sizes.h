@@ -12,8 +12,8 @@ inline int64_t accumulation_size(const PlanRequest& r) {
   return size_of(accumulation_dtype(r.dtype));
 }
 
-/// Tokens whose statistics are computed together.
-int64_t score_block(const Plan& plan);
+/// Bytes of one kept score.
+int64_t kept_score_bytes(const PlanRequest& request, const PlanTraits& traits);
 
 /// Whether a product may write a gradient by itself, without fp32 sums in between.
 bool writes_gradients(const PlanTraits& traits);

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/tiling.h"
-
 namespace memeff {
 namespace {
 
@@ -105,8 +103,7 @@ class Run {
   }
 
   void score_chunk(const Chunk& chunk) {
-    const int64_t size = plan_.score_block > 0 ? plan_.score_block : plan_.token_block;
-    for_each_block(chunk.tokens, size, [&](Range tokens) {
+    for_each_block(chunk.tokens, plan_.score_block, [&](Range tokens) {
       if (chunk.kept) {
         const ScoreBlock block = part(chunk, all_classes_, tokens);
         backend_.scores(tokens, &block);
@@ -119,10 +116,8 @@ class Run {
   }
 
   void input_gradient_of_kept(const Chunk& chunk) {
-    const int64_t size = plan_.input_block > 0 ? plan_.input_block : plan_.token_block;
-    const int64_t slice = plan_.input_slice > 0 ? plan_.input_slice : plan_.slice_vocab;
-    for_each_block(chunk.tokens, size, [&](Range tokens) {
-      for_each_block(all_classes_, slice, [&](Range classes) {
+    for_each_block(chunk.tokens, plan_.input_block, [&](Range tokens) {
+      for_each_block(all_classes_, plan_.input_slice, [&](Range classes) {
         const ScoreBlock block = part(chunk, classes, tokens);
         backend_.to_gradient(classes, tokens, block, true);
         backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
@@ -196,12 +191,10 @@ class Run {
   }
 
   void sweep_tokens(const std::vector<Chunk>& chunks, bool add_bias) {
-    const int64_t size = plan_.input_sweep_block > 0 ? plan_.input_sweep_block : plan_.token_block;
-    const int64_t slice = plan_.input_sweep_slice > 0 ? plan_.input_sweep_slice : plan_.slice_vocab;
     for (const Chunk& chunk : chunks) {
       if (chunk.kept) continue;
-      for_each_block(chunk.tokens, size, [&](Range tokens) {
-        for_each_block(all_classes_, slice, [&](Range classes) {
+      for_each_block(chunk.tokens, plan_.input_sweep_block, [&](Range tokens) {
+        for_each_block(all_classes_, plan_.input_sweep_slice, [&](Range classes) {
           const ScoreBlock block = backend_.slice_block(tokens.size());
           backend_.fresh_gradient(classes, tokens, block, add_bias);
           backend_.add_grad_input(classes, tokens, block, classes.begin == 0);

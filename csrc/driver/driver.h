@@ -1,7 +1,7 @@
 // The two plans, written once over the backend interface.
 #pragma once
 
-#include "core/planner.h"
+#include "core/plan.h"
 #include "core/problem.h"
 #include "driver/backend.h"
 

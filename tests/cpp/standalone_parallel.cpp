@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cpu/parallel.h"
 #include "standalone.h"
 

@@ -8,10 +8,11 @@
 #include <vector>
 
 #include "check.h"
-#include "core/planner.h"
-#include "core/tiling.h"
+#include "core/planning.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
+#include "cpu/layout.h"
+#include "cpu/tiling.h"
 #include "driver/driver.h"
 #include "memory.h"
 #include "reference.h"
@@ -209,8 +210,8 @@ struct Outputs {
   GuardedBuffer loss, lse, statistics, argmax, grad_input, grad_weight, grad_bias;
 };
 
-PlanRequest request_of(const Problem& p, bool bf16_kernels, bool statistics_known) {
-  PlanRequest request;
+CpuPlanRequest request_of(const Problem& p, bool bf16_kernels, bool statistics_known) {
+  CpuPlanRequest request;
   request.tokens = p.tokens, request.features = p.features, request.vocab = p.vocab;
   request.dtype = p.dtype;
   request.grad_input = p.grad_input != nullptr;
@@ -224,7 +225,7 @@ PlanRequest request_of(const Problem& p, bool bf16_kernels, bool statistics_know
   return request;
 }
 
-void execute(const Problem& problem, PlanRequest request, const Plan& plan, int threads) {
+void execute(const Problem& problem, CpuPlanRequest request, const Plan& plan, int threads) {
   set_max_threads(threads);
   request.threads = threads;
   const int64_t bytes = layout_workspace(request, plan).total;
@@ -249,16 +250,17 @@ Plan small_plan(PlanKind kind, int64_t stored_in_gradient, int64_t chunk_tokens,
   plan.accumulation = accumulation;
   plan.stored_in_gradient = stored_in_gradient;
   plan.chunk_tokens = chunk_tokens;
-  plan.token_block = plan.weight_block = kPanel;
-  plan.slice_vocab = kTileVocab;
+  plan.token_block = plan.score_block = plan.weight_block = kPanel;
+  plan.input_block = plan.input_sweep_block = kPanel;
+  plan.slice_vocab = plan.input_slice = plan.input_sweep_slice = kTileVocab;
   return plan;
 }
 
 /// What the planner chooses, without a budget and with little, and plans that it has for large problems.
-std::vector<NamedPlan> plans_for(const PlanRequest& request) {
+std::vector<NamedPlan> plans_for(const CpuPlanRequest& request) {
   std::vector<NamedPlan> plans;
   const auto planned = [&](int64_t budget, int64_t chunk_size) {
-    PlanRequest asked = request;
+    CpuPlanRequest asked = request;
     asked.memory_budget = budget;
     asked.chunk_size = chunk_size;
     Plan plan;
@@ -273,8 +275,9 @@ std::vector<NamedPlan> plans_for(const PlanRequest& request) {
 
   const bool both = request.grad_input && request.grad_weight;
   const bool gradient = request.grad_input || request.grad_weight || request.grad_bias;
-  const int64_t in_row =
-      request.grad_weight && !request.statistics_known ? tokens_per_gradient_row(request) : 0;
+  const int64_t in_row = request.grad_weight && !request.statistics_known
+                             ? tokens_in_gradient_row(request, score_bytes(request))
+                             : 0;
   const int64_t stored = std::min<int64_t>({20, in_row, request.tokens});
   if (!gradient) {
     plans.push_back({"statistics", small_plan(PlanKind::kStatistics, 0, 0, Accumulation::kExact)});
@@ -360,7 +363,7 @@ void run_plans(const Problem& problem, const test::Reference& expected, const Wa
   Outputs first(problem, wanted);
   Problem p = problem;
   first.connect(&p, wanted);
-  const PlanRequest request = request_of(p, bf16_kernels, statistics_known);
+  const CpuPlanRequest request = request_of(p, bf16_kernels, statistics_known);
   for (const NamedPlan& named : plans_for(request)) {
     for (int threads = 1; threads <= (vary_threads ? 4 : 1); ++threads) {
       test::context() = test::describe(outer, ", plan: ", named.name, ", ", threads, " threads");
@@ -387,7 +390,7 @@ void run_plans(const Problem& problem, const test::Reference& expected, const Wa
 void test_case(const Shape& shape, DType dtype, bool bf16_kernels, const Options& options,
                bool vary_threads) {
   Case fixture(shape, dtype, options);
-  PlanRequest machine;
+  CpuPlanRequest machine;
   complete_request(fixture.problem, &machine);
   if (bf16_kernels && !machine.bf16_kernels) return;
   const char* const names[] = {"bf16", "fp16", "fp32", "fp64"};

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "check.h"
-#include "core/planner.h"
 #include "cpu/bf16_kernels.h"
 #include "cpu/compact_sum.h"
 #include "cpu/features.h"
+#include "cpu/layout.h"
 #include "cpu/number.h"
 #include "memory.h"
 

@@ -5,31 +5,35 @@
 #include <vector>
 
 #include "check.h"
+#include "core/planning.h"
 #include "cuda/gemm.h"
+#include "cuda/layout.h"
 #include "cuda/plan.h"
+#include "cuda/plan_sizes.h"
 #include "cuda/work_list.h"
 
 namespace {
 
 using namespace memeff;
+using cuda::GpuPlanRequest;
 using cuda::PlanTraits;
 using cuda::Selection;
 
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 struct Case {
-  PlanRequest request;
+  GpuPlanRequest request;
   PlanTraits traits;
 };
 
 std::string name_of(const Case& c) {
-  const PlanRequest& r = c.request;
+  const GpuPlanRequest& r = c.request;
   return test::describe("N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ",
                         static_cast<int>(r.dtype), " ", cuda::name_of(c.traits.kernels),
                         " gradients ", r.grad_input, r.grad_weight, r.grad_bias, " known ",
                         r.statistics_known, " accumulation ", static_cast<int>(r.accumulation),
                         " chunk_size ", r.chunk_size, " skips ", c.traits.skips, " upcasts ",
-                        r.gpu_upcasts, " budget ", r.memory_budget);
+                        r.upcasts, " budget ", r.memory_budget);
 }
 
 Selection kernels(const char* names) {
@@ -70,7 +74,7 @@ std::vector<Case> all_cases() {
               Case c = make_case(shape[0], shape[1], shape[2], selection, dtype);
               c.request.grad_input = (wanted & 1) != 0, c.request.grad_weight = (wanted & 2) != 0;
               c.request.grad_bias = (wanted & 4) != 0, c.request.statistics_known = known == 1;
-              c.request.gpu_upcasts = upcasts;
+              c.request.upcasts = upcasts;
               c.traits.skips = skips, c.traits.partials = 2 + wanted % 3;
               cases.push_back(c);
             }
@@ -84,10 +88,10 @@ Plan plan_of(const Case& c) {
 }
 
 void check_plan(const Case& c, const Plan& plan) {
-  const PlanRequest& r = c.request;
+  const GpuPlanRequest& r = c.request;
   CHECK_EQ(layout(r, c.traits, plan).total, plan.workspace_bytes);
   if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
-  CHECK_EQ(plan.library_bytes > 0, r.gpu_upcasts && r.tokens > 0);
+  CHECK_EQ(plan.library_bytes > 0, r.upcasts && r.tokens > 0);
   CHECK(plan.token_block > 0 && plan.slice_vocab > 0 && plan.input_block > 0);
   // Tiles of kept scores are counted from the start of a chunk and of a slice.
   for (const int64_t block :
@@ -95,7 +99,7 @@ void check_plan(const Case& c, const Plan& plan) {
     CHECK_EQ(block % cuda::kTokenTile, 0);
   for (const int64_t slice : {plan.slice_vocab, plan.input_sweep_slice})
     CHECK_EQ(slice % cuda::kStoredTile, 0);
-  CHECK(plan.stored_in_gradient <= tokens_in_gradient_row(r, c.traits));
+  CHECK(plan.stored_in_gradient <= tokens_in_gradient_row(r, kept_score_bytes(r, c.traits)));
   const bool gradient = r.grad_input || r.grad_weight || r.grad_bias;
   CHECK_EQ(gradient, plan.kind != PlanKind::kStatistics);
   if (r.statistics_known) CHECK(plan.kind == PlanKind::kVocabSlices);
@@ -150,7 +154,7 @@ void names_the_least_budget_that_works(Case c) {
   test::context() = name_of(c);
   Plan plan;
   const std::string problem = make_plan(c.request, c.traits, &plan);
-  const std::string before = "the least that works is ";
+  const std::string before = "the minimum is ";
   const size_t at = problem.find(before);
   CHECK(at != std::string::npos);
   if (at == std::string::npos) return;
@@ -217,17 +221,17 @@ void maxima_make_room_for_the_sweeps() {
 void chooses_products_by_the_memory() {
   Problem problem;
   problem.dtype = DType::kBFloat16;
-  const auto choose = [&](int64_t budget, Selection selection) {
-    PlanRequest request = make_case(8192, 4096, 128256, selection).request;
-    request.memory_budget = budget < 0 ? -1 : budget * kMiB;
-    Plan plan;
-    CHECK_EQ(choose_plan(problem, request, &selection, &plan), "");
-    CHECK_EQ(plan.own_products, selection.predicted);
-    if (plan.own_products) CHECK(selection.products == selection.scores);
+  const auto choose = [&](int64_t budget, const Selection& selection) {
+    cuda::CallPlan call;
+    call.request = make_case(8192, 4096, 128256, selection).request;
+    call.request.memory_budget = budget < 0 ? -1 : budget * kMiB;
+    CHECK_EQ(choose_plan(problem, selection, &call), "");
+    const Selection& chosen = call.traits.kernels;
+    CHECK(chosen.scores == selection.scores);
+    CHECK(chosen.products == (chosen.predicted ? selection.scores : selection.products));
     // What a plan says of its bytes is said for the kernels that it was made for.
-    CHECK_EQ(layout(request, plan_traits(problem, request, selection), plan).total,
-             plan.workspace_bytes);
-    return selection.predicted;
+    CHECK_EQ(layout(call.request, call.traits, call.plan).total, call.plan.workspace_bytes);
+    return chosen.predicted;
   };
   const Selection by_rule = kernels("sm90,generic");
   CHECK(choose(32, by_rule));
@@ -249,12 +253,26 @@ void upcasts_in_small_pieces() {
   CHECK_EQ(cuda::upcast_bytes(kHuge, kHuge, kHuge), 16 * kMiB);
   CHECK_EQ(cuda::upcast_bytes(3, 5, 7), 2 * 512);
   Case c = make_case(4096, 4096, 128256, kernels("generic,generic"));
-  c.request.gpu_upcasts = true;
+  c.request.upcasts = true;
   c.request.memory_budget = 32 * kMiB;
   test::context() = name_of(c);
   const Plan plan = plan_of(c);
   check_plan(c, plan);
   CHECK_EQ(plan.library_bytes, 16 * kMiB);
+}
+
+// An explicit chunk_size makes slices a last resort; what these are predicted to take stays the same.
+void predicted_flops_are_flops() {
+  for (const int64_t chunk_size : {0, 1024}) {
+    Case c = make_case(8192, 4096, 128256, kernels("sm90,sm90"));
+    c.request.memory_budget = 40 * kMiB;  // no room for chunks
+    c.request.chunk_size = chunk_size;
+    test::context() = name_of(c);
+    const Plan plan = plan_of(c);
+    CHECK(plan.kind == PlanKind::kVocabSlices);
+    CHECK_EQ(plan.predicted_flops, 2 * predicted_cost(c.request, c.traits, plan));
+    CHECK(plan.predicted_flops >= plan.flops && plan.predicted_flops <= 1.6 * plan.floor_flops);
+  }
 }
 
 void obeys_the_caller() {
@@ -292,6 +310,7 @@ int main() {
   maxima_make_room_for_the_sweeps();
   chooses_products_by_the_memory();
   upcasts_in_small_pieces();
+  predicted_flops_are_flops();
   obeys_the_caller();
   return test::result();
 }

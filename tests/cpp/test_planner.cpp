@@ -7,14 +7,15 @@
 #include <vector>
 
 #include "check.h"
-#include "core/planner.h"
-#include "core/tiling.h"
+#include "core/planning.h"
+#include "cpu/layout.h"
+#include "cpu/tiling.h"
 
 namespace {
 
 using namespace memeff;
 
-std::string name_of(const PlanRequest& r) {
+std::string name_of(const CpuPlanRequest& r) {
   return test::describe("N=", r.tokens, " D=", r.features, " V=", r.vocab, " dtype ",
                         static_cast<int>(r.dtype), r.bf16_kernels ? " kernels" : "", " gradients ",
                         r.grad_input, r.grad_weight, r.grad_bias, " known ", r.statistics_known,
@@ -32,8 +33,8 @@ struct Region {
 enum Step : unsigned { kScores = 1, kInput = 2, kWeight = 4, kAlways = 7 };
 
 /// Everything that a plan keeps in the workspace, by what the backends read and write there.
-std::vector<Region> regions_of(const PlanRequest& r, const Plan& plan) {
-  const WorkspaceLayout at = layout_workspace(r, plan);
+std::vector<Region> regions_of(const CpuPlanRequest& r, const Plan& plan) {
+  const CpuLayout at = layout_workspace(r, plan);
   const int64_t sum_bytes = size_of(accumulation_dtype(r.dtype));
   const int64_t tiles = ceil_div(r.vocab, kTileVocab);
   const bool chunks = plan.kind == PlanKind::kTokenChunks;
@@ -116,7 +117,7 @@ std::vector<Region> regions_of(const PlanRequest& r, const Plan& plan) {
   return regions;
 }
 
-void check_layout(const PlanRequest& r, const Plan& plan) {
+void check_layout(const CpuPlanRequest& r, const Plan& plan) {
   const std::vector<Region> regions = regions_of(r, plan);
   const int64_t total = layout_workspace(r, plan).total;
   CHECK_EQ(plan.workspace_bytes, total);
@@ -136,11 +137,11 @@ void check_layout(const PlanRequest& r, const Plan& plan) {
   }
 }
 
-void check_plan(const PlanRequest& r, const Plan& plan) {
+void check_plan(const CpuPlanRequest& r, const Plan& plan) {
   if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
-  CHECK_EQ(plan.library_bytes > 0, r.cpu_blas);
+  CHECK_EQ(plan.library_bytes > 0, r.blas);
   CHECK(plan.workspace_bytes > 0 || r.tokens + r.vocab == 0);
-  CHECK(plan.stored_in_gradient <= std::min(r.tokens, tokens_per_gradient_row(r)));
+  CHECK(plan.stored_in_gradient <= std::min(r.tokens, tokens_in_gradient_row(r, score_bytes(r))));
   CHECK(plan.stored_in_gradient == 0 || r.grad_weight);
   CHECK(plan.flops >= plan.floor_flops);
   CHECK(plan.token_block > 0 && plan.token_block % kPanel == 0);
@@ -160,14 +161,14 @@ void check_plan(const PlanRequest& r, const Plan& plan) {
     if (r.accumulation == GradAccumulation::kFloat32)
       CHECK(plan.accumulation == Accumulation::kFloat32 || !several);
     if (plan.accumulation == Accumulation::kCompact) {
-      CHECK(r.compact_sums && r.dtype == DType::kBFloat16 && r.memory_budget >= 0);
+      CHECK(r.dtype == DType::kBFloat16 && r.memory_budget >= 0);
       CHECK(r.accumulation == GradAccumulation::kAuto);
       CHECK(plan.num_chunks <= 257);  // rounding errors add up
     }
   }
   if (r.chunk_size > 0) {
     // Torch's products want some tokens at a time.
-    const int64_t size = r.cpu_blas ? std::max<int64_t>(r.chunk_size, 8) : r.chunk_size;
+    const int64_t size = r.blas ? std::max<int64_t>(r.chunk_size, 8) : r.chunk_size;
     CHECK(plan.stored_in_gradient <= size);
     CHECK(plan.token_block <= round_up(size, kPanel));
     if (plan.kind == PlanKind::kTokenChunks) CHECK(plan.chunk_tokens <= size);
@@ -176,18 +177,18 @@ void check_plan(const PlanRequest& r, const Plan& plan) {
 }
 
 /// The least budget that the planner names when it refuses one byte.
-int64_t named_budget(PlanRequest r) {
+int64_t named_budget(CpuPlanRequest r) {
   Plan plan;
   r.memory_budget = 1;
   const std::string error = make_plan(r, &plan);
-  const size_t at = error.rfind("works is ");
+  const size_t at = error.rfind("minimum is ");
   CHECK(at != std::string::npos);
   CHECK(error.find("memory_budget=1 bytes") != std::string::npos);
-  return at == std::string::npos ? -1 : std::stoll(error.substr(at + 9));
+  return at == std::string::npos ? -1 : std::stoll(error.substr(at + 11));
 }
 
-void test_request(const PlanRequest& request) {
-  PlanRequest r = request;
+void test_request(const CpuPlanRequest& request) {
+  CpuPlanRequest r = request;
   test::context() = name_of(r);
   Plan free_plan;
   CHECK_EQ(make_plan(r, &free_plan), "");
@@ -236,10 +237,10 @@ void test_grid() {
     for (const auto& size : sizes) {
       for (int gradients = 0; gradients < 8; ++gradients) {
         for (const bool known : {false, true}) {
-          PlanRequest r;
+          CpuPlanRequest r;
           r.tokens = size[0], r.features = size[1], r.vocab = size[2];
           r.dtype = kind.dtype, r.bf16_kernels = kind.bf16_kernels;
-          r.compact_sums = true, r.cpu_blas = !kind.bf16_kernels;
+          r.blas = !kind.bf16_kernels;
           r.grad_input = (gradients & 1) != 0, r.grad_weight = (gradients & 2) != 0;
           r.grad_bias = (gradients & 4) != 0;
           r.statistics_known = known && gradients != 0;
@@ -259,7 +260,7 @@ void test_grid() {
 
 /// Sizes whose products do not fit 32 bits, and scores that do not fit 2^31 elements.
 void test_large() {
-  PlanRequest r;
+  CpuPlanRequest r;
   r.tokens = int64_t{3} << 30, r.features = 8192, r.vocab = int64_t{1} << 22;
   r.dtype = DType::kBFloat16, r.bf16_kernels = true;
   r.grad_input = r.grad_weight = r.grad_bias = true;
@@ -272,11 +273,11 @@ void test_large() {
 }
 
 /// A bf16 gradient's sums over chunks: in fp32 where that leaves room for chunks of a decent size, else
-/// compact, and not at all where chunks would be tiny or too many. The backend must be able to.
+/// compact, and not at all where chunks would be tiny or too many.
 void test_compact_sums() {
-  PlanRequest r;
+  CpuPlanRequest r;
   r.tokens = 4096, r.features = 1024, r.vocab = 32768;
-  r.dtype = DType::kBFloat16, r.bf16_kernels = true, r.compact_sums = true, r.threads = 2;
+  r.dtype = DType::kBFloat16, r.bf16_kernels = true, r.threads = 2;
   r.grad_input = r.grad_weight = true;
   const auto check = [&](int64_t mebibytes, PlanKind kind, Accumulation accumulation) {
     r.memory_budget = mebibytes << 20;
@@ -293,9 +294,6 @@ void test_compact_sums() {
   CHECK(plan.chunk_tokens >= 256);
   CHECK_EQ(plan.flops, plan.floor_flops);
   check(10, PlanKind::kVocabSlices, Accumulation::kExact);
-  r.compact_sums = false;
-  check(32, PlanKind::kVocabSlices, Accumulation::kExact);
-  r.compact_sums = true;
   r.accumulation = GradAccumulation::kFloat32;
   check(32, PlanKind::kVocabSlices, Accumulation::kExact);
   r.accumulation = GradAccumulation::kAuto;
@@ -306,7 +304,7 @@ void test_compact_sums() {
 /// No tokens at all, or none of the inner dimension.
 void test_empty() {
   for (const int64_t features : {0, 5}) {
-    PlanRequest r;
+    CpuPlanRequest r;
     r.tokens = features == 0 ? 10 : 0, r.features = features, r.vocab = 300;
     r.grad_input = r.grad_weight = r.grad_bias = true;
     test::context() = name_of(r);
@@ -317,15 +315,15 @@ void test_empty() {
 }
 
 /// Rows of scores kept in grad_weight must start where its own rows do.
-void test_tokens_per_gradient_row() {
-  PlanRequest r;
+void test_tokens_in_gradient_row() {
+  CpuPlanRequest r;
   r.dtype = DType::kBFloat16;
   for (const int64_t features : {1, 2, 3, 64, 65}) {
     r.features = features;
     r.bf16_kernels = true;
-    CHECK_EQ(tokens_per_gradient_row(r), features);
+    CHECK_EQ(tokens_in_gradient_row(r, score_bytes(r)), features);
     r.bf16_kernels = false;  // fp32 scores
-    CHECK_EQ(tokens_per_gradient_row(r), features % 2 == 0 ? features / 2 : 0);
+    CHECK_EQ(tokens_in_gradient_row(r, score_bytes(r)), features % 2 == 0 ? features / 2 : 0);
   }
 }
 
@@ -336,6 +334,6 @@ int main() {
   test_large();
   test_compact_sums();
   test_empty();
-  test_tokens_per_gradient_row();
+  test_tokens_in_gradient_row();
   return test::result();
 }

@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/sm90/kernels.h"
 #include "emulator/check.h"
 #include "kernels/linear_case.h"

@@ -5,7 +5,7 @@
 // One warp per class, 8 per thread block: each lane sums every 32nd vector of 16 bytes, then the
 // lanes meet by shuffles. No shared memory. Reads G once, bound by memory. Sums in the accumulation
 // type, in an order that the number of tokens alone determines.
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/vector_io.cuh"
 #include "cuda/generic_kernels.h"
 

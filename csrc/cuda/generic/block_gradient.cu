@@ -16,7 +16,7 @@
 //
 // Numerics: everything in T, one rounding. The entry of an index target has a form of its own
 // (target_gradient in logit_gradient.cuh) and is stored after the others.
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/logit_gradient.cuh"
 #include "cuda/generic_kernels.h"
 

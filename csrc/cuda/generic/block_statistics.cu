@@ -14,7 +14,7 @@
 //
 // Numerics: everything in A; one exp per logit, one more per token and four classes when the
 // maximum moves.
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/generic_kernels.h"
 

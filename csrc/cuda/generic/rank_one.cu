@@ -13,7 +13,7 @@
 // outer_product: one thread per element, writes (or reads and writes) 4 bytes.
 //
 // Numerics: fp32.
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/vector_io.cuh"
 #include "cuda/generic_kernels.h"
 

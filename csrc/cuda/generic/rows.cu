@@ -10,7 +10,7 @@
 // Numerics: in the accumulation type, one rounding to the gradient's type; split sums are not rounded
 // at all, or to the codes of compact sums, whose blocks of 64 columns 8 neighbouring lanes share
 // (common/weight_update.cuh).
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/weight_update.cuh"
 #include "cuda/generic_kernels.h"
 

@@ -12,7 +12,7 @@
 //
 // Numerics: fp32, one rounding. E = 0 means p = 0, whatever its z was, so that a soft cap's
 // derivative is not needed; with `weighted` it would be.
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/logit_gradient.cuh"
 #include "cuda/generic_kernels.h"
 

@@ -15,7 +15,7 @@
 // before it; every thread counts that for a row, which is quadratic, but 1 M comparisons for 1002 rows.
 #include <algorithm>
 
-#include "core/tiling.h"
+#include "core/math.h"
 #include "cuda/common/device.cuh"
 #include "cuda/work_list.h"
 

@@ -22,7 +22,7 @@ SOURCES = (
     "tests/kernels/torch_backend/emulated_device.cpp",
     "csrc/bindings/call.cpp",
     "csrc/bindings/statistics_call.cpp",
-    "csrc/core/planner.cpp",
+    "csrc/core/planning.cpp",
     "csrc/cuda/call_memory.cpp",
     "csrc/cuda/cuda_backend.cpp",
     "csrc/cuda/gemm_torch.cpp",

@@ -57,8 +57,8 @@ class EmulatedDevice : public CudaLikeDevice {
 
   bool values_are_at_hand() const override { return false; }
 
-  void run(const Problem& p, const PlanRequest& request, const Plan& plan,
-           const at::Tensor& like) const override {
+  std::string run(const Problem& p, const PlanRequest& request,
+                  const at::Tensor& like) const override {
     const int size = static_cast<int>(size_of(p.dtype));
     const int sum_size = static_cast<int>(size_of(accumulation_dtype(p.dtype)));
     const bool per_token = p.reduction == Reduction::kNone;
@@ -103,7 +103,7 @@ class EmulatedDevice : public CudaLikeDevice {
     buffers.output(p.grad_input, p.tokens * p.features * size, "grad_input", size);
     buffers.output(p.grad_weight, p.vocab * p.features * size, "grad_weight", 2, p.tokens > 0);
     buffers.output(p.grad_bias, p.vocab * size, "grad_bias", size);
-    run_on_stream(p, request, plan, like, nullptr);
+    return run_on_stream(p, request, like, nullptr);
   }
 
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {

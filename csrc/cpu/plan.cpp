@@ -1,9 +1,10 @@
-#include "core/planner.h"
+#include "cpu/plan.h"
 
 #include <algorithm>
-#include <cstdio>
 
-#include "core/tiling.h"
+#include "core/planning.h"
+#include "cpu/layout.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {
@@ -26,45 +27,26 @@ constexpr int64_t kPreferredSliceBytes = int64_t{16} << 20;
 constexpr int64_t kMostSlice = 16 * kTileVocab;
 constexpr int64_t kLeastEfficientSlice = 4 * kTileVocab;
 constexpr int64_t kMostFp64Slice = kLeastEfficientSlice;
-constexpr int64_t kAlignment = 64;  // a cache line keeps arrays apart
-
-bool writes_input_directly(const PlanRequest& r) { return !is_16_bit(r.dtype); }
-
-bool wants_gradient(const PlanRequest& r) { return r.grad_input || r.grad_weight || r.grad_bias; }
-
-class Cursor {
- public:
-  int64_t take(int64_t bytes) {
-    const int64_t at = offset_;
-    offset_ += round_up(bytes, kAlignment);
-    return at;
-  }
-  int64_t offset() const { return offset_; }
-  void rewind(int64_t offset) { offset_ = offset; }
-
- private:
-  int64_t offset_ = 0;
-};
 
 /// Vocab slices: tokens whose scores are kept.
-int64_t stored_tokens(const PlanRequest& r, const Plan& plan) {
+int64_t stored_tokens(const CpuPlanRequest& r, const Plan& plan) {
   return std::min(r.tokens, plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens);
 }
 
 /// Vocab slices: tokens whose gradients are computed from scores made for them.
-int64_t fresh_tokens(const PlanRequest& r, const Plan& plan) {
+int64_t fresh_tokens(const CpuPlanRequest& r, const Plan& plan) {
   return r.statistics_known ? r.tokens : r.tokens - stored_tokens(r, plan);
 }
 
 /// What a memory budget bounds.
-int64_t memory_bytes(const PlanRequest& r, const Plan& plan) {
+int64_t memory_bytes(const CpuPlanRequest& r, const Plan& plan) {
   return layout_workspace(r, plan).total + library_bytes(r);
 }
 
 enum class Shrink { kNothing, kEfficiently, kAnyhow };
 
 /// Shrinks blocks and slices until the plan fits; false when it cannot.
-bool shrink_to_fit(const PlanRequest& r, int64_t budget, Shrink shrink, Plan* plan) {
+bool shrink_to_fit(const CpuPlanRequest& r, int64_t budget, Shrink shrink, Plan* plan) {
   for (;;) {
     if (memory_bytes(r, *plan) <= budget) return true;
     if (shrink == Shrink::kNothing) return false;
@@ -88,7 +70,7 @@ bool shrink_to_fit(const PlanRequest& r, int64_t budget, Shrink shrink, Plan* pl
 
 /// The plan with chunks of that many tokens (0: no other chunk than the one in grad_weight). Under token
 /// chunks a chunk passes through the products as one block.
-Plan with_chunks(const PlanRequest& r, int64_t chunk, const Plan& plan) {
+Plan with_chunks(const CpuPlanRequest& r, int64_t chunk, const Plan& plan) {
   Plan result = plan;
   result.chunk_tokens = chunk;
   if (plan.kind == PlanKind::kVocabSlices) return result;
@@ -102,25 +84,12 @@ Plan with_chunks(const PlanRequest& r, int64_t chunk, const Plan& plan) {
 }
 
 /// The largest chunk_tokens in [least, most] that fits; 0 when none does.
-int64_t largest_chunk(const PlanRequest& r, int64_t budget, int64_t least, int64_t most,
+int64_t largest_chunk(const CpuPlanRequest& r, int64_t budget, int64_t least, int64_t most,
                       Shrink shrink, const Plan& plan) {
-  const auto fits = [&](int64_t chunk) {
+  return largest_fitting(least, most, kPanel, [&](int64_t chunk) {
     Plan trial = with_chunks(r, chunk, plan);
     return shrink_to_fit(r, budget, shrink, &trial);
-  };
-  if (most < least || !fits(least)) return 0;
-  int64_t low = least, high = most;
-  while (low < high) {  // sizes are multiples of the panel
-    const int64_t middle = round_up((low + high + 1) / 2, kPanel);
-    const int64_t probe = std::min(middle, high);
-    if (fits(probe)) {
-      if (probe == low) break;
-      low = probe;
-    } else {
-      high = std::max(low, probe - kPanel);
-    }
-  }
-  return low;
+  });
 }
 
 struct Limits {
@@ -131,7 +100,7 @@ struct Limits {
 };
 
 /// Chunk sizes to consider: what the caller fixed, or what the budget (if any) leaves free.
-Limits chunk_limits(const PlanRequest& r) {
+Limits chunk_limits(const CpuPlanRequest& r) {
   const int64_t padded = round_up(std::max<int64_t>(1, r.tokens), kPanel);
   Limits limits;
   limits.budget = r.memory_budget < 0 ? INT64_MAX : r.memory_budget;
@@ -147,7 +116,7 @@ Limits chunk_limits(const PlanRequest& r) {
   return limits;
 }
 
-Plan base_plan(const PlanRequest& r, PlanKind kind) {
+Plan base_plan(const CpuPlanRequest& r, PlanKind kind) {
   Plan plan;
   plan.kind = kind;
   plan.token_block = std::min(kPreferredBlock, round_up(std::max<int64_t>(1, r.tokens), kPanel));
@@ -162,17 +131,10 @@ Plan base_plan(const PlanRequest& r, PlanKind kind) {
   return plan;
 }
 
-int64_t first_chunk(const PlanRequest& r) {
-  if (!r.grad_weight || r.statistics_known) return 0;
-  int64_t most = tokens_per_gradient_row(r);
-  if (r.chunk_size > 0) most = std::min(most, r.chunk_size);
-  return std::min(r.tokens, most);
-}
-
-bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Limits& limits,
+bool plan_token_chunks(const CpuPlanRequest& r, Accumulation accumulation, const Limits& limits,
                        Plan* out) {
   Plan plan = base_plan(r, PlanKind::kTokenChunks);
-  plan.stored_in_gradient = first_chunk(r);
+  plan.stored_in_gradient = first_chunk(r, score_bytes(r));
   plan.accumulation = accumulation;
   const int64_t rest = r.tokens - plan.stored_in_gradient;
   if (rest > 0) {
@@ -200,7 +162,7 @@ bool plan_token_chunks(const PlanRequest& r, Accumulation accumulation, const Li
 }
 
 /// Vocab slices: what the budget leaves over keeps more scores from being computed again.
-Plan keep_more_scores(const PlanRequest& r, int64_t budget, const Plan& plan) {
+Plan keep_more_scores(const CpuPlanRequest& r, int64_t budget, const Plan& plan) {
   const int64_t rest = round_up(r.tokens - plan.stored_in_gradient, kPanel);
   Plan more = plan;
   more.stored_chunks = 1;
@@ -208,10 +170,10 @@ Plan keep_more_scores(const PlanRequest& r, int64_t budget, const Plan& plan) {
   return more.chunk_tokens > 0 ? more : plan;
 }
 
-bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits& limits,
+bool plan_vocab_slices(const CpuPlanRequest& r, bool separate_sweeps, const Limits& limits,
                        Plan* out) {
   Plan plan = base_plan(r, PlanKind::kVocabSlices);
-  plan.stored_in_gradient = separate_sweeps ? 0 : first_chunk(r);
+  plan.stored_in_gradient = separate_sweeps ? 0 : first_chunk(r, score_bytes(r));
   plan.separate_sweeps = separate_sweeps;
   const int64_t half_block = round_up(plan.token_block / 2, kPanel);
   if (memory_bytes(r, plan) > limits.budget && half_block >= kLeastChunkTokens) {
@@ -233,7 +195,7 @@ bool plan_vocab_slices(const PlanRequest& r, bool separate_sweeps, const Limits&
 }
 
 /// Sets the plan that suits the request best among those that fit, most wanted first.
-bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
+bool choose(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
   if (!wants_gradient(r)) {
     *plan = base_plan(r, PlanKind::kStatistics);
     return shrink_to_fit(r, limits.budget, limits.shrink, plan);
@@ -254,8 +216,8 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
   };
   const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
   if (plan_token_chunks(r, Accumulation::kFloat32, at_least(least), plan)) return true;
-  const bool compact = r.compact_sums && r.grad_weight && r.dtype == DType::kBFloat16 &&
-                       r.accumulation == GradAccumulation::kAuto;
+  const bool compact =
+      r.grad_weight && r.dtype == DType::kBFloat16 && r.accumulation == GradAccumulation::kAuto;
   if (compact && plan_token_chunks(r, Accumulation::kCompact, at_least(kLeastCompactChunk), plan))
     return true;
   if (!r.grad_weight) return plan_token_chunks(r, Accumulation::kFloat32, limits, plan);
@@ -266,120 +228,8 @@ bool choose(const PlanRequest& r, const Limits& limits, Plan* plan) {
 
 }  // namespace
 
-void count_work(const PlanRequest& r, int64_t fresh_tokens, Plan* plan) {
-  const double product = 2.0 * r.tokens * static_cast<double>(r.features) * r.vocab;
-  const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
-  const double fresh =
-      r.tokens == 0 ? 0.0 : static_cast<double>(fresh_tokens) / static_cast<double>(r.tokens);
-  const double scores = (r.statistics_known ? 0 : 1) + fresh * (plan->separate_sweeps ? 2 : 1);
-  plan->flops = product * (scores + gradients);
-  plan->floor_flops = product * ((r.statistics_known ? 0 : 1) + gradients);
-  const int64_t elements = (r.grad_input ? r.tokens * r.features : 0) +
-                           (r.grad_weight ? r.vocab * r.features : 0) + (r.grad_bias ? r.vocab : 0);
-  plan->floor_bytes = elements * size_of(r.dtype);
-  plan->num_slices = plan->slice_vocab == 0 ? 0 : ceil_div(r.vocab, plan->slice_vocab);
-  const int64_t rest = std::max<int64_t>(0, r.tokens - plan->stored_in_gradient);
-  const int64_t per_chunk =
-      plan->kind == PlanKind::kTokenChunks ? plan->chunk_tokens : plan->token_block;
-  plan->num_chunks =
-      (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
-}
-
-int64_t score_bytes(const PlanRequest& r) {
-  return r.bf16_kernels ? 2 : size_of(accumulation_dtype(r.dtype));
-}
-
-int64_t tokens_per_gradient_row(const PlanRequest& r) {
-  // None if a row is no whole number of scores (odd D): the rows of scores and of gradients must coincide.
-  const int64_t bytes = r.features * size_of(r.dtype);
-  return bytes % score_bytes(r) == 0 ? bytes / score_bytes(r) : 0;
-}
-
-int64_t thread_scratch_bytes(const PlanRequest& r, const Plan& plan) {
-  if (!r.bf16_kernels) return 0;
-  const int64_t weight_task =
-      kTaskRows * (sum_stride(kTaskColumns) * 4 + copy_stride(plan.weight_block) * 2);
-  return round_up(r.grad_weight ? std::max(kScoreScratchBytes, weight_task) : kScoreScratchBytes,
-                  kAlignment);
-}
-
-WorkspaceLayout layout_workspace(const PlanRequest& r, const Plan& plan) {
-  const int64_t sum_bytes = size_of(accumulation_dtype(r.dtype));
-  const int64_t tiles = ceil_div(r.vocab, kTileVocab);
-  const int64_t block = plan.token_block;
-  const int64_t features = round_up(r.features, kPanel);
-  const int64_t sum_row = sum_stride(r.features);
-  const int64_t slice = plan.slice_vocab;
-  const bool chunks = plan.kind == PlanKind::kTokenChunks;
-  const bool slices = plan.kind == PlanKind::kVocabSlices;
-  const bool upcasts = !r.bf16_kernels && is_16_bit(r.dtype);
-  const int64_t input_bytes = block * (r.bf16_kernels ? features * 2 : r.features * sum_bytes);
-  const int64_t upcast_bytes = upcasts ? slice * r.features * sum_bytes : 0;
-
-  Cursor cursor;
-  WorkspaceLayout at;
-  const int64_t arrays = kTokenArrays - 2 + 2 * std::max<int64_t>(1, r.targets);
-  at.token_arrays = cursor.take(arrays * 8 * r.tokens);
-  at.class_arrays = cursor.take(2 * r.vocab * sum_bytes);
-  at.thread_scratch = cursor.take(r.threads * thread_scratch_bytes(r, plan));
-
-  const int64_t free_chunk = round_up(plan.stored_in_gradient, kPanel);
-  const int64_t paid_chunk = round_up(plan.chunk_tokens, kPanel);
-  const bool pays = plan.stored_chunks > 0 || (chunks && plan.stored_in_gradient < r.tokens);
-  if (r.bf16_kernels) {
-    const int64_t kept =
-        chunks ? std::max(free_chunk, paid_chunk) : free_chunk + plan.stored_chunks * paid_chunk;
-    at.kept_maxima = cursor.take(tiles * kept * sum_bytes);
-  }
-  if (pays) at.scores = cursor.take(r.vocab * paid_chunk * score_bytes(r));
-  if (plan.accumulation == Accumulation::kFloat32 && r.dtype == DType::kBFloat16 && r.grad_weight) {
-    at.remainder = cursor.take(r.vocab * r.features * 2);
-  }
-  if (plan.accumulation == Accumulation::kCompact) {
-    at.exponents = cursor.take(r.vocab * ceil_div(r.features, kCompactBlock));
-  }
-  const bool discards = !chunks && !r.bf16_kernels;  // bf16 kernels discard scores tile by tile
-  if (slices || discards) at.score_slice = cursor.take(slice * block * score_bytes(r));
-
-  const int64_t steps = cursor.offset();
-  at.score_step.input_block = cursor.take(input_bytes);
-  at.score_step.weight_block = cursor.take(upcast_bytes);
-  at.score_step.partials = cursor.take(r.partials * tiles * block * sum_bytes);
-  int64_t end = cursor.offset();
-
-  const int64_t sweeps = cursor.offset();
-  if (r.grad_input) {
-    if (chunks) cursor.rewind(steps);
-    if (!writes_input_directly(r)) {
-      // A slice adds to the sums of all tokens but those of kept chunks; these, and a sweep of its own,
-      // are finished block by block.
-      const bool all_tokens = slices && r.grad_weight && !plan.separate_sweeps;
-      const int64_t kept = plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens;
-      const int64_t summed = all_tokens ? std::max(block, r.tokens - kept) : block;
-      at.input_step.sum = cursor.take(summed * sum_row * sum_bytes);
-    }
-    at.input_step.weight_block = cursor.take(r.bf16_kernels ? slice * features * 2 : upcast_bytes);
-    if (r.bf16_kernels) {
-      at.input_step.gradient_block = cursor.take(slice * round_up(block, kMicroRows) * 2);
-    }
-    end = std::max(end, cursor.offset());
-    if (plan.separate_sweeps) cursor.rewind(sweeps);
-  }
-  if (r.grad_weight) {
-    if (chunks) cursor.rewind(steps);
-    at.weight_step.input_block = cursor.take(input_bytes / block * plan.weight_block);
-    const bool one_product =
-        r.bf16_kernels && chunks &&
-        plan.weight_block >= std::max(plan.stored_in_gradient, plan.chunk_tokens);
-    if (!one_product) at.weight_step.sum = cursor.take(slice * sum_row * sum_bytes);
-    end = std::max(end, cursor.offset());
-  }
-  at.total = end;
-  return at;
-}
-
-int64_t library_bytes(const PlanRequest& r) {
-  if (!r.cpu_blas) return 0;
+int64_t library_bytes(const CpuPlanRequest& r) {
+  if (!r.blas) return 0;
   // Measured with the MKL of torch's wheels on Zen 4, by products C[rows, columns] of many shapes: in fp32
   // each thread packs 192 of the inner dimension, for all columns up to 6240; in fp64 256, for all rows up
   // to 5000 (hence kMostFp64Slice); and less than 1 MiB of the other operand. It keeps these buffers, and
@@ -399,15 +249,8 @@ int64_t library_bytes(const PlanRequest& r) {
 
 namespace {
 
-std::string megabytes(int64_t bytes) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%lld bytes (%.1f MiB)", static_cast<long long>(bytes),
-                static_cast<double>(bytes) / (1 << 20));
-  return text;
-}
-
 /// The least budget for which choose() finds a plan. More memory never hurts, so bisection finds it.
-int64_t least_budget(PlanRequest r) {
+int64_t least_budget(CpuPlanRequest r) {
   const auto fits = [&](int64_t budget) {
     Plan plan;
     r.memory_budget = budget;
@@ -425,19 +268,20 @@ int64_t least_budget(PlanRequest r) {
 
 }  // namespace
 
-std::string make_plan(const PlanRequest& wanted, Plan* plan) {
-  PlanRequest request = wanted;
+std::string make_plan(const CpuPlanRequest& wanted, Plan* plan) {
+  CpuPlanRequest request = wanted;
   // MKL sums the products of a few tokens one class after the other: 1.6 times the error of larger
   // blocks, measured at 466 classes, and slowly.
   constexpr int64_t kLeastBlasChunk = 8;
-  if (request.cpu_blas && request.chunk_size > 0)
+  if (request.blas && request.chunk_size > 0)
     request.chunk_size = std::max(request.chunk_size, kLeastBlasChunk);
-  if (!choose(request, chunk_limits(request), plan)) {
-    return "memory_budget=" + megabytes(request.memory_budget) + " is too small for " +
-           std::to_string(request.tokens) + " tokens, " + std::to_string(request.features) +
-           " features and " + std::to_string(request.vocab) + " classes: the least that works is " +
-           megabytes(least_budget(request));
-  }
+  Plan chosen;
+  if (!choose(request, chunk_limits(request), &chosen))
+    return budget_error(request, "", least_budget(request));
+  chosen.kernels = plan->kernels, chosen.kernels_reason = plan->kernels_reason;
+  *plan = chosen;
+  plan->score_block = plan->input_block = plan->input_sweep_block = plan->token_block;
+  plan->input_slice = plan->input_sweep_slice = plan->slice_vocab;
   const bool slices = plan->kind == PlanKind::kVocabSlices;
   count_work(request, slices ? fresh_tokens(request, *plan) : 0, plan);
   plan->workspace_bytes = layout_workspace(request, *plan).total;

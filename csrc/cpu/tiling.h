@@ -1,9 +1,10 @@
-// Tile sizes that the planner must know to count workspace bytes, and the CPU kernels to use it.
+// Tile sizes that the CPU's planner must know to count workspace bytes, and its kernels to use it.
 #pragma once
 
 #include <cstdint>
 
 #include "core/compact_sum.h"
+#include "core/math.h"
 
 namespace memeff {
 
@@ -15,8 +16,6 @@ constexpr int64_t kPanel = 32;
 
 /// Tokens of one group of packed dlogits: the rows of a micro-tile.
 constexpr int64_t kMicroRows = 14;
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 /// Row stride of the sums of gradients, in elements: whole panels, and a cache line more so that rows
 /// do not fall into the same sets of the first-level cache when D is a power of two.

@@ -1,0 +1,77 @@
+// What the planners of all devices share.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "core/math.h"
+#include "core/plan.h"
+
+namespace memeff {
+
+inline bool wants_gradient(const PlanRequest& r) {
+  return r.grad_input || r.grad_weight || r.grad_bias;
+}
+
+/// Of one matrix product: 2 N D V.
+inline double product_flops(const PlanRequest& r) {
+  return 2.0 * static_cast<double>(r.tokens) * static_cast<double>(r.features) *
+         static_cast<double>(r.vocab);
+}
+
+/// Tokens whose scores fit a row of grad_weight. None if a row is no whole number of scores (odd D): the
+/// rows of scores and of gradients must coincide.
+inline int64_t tokens_in_gradient_row(const PlanRequest& r, int64_t score_bytes) {
+  const int64_t bytes = r.features * size_of(r.dtype);
+  return bytes % score_bytes == 0 ? bytes / score_bytes : 0;
+}
+
+/// Tokens of the chunk whose scores lie in grad_weight.
+int64_t first_chunk(const PlanRequest& request, int64_t score_bytes);
+
+/// The largest size in [least, most], `least` or a multiple of `step` where it is not `most`, that fits;
+/// 0: none does. What fits, fits when it is smaller.
+template <class Fits>
+int64_t largest_fitting(int64_t least, int64_t most, int64_t step, const Fits& fits) {
+  if (most < least || !fits(least)) return 0;
+  int64_t low = least, high = most;
+  while (low < high) {
+    const int64_t middle = std::min(high, round_up(low + (high - low + 1) / 2, step));
+    if (fits(middle)) {
+      low = middle;
+    } else {
+      high = std::max(least, std::min(high - 1, (middle - 1) / step * step));
+    }
+  }
+  return low;
+}
+
+/// Hands out offsets in a workspace.
+class Cursor {
+ public:
+  explicit Cursor(int64_t alignment) : alignment_(alignment) {}
+  int64_t take(int64_t bytes) {
+    const int64_t at = offset_;
+    offset_ += round_up(bytes, alignment_);
+    end_ = std::max(end_, offset_);
+    return at;
+  }
+  int64_t offset() const { return offset_; }
+  int64_t end() const { return end_; }
+  /// What is taken next shares memory with what was taken from `offset` on.
+  void move_to(int64_t offset) { offset_ = offset; }
+
+ private:
+  const int64_t alignment_;
+  int64_t offset_ = 0, end_ = 0;
+};
+
+/// Completes a plan by its FLOPs, bytes of the gradients, and numbers of chunks and slices.
+/// `fresh_tokens`: those whose gradients are computed from scores that are made for them.
+void count_work(const PlanRequest& request, int64_t fresh_tokens, Plan* plan);
+
+/// Why no plan fits the budget. `where`: " on a GPU", or nothing.
+std::string budget_error(const PlanRequest& request, const char* where, int64_t minimum);
+
+}  // namespace memeff
