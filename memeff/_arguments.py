@@ -66,7 +66,7 @@ def merge_torch_options(
             "options must be a torch.nn.LinearCrossEntropyOptions or None, got "
             f"{type(options).__name__}"
         )
-    parse_accum_dtype(options.acc_dtype, dtype, "options.acc_dtype")
+    check_accum_dtype(options.acc_dtype, dtype, "options.acc_dtype")
     return (
         _only_one("chunk_size", chunk_size, "batch_chunk_size", options.batch_chunk_size),
         _only_one("accum_dtype", accum_dtype, "acc_dtype", options.acc_dtype),
@@ -93,12 +93,12 @@ def parse_chunk_size(chunk_size: int | None) -> int:
     return chunk_size
 
 
-def parse_accum_dtype(
+def check_accum_dtype(
     accum_dtype: torch.dtype | None, dtype: torch.dtype, name: str = "accum_dtype"
-) -> str:
-    """How gradients of ``dtype`` are summed over chunks, as the ops call it."""
+) -> None:
+    """Check a dtype of sums of gradients of ``dtype``."""
     if accum_dtype is None:
-        return "auto"
+        return
     if not isinstance(accum_dtype, torch.dtype):
         raise TypeError(
             f"{name} must be a torch.dtype or None, got {type(accum_dtype).__name__} "
@@ -110,7 +110,6 @@ def parse_accum_dtype(
             f"{name} is {accum_dtype}, expected {plain} or None (the planner's choice) for "
             f"input of dtype {dtype}"
         )
-    return "float32"
 
 
 def parse_num_items(

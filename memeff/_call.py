@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     statistics: bool
     memory_budget: int  # bytes, -1: none given
     chunk_size: int  # tokens, 0: the planner's choice
-    grad_accumulation: str
+    accum_dtype: torch.dtype | None
     skip_mass: float
     backend: str
 
@@ -57,19 +57,19 @@ def call_op(
         weight,
         token_weight,
         num_items,
-        settings.reduction,
-        settings.ignore_index,
-        settings.label_smoothing,
-        settings.softcap,
-        settings.logit_scale,
-        settings.z_loss,
-        grad and input.requires_grad,
-        grad and linear_weight.requires_grad,
-        grad and linear_bias is not None and linear_bias.requires_grad,
-        settings.statistics,
-        settings.memory_budget,
-        settings.chunk_size,
-        settings.grad_accumulation,
-        settings.skip_mass,
+        input_grad=grad and input.requires_grad,
+        weight_grad=grad and linear_weight.requires_grad,
+        bias_grad=grad and linear_bias is not None and linear_bias.requires_grad,
+        reduction=settings.reduction,
+        ignore_index=settings.ignore_index,
+        label_smoothing=settings.label_smoothing,
+        softcap=settings.softcap,
+        logit_scale=settings.logit_scale,
+        z_loss=settings.z_loss,
+        statistics=settings.statistics,
+        memory_budget=settings.memory_budget,
+        chunk_size=settings.chunk_size,
+        accum_dtype=settings.accum_dtype,
+        skip_mass=settings.skip_mass,
     )
     return RowResults(*results[:4])

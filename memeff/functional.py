@@ -196,7 +196,7 @@ def linear_cross_entropy(
         options, chunk_size, accum_dtype, input.dtype
     )
     chunk = _arguments.parse_chunk_size(chunk_size)
-    grad_accumulation = _arguments.parse_accum_dtype(accum_dtype, input.dtype)
+    _arguments.check_accum_dtype(accum_dtype, input.dtype)
     needs_reference = _checks.check_differentiability(
         target, weight, token_weight, geometry.probabilities
     )
@@ -233,7 +233,7 @@ def linear_cross_entropy(
         statistics=return_statistics,
         memory_budget=budget,
         chunk_size=chunk,
-        grad_accumulation=grad_accumulation,
+        accum_dtype=accum_dtype,
         skip_mass=float(skip_mass),
         backend=resolved,
     )

@@ -181,20 +181,20 @@ class _Call:
         self.running[number] = self
         try:
             gradients = self.library.linear_loss_gradients(
-                number,
                 x.detach(),
                 weight.detach(),
                 self.target,
                 None if bias is None else bias.detach(),
-                options["ignore_index"],
-                0.0 if softcap is None else float(softcap),
-                float(options["logit_scale"]),
-                options["entropy"],
-                x.requires_grad,
-                weight.requires_grad,
-                bias is not None and bias.requires_grad,
-                _arguments.parse_memory_budget(options["memory_budget"]),
-                _arguments.parse_chunk_size(options["chunk_size"]),
+                handle=number,
+                ignore_index=options["ignore_index"],
+                softcap=0.0 if softcap is None else float(softcap),
+                logit_scale=float(options["logit_scale"]),
+                entropy=options["entropy"],
+                input_grad=x.requires_grad,
+                weight_grad=weight.requires_grad,
+                bias_grad=bias is not None and bias.requires_grad,
+                memory_budget=_arguments.parse_memory_budget(options["memory_budget"]),
+                chunk_size=_arguments.parse_chunk_size(options["chunk_size"]),
             )
         finally:
             del self.running[number]

@@ -1,6 +1,7 @@
 """The operators torch.ops.memeff.*: loads them and adds what C++ leaves to Python.
 
-csrc/bindings declares the schemas and the CPU implementations. Here are the fake (shape-only)
+csrc/bindings declares the schemas (tensors are positional, options keyword-only) and the
+implementations. Here are the fake (shape-only)
 kernels for meta tensors and torch.compile, and autograd.
 
 The forward op computes gradients while it has the logits, for an upstream gradient of 1, whenever
@@ -11,6 +12,7 @@ recomputes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,14 +22,18 @@ from torch import Tensor
 from memeff import _library
 from memeff._gradients import is_last_backward
 
-# Arguments of the forward op: seven tensors, then scalars, of which backward takes all but one.
-_NUM_TENSORS = 7
-_STATISTICS = 16
+# Arguments that have gradients, in the order in which the backward ops return these.
+DIFFERENTIABLE = ("input", "linear_weight", "linear_bias")
 
 
 def gradients_in_forward(reduction: str, dtype: torch.dtype) -> bool:
     """Whether the forward op computes the gradients; the C++ op follows the same rule."""
     return reduction != "none" and dtype != torch.float16
+
+
+def wanted_gradients(options: Mapping[str, Any]) -> tuple[bool, bool, bool]:
+    """Which gradients an op is told to compute, in the order of DIFFERENTIABLE."""
+    return options["input_grad"], options["weight_grad"], options["bias_grad"]
 
 
 def gradients_like(
@@ -48,23 +54,22 @@ def _forward_fake(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: Tensor | None,
+    *_: Tensor | None,
     reduction: str,
-    *scalars: Any,
+    statistics: bool,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    *_, input_grad, weight_grad, bias_grad, statistics, _, _, _, _ = scalars
     tokens = input.shape[0]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    wanted = wanted_gradients(options)
     if not gradients_in_forward(reduction, input.dtype):
-        input_grad = weight_grad = bias_grad = False
+        wanted = (False, False, False)
     return (
         input.new_empty((tokens,) if reduction == "none" else (), dtype=dtype),
         input.new_empty((tokens,), dtype=torch.float64),
         input.new_empty((4, tokens) if statistics else (0,), dtype=dtype),
         input.new_empty((tokens,) if statistics else (0,), dtype=torch.int64),
-        *gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad)),
+        *gradients_like(input, linear_weight, linear_bias, wanted),
     )
 
 
@@ -75,10 +80,10 @@ def _backward_fake(
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
-    *others: Any,
+    *_: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    *_, input_grad, weight_grad, bias_grad, _, _, _, _ = others
-    return gradients_like(input, linear_weight, linear_bias, (input_grad, weight_grad, bias_grad))
+    return gradients_like(input, linear_weight, linear_bias, wanted_gradients(options))
 
 
 def _scale_fake(gradient: Tensor, scale: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ class Operators:
         self._recompute = operators.linear_cross_entropy_backward.default
         self._scale = operators.scale_gradient.default
         self._scale_in_place = operators.scale_gradient_.default
-        self._num_arguments = len(self._forward._schema.arguments)
+        self._recompute_options = option_names(self._recompute)
 
         forward, recompute = self._forward.name(), self._recompute.name()
         scale, scale_in_place = self._scale.name(), self._scale_in_place.name()
@@ -122,29 +127,28 @@ class Operators:
             self._scale: function_of(self._scale, save_nothing, _refuse_second_derivative),
         }
 
-    def linear_cross_entropy_forward(self, *arguments: Any) -> Sequence[Tensor]:
+    def linear_cross_entropy_forward(
+        self, *tensors: Tensor | None, **options: Any
+    ) -> Sequence[Tensor]:
         """Call the forward op, also inside transforms of torch.func."""
-        results: Sequence[Tensor] = self._call(self._forward, arguments)
+        results: Sequence[Tensor] = self._call(self._forward, tensors, options)
         return results
 
-    def _call(self, op: Any, arguments: tuple[Any, ...]) -> Any:
-        return call(op, self._in_transform, arguments)
+    def _call(self, op: Any, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Any:
+        return call(op, self._in_transform, tensors, options)
 
     def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        result: list[Tensor | None] = [None] * self._num_arguments
         if grad_loss is None:
-            return tuple(result)
-        needed = [ctx.needs_input_grad[position] for position in (0, 1, 3)]
-        check_flags(self._forward.name(), needed, ctx.computed)
+            return tuple(None for _ in ctx.needs_input_grad)
+        positions = differentiable_positions(self._forward)
+        needed = [ctx.needs_input_grad[position] for position in positions]
+        check_flags(self._forward.name(), needed, wanted_gradients(ctx.options))
         if ctx.scale_only:
             gradients = self._scaled(grad_loss, *ctx.saved_tensors)
         else:
-            arguments = (grad_loss, *ctx.saved_tensors, *ctx.scalars)
-            gradients = self._call(self._recompute, arguments)
-        for position, need, gradient in zip((0, 1, 3), needed, gradients, strict=True):
-            if need:
-                result[position] = gradient
-        return tuple(result)
+            options = {name: ctx.options[name] for name in self._recompute_options}
+            gradients = self._call(self._recompute, (grad_loss, *ctx.saved_tensors), options)
+        return in_place_of_inputs(ctx, positions, gradients)
 
     def _scaled(self, grad_loss: Tensor, loss: Tensor, *gradients: Tensor) -> list[Tensor]:
         """The saved gradients times the upstream one; in their own memory if this is their last
@@ -157,15 +161,43 @@ class Operators:
             for gradient in gradients:
                 self._scale_in_place(gradient, grad_loss)
             return list(gradients)
-        return [self._call(self._scale, (gradient, grad_loss)) for gradient in gradients]
+        return [self._call(self._scale, (gradient, grad_loss), {}) for gradient in gradients]
 
 
-def call(op: Any, in_transform: Mapping[Any, Any], arguments: tuple[Any, ...]) -> Any:
+def option_names(op: Any) -> tuple[str, ...]:
+    """The keyword-only arguments of an op."""
+    return tuple(argument.name for argument in op._schema.arguments if argument.kwarg_only)
+
+
+@functools.cache
+def differentiable_positions(op: Any) -> list[int]:
+    """Where the arguments of DIFFERENTIABLE stand among those of a forward op."""
+    names = [argument.name for argument in op._schema.arguments]
+    return [names.index(name) for name in DIFFERENTIABLE]
+
+
+def in_place_of_inputs(
+    ctx: Any, positions: Sequence[int], gradients: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What the backward of a forward op returns: one gradient, or None, per tensor argument."""
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for position, gradient in zip(positions, gradients, strict=True):
+        if ctx.needs_input_grad[position]:
+            result[position] = gradient
+    return tuple(result)
+
+
+def call(
+    op: Any,
+    in_transform: Mapping[Any, Any],
+    tensors: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> Any:
     """Call an op, or inside a transform of torch.func the autograd.Function that stands for it."""
     # (A compiler traces the op itself.)
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return in_transform[op].apply(*arguments)
-    return op(*arguments)
+        return in_transform[op].apply(*tensors, options)
+    return op(*tensors, **options)
 
 
 def check_flags(op: str, needed: Sequence[bool], computed: Sequence[bool]) -> None:
@@ -180,32 +212,44 @@ def check_flags(op: str, needed: Sequence[bool], computed: Sequence[bool]) -> No
 
 
 def function_of(op: Any, setup_context: Any, backward: Any) -> type[torch.autograd.Function]:
-    """An autograd.Function that runs `op`."""
+    """An autograd.Function that runs `op`: its tensors, then a dict of its options."""
+
+    def forward(*arguments: Any) -> Any:
+        *tensors, options = arguments
+        return op(*tensors, **options)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, options = inputs
+        setup_context(ctx, tuple(tensors), options, output)
+
     members = {
-        "forward": staticmethod(op.__call__),
-        "setup_context": staticmethod(setup_context),
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup),
         "backward": staticmethod(backward),
     }
     return type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
     loss, lse, *others = output
     ctx.mark_non_differentiable(lse, *others)
     # Without this, backward would receive zeros in the shape of each gradient output.
     ctx.set_materialize_grads(False)
-    tensors, scalars = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
-    ctx.scale_only = gradients_in_forward(scalars[0], inputs[0].dtype)
-    ctx.computed = scalars[6:9]
+    ctx.options = keyword_only_inputs
+    assert inputs[0] is not None
+    ctx.scale_only = gradients_in_forward(keyword_only_inputs["reduction"], inputs[0].dtype)
     if ctx.scale_only:
         ctx.save_for_backward(loss, *others[-3:])
     else:
-        statistics = _STATISTICS - _NUM_TENSORS
-        ctx.scalars = scalars[:statistics] + scalars[statistics + 1 :]
-        ctx.save_for_backward(lse, *tensors)
+        ctx.save_for_backward(lse, *inputs)
 
 
-def save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def save_nothing(ctx: Any, inputs: tuple[Any, ...], options: Any, output: Any) -> None:
     pass
 
 

@@ -219,23 +219,27 @@ def plan(
     if backend == "reference":
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
 
+    _arguments.check_accum_dtype(accum_dtype, _DTYPES[dtype_name])
+    options: dict[str, Any] = {
+        "reduction": reduction,
+        "label_smoothing": float(label_smoothing),
+        "softcap": 0.0 if softcap is None else float(softcap),
+        "statistics": return_statistics,
+        "input_grad": input_grad is not False,
+        "weight_grad": weight_grad is not False,
+        "bias_grad": bias_grad,
+        "memory_budget": _arguments.parse_memory_budget(memory_budget),
+        "chunk_size": _arguments.parse_chunk_size(chunk_size),
+        "accum_dtype": accum_dtype,
+        "skip_mass": float(skip_mass),
+    }
     chosen: dict[str, Any] = _library.load().plan(
         **sizes,
         dtype=dtype_name,
         backend=backend,
-        reduction=reduction,
-        input_grad=input_grad is not False,
-        weight_grad=weight_grad is not False,
-        bias_grad=bias_grad,
         probabilities=probabilities,
-        label_smoothing=float(label_smoothing),
-        softcap=0.0 if softcap is None else float(softcap),
-        statistics=return_statistics,
-        skip_mass=float(skip_mass),
-        memory_budget=_arguments.parse_memory_budget(memory_budget),
-        chunk_size=_arguments.parse_chunk_size(chunk_size),
-        grad_accumulation=_arguments.parse_accum_dtype(accum_dtype, _DTYPES[dtype_name]),
         **_gpu(compute_capability, device),
+        options=options,
     )
     return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=backend, **chosen)
 

@@ -14,24 +14,17 @@ from torch import Tensor
 
 from memeff import ops
 
-# Arguments of the forward op: input, linear_weight, target, linear_bias, then scalars.
-_DIFFERENTIABLE = (0, 1, 3)
-_NUM_TENSORS = 4
-
 
 def _forward_fake(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor | None,
     linear_bias: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    skip_ignored: bool,
+    *,
     entropy: bool,
     argmax: bool,
     top_k: int,
-    *_: Any,
+    **_: Any,
 ) -> tuple[Tensor, ...]:
     tokens = input.shape[0]
     targets = 0 if target is None else target.shape[1]
@@ -52,28 +45,34 @@ def _gradients_fake(
     linear_weight: Tensor,
     target: Tensor | None,
     linear_bias: Tensor | None,
-    *scalars: Any,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
-    return ops.gradients_like(input, linear_weight, linear_bias, scalars[-5:-2])
+    return ops.gradients_like(input, linear_weight, linear_bias, ops.wanted_gradients(options))
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    # After the gradients of logprob, lse and entropy, and the values of lse and entropy.
-    return _gradients_fake(*arguments[5:])
+def _backward_fake(
+    grad_logprob: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    lse: Tensor,
+    known_entropy: Tensor,
+    *operands: Any,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    return _gradients_fake(*operands, **options)
 
 
-def _loss_gradients_fake(handle: int, *arguments: Any) -> tuple[Tensor, ...]:
-    return _gradients_fake(*arguments)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor | None, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
     _, lse, entropy, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # None for what no gradient reaches
-    scalars = inputs[_NUM_TENSORS:]
-    ctx.computed = scalars[-5:-2]
-    ctx.scalars = (*scalars[:3], *scalars[-5:])
-    ctx.save_for_backward(lse, entropy, *inputs[:_NUM_TENSORS])
+    ctx.options = keyword_only_inputs
+    ctx.save_for_backward(lse, entropy, *inputs)
 
 
 def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
@@ -92,11 +91,11 @@ class StatisticsOperators:
         self._recompute = operators.linear_token_statistics_backward.default
         # Called by memeff/fused_loss.py, whose own autograd.Function has its gradients.
         self.linear_loss_gradients = operators.linear_loss_gradients.default
-        self._num_arguments = len(self._forward._schema.arguments)
+        self._recompute_options = ops.option_names(self._recompute)
         forward, recompute = self._forward.name(), self._recompute.name()
         torch.library.register_fake(forward, _forward_fake)
         torch.library.register_fake(recompute, _backward_fake)
-        torch.library.register_fake(self.linear_loss_gradients.name(), _loss_gradients_fake)
+        torch.library.register_fake(self.linear_loss_gradients.name(), _gradients_fake)
         torch.library.register_autograd(forward, self._backward, setup_context=_setup_context)
         torch.library.register_autograd(recompute, _refuse_second_derivative)
         self._in_transform = {
@@ -106,24 +105,24 @@ class StatisticsOperators:
             ),
         }
 
-    def linear_token_statistics_forward(self, *arguments: Any) -> Sequence[Tensor]:
+    def linear_token_statistics_forward(
+        self, *tensors: Tensor | None, **options: Any
+    ) -> Sequence[Tensor]:
         """Call the forward op, also inside transforms of torch.func."""
-        results: Sequence[Tensor] = ops.call(self._forward, self._in_transform, arguments)
+        results: Sequence[Tensor] = ops.call(self._forward, self._in_transform, tensors, options)
         return results
 
     def _backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        result: list[Tensor | None] = [None] * self._num_arguments
         upstream = gradients[:3]  # of logprob, lse, entropy
         if all(gradient is None for gradient in upstream):
-            return tuple(result)
-        needed = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        ops.check_flags(self._forward.name(), needed, ctx.computed)
-        arguments = (*upstream, *ctx.saved_tensors, *ctx.scalars)
-        computed = ops.call(self._recompute, self._in_transform, arguments)
-        for position, need, gradient in zip(_DIFFERENTIABLE, needed, computed, strict=True):
-            if need:
-                result[position] = gradient
-        return tuple(result)
+            return tuple(None for _ in ctx.needs_input_grad)
+        positions = ops.differentiable_positions(self._forward)
+        needed = [ctx.needs_input_grad[position] for position in positions]
+        ops.check_flags(self._forward.name(), needed, ops.wanted_gradients(ctx.options))
+        options = {name: ctx.options[name] for name in self._recompute_options}
+        tensors = (*upstream, *ctx.saved_tensors)
+        computed = ops.call(self._recompute, self._in_transform, tensors, options)
+        return ops.in_place_of_inputs(ctx, positions, computed)
 
 
 _memeff = StatisticsOperators("memeff")

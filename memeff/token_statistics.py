@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -208,8 +208,13 @@ def _statistics(
             input.flatten(0, -2) if lead else input.unsqueeze(0),
             linear_weight,
             linear_bias,
-            (ignore_index, 0.0 if softcap is None else float(softcap), float(logit_scale)),
-            (budget, chunk),
+            {
+                "ignore_index": ignore_index,
+                "softcap": 0.0 if softcap is None else float(softcap),
+                "logit_scale": float(logit_scale),
+                "memory_budget": budget,
+                "chunk_size": chunk,
+            },
             resolved,
         )
         fields = _in_shape(rows, lead, target, _Wanted(skip_ignored, entropy, argmax, top_k))
@@ -221,7 +226,7 @@ def _statistics(
 
 
 class _Wanted(NamedTuple):
-    """What the op is asked for, in the order of its arguments."""
+    """What the op is asked for."""
 
     skip_ignored: bool
     entropy: bool
@@ -235,23 +240,23 @@ class _Rows(NamedTuple):
     input: Tensor  # [N, D]
     linear_weight: Tensor
     linear_bias: Tensor | None
-    transform: tuple[int, float, float]  # ignore_index, softcap (0: none), logit_scale
-    planning: tuple[int, int]  # memory_budget, chunk_size
+    options: dict[str, Any]  # of the op, apart from what is wanted
     backend: str
 
     def call(self, target: Tensor | None, wanted: _Wanted) -> Sequence[Tensor]:
         """What the op returns for targets [N, K]."""
-        differentiable = (self.input, self.linear_weight, self.linear_bias)
+        bias = self.linear_bias
         grad = torch.is_grad_enabled()
         return statistics_ops.LIBRARIES[self.backend].linear_token_statistics_forward(
             self.input,
             self.linear_weight,
             target,
             self.linear_bias,
-            *self.transform,
-            *wanted,
-            *(grad and t is not None and t.requires_grad for t in differentiable),
-            *self.planning,
+            **self.options,
+            **wanted._asdict(),
+            input_grad=grad and self.input.requires_grad,
+            weight_grad=grad and self.linear_weight.requires_grad,
+            bias_grad=grad and bias is not None and bias.requires_grad,
         )
 
     def call_on_gpu(self, target: Tensor | None, wanted: _Wanted) -> Sequence[Tensor]:
@@ -268,7 +273,7 @@ class _Rows(NamedTuple):
         if wanted.top_k:
             lse = results[1]
             results[5:] = _top(
-                self.input, self.linear_weight, self.linear_bias, lse, self.transform, wanted.top_k
+                self.input, self.linear_weight, self.linear_bias, lse, self.options, wanted.top_k
             )
         return results
 
@@ -301,17 +306,20 @@ def _top(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     lse: Tensor,
-    transform: tuple[int, float, float],
+    options: dict[str, Any],
     top_k: int,
 ) -> list[Tensor]:
     """The largest log-probabilities and their classes, from blocks of logits of 64 MiB."""
-    _, softcap, scale = transform
     block = max(1, 2**24 // linear_weight.shape[0])
     found = []
     for begin in range(0, rows.shape[0], block):
         part = slice(begin, begin + block)
         logits = reference.compute_logits(
-            rows[part], linear_weight, linear_bias, softcap or None, scale
+            rows[part],
+            linear_weight,
+            linear_bias,
+            options["softcap"] or None,
+            options["logit_scale"],
         )
         top = logits.topk(top_k)
         found.append((top.values - lse[part, None].to(logits.dtype), top.indices))

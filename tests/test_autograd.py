@@ -203,6 +203,14 @@ def test_reference_has_second_derivatives() -> None:
     )
 
 
+# Options of the ops.
+PLAIN: dict[str, Any] = {
+    "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0,
+    "logit_scale": 1.0, "z_loss": 0.0, "memory_budget": -1, "chunk_size": 0, "accum_dtype": None,
+    "skip_mass": 0.0,
+}  # fmt: skip
+
+
 def spy_on_forward(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Records (arguments, results) of every call of the forward op."""
     from memeff import ops
@@ -210,9 +218,9 @@ def spy_on_forward(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     original = ops.LIBRARIES["cpu"].linear_cross_entropy_forward
 
-    def recording(*arguments: Any) -> Any:
-        results = original(*arguments)
-        calls.append((arguments, results))
+    def recording(*tensors: Any, **options: Any) -> Any:
+        results = original(*tensors, **options)
+        calls.append((tensors, results))
         return results
 
     monkeypatch.setattr(ops.LIBRARIES["cpu"], "linear_cross_entropy_forward", recording)
@@ -265,8 +273,9 @@ def test_backward_op_computes_only_what_it_is_asked_for(
     lse = F.linear(x, w, b).logsumexp(-1)
     upstream = torch.ones(4) if reduction == "none" else torch.tensor(1.0)
     gradients = torch.ops.memeff.linear_cross_entropy_backward(
-        upstream, lse, x, w, target, b, None, None, None, reduction, -100, 0.0, 0.0, 1.0, 0.0,
-        *subset, -1, 0, "auto", 0.0,
+        upstream, lse, x, w, target, b, None, None, None,
+        **PLAIN | {"reduction": reduction},
+        input_grad=subset[0], weight_grad=subset[1], bias_grad=subset[2],
     )  # fmt: skip
     assert [g.numel() > 0 for g in gradients] == list(subset)
 
@@ -281,8 +290,8 @@ def test_inference_mode() -> None:
 def test_flags_that_contradict_requires_grad_are_an_error() -> None:
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     results = torch.ops.memeff.linear_cross_entropy_forward(
-        x, w, torch.randint(5, (4,)), None, None, None, None, "mean", -100, 0.0, 0.0, 1.0, 0.0,
-        False, False, False, False, -1, 0, "auto", 0.0,
+        x, w, torch.randint(5, (4,)), None, None, None, None,
+        **PLAIN, statistics=False, input_grad=False, weight_grad=False, bias_grad=False,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"gradient of input.*requires grad"):
         results[0].backward()

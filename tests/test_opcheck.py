@@ -37,12 +37,21 @@ def tensors(
     return x, w, target, b, *others, None
 
 
-SCALARS: dict[str, tuple[Any, ...]] = {
-    # ignore_index, label_smoothing, softcap, logit_scale, z_loss
-    "plain": (-100, 0.0, 0.0, 1.0, 0.0),
-    "everything": (1, 0.1, 3.0, 0.7, 0.01),
-}
-PLANNING = (-1, 0, "auto", 0.0)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {
+        "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0,
+        "z_loss": 0.0,
+    },
+    "everything": {
+        "ignore_index": 1, "label_smoothing": 0.1, "softcap": 3.0, "logit_scale": 0.7,
+        "z_loss": 0.01,
+    },
+}  # fmt: skip
+PLANNING = {"memory_budget": -1, "chunk_size": 0, "accum_dtype": None, "skip_mass": 0.0}
+
+
+def wanted(subset: tuple[bool, bool, bool]) -> dict[str, bool]:
+    return dict(zip(("input_grad", "weight_grad", "bias_grad"), subset, strict=True))
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
@@ -51,7 +60,11 @@ PLANNING = (-1, 0, "auto", 0.0)
 def test_forward(subset: tuple[bool, bool, bool], reduction: str, statistics: bool) -> None:
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_forward.default,
-        (*tensors(subset), reduction, *SCALARS["plain"], *subset, statistics, *PLANNING),
+        tensors(subset),
+        {"reduction": reduction, "statistics": statistics}
+        | OPTIONS["plain"]
+        | wanted(subset)
+        | PLANNING,
     )
 
 
@@ -67,7 +80,11 @@ def test_forward_dtypes_and_options(
     )
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_forward.default,
-        (*arguments, reduction, *SCALARS["everything"], *subset, True, *PLANNING),
+        arguments,
+        {"reduction": reduction, "statistics": True}
+        | OPTIONS["everything"]
+        | wanted(subset)
+        | PLANNING,
     )
 
 
@@ -78,8 +95,10 @@ def test_forward_shapes(shape: tuple[int, int, int], bias: bool) -> None:
     others[-1] = torch.tensor(3)  # num_items
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_forward.default,
-        (x, w, target, b if bias else None, *others, "mean", *SCALARS["plain"], True, True, bias,
-         True, 2**26, 4, "float32", 0.0),
+        (x, w, target, b if bias else None, *others),
+        {"reduction": "mean", "statistics": True, "memory_budget": 2**26, "chunk_size": 4,
+         "accum_dtype": torch.float32, "skip_mass": 0.0}
+        | OPTIONS["plain"] | wanted((True, True, bias)),
     )  # fmt: skip
 
 
@@ -92,7 +111,8 @@ def test_backward(subset: tuple[bool, bool, bool], reduction: str) -> None:
     grad_loss = torch.randn(4) if reduction == "none" else torch.randn(())
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_backward.default,
-        (grad_loss, lse, *arguments, reduction, *SCALARS["plain"], *subset, *PLANNING),
+        (grad_loss, lse, *arguments),
+        {"reduction": reduction} | OPTIONS["plain"] | wanted(subset) | PLANNING,
     )
 
 

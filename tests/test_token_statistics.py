@@ -404,17 +404,23 @@ def test_opcheck(subset: tuple[bool, ...], target: bool) -> None:
         for shape, wanted in zip(((4, 3), (5, 3), (5,)), subset, strict=True)
     )
     y = torch.randint(5, (4, 2)) if target else None
-    scalars = (-100, 2.0, 0.7)
+    options = {
+        "ignore_index": -100, "softcap": 2.0, "logit_scale": 0.7,
+        "input_grad": subset[0], "weight_grad": subset[1], "bias_grad": subset[2],
+        "memory_budget": -1, "chunk_size": 0,
+    }  # fmt: skip
     torch.library.opcheck(
         torch.ops.memeff.linear_token_statistics_forward.default,
-        (x, w, y, b, *scalars, False, True, True, 2, *subset, -1, 0),
+        (x, w, y, b),
+        {"skip_ignored": False, "entropy": True, "argmax": True, "top_k": 2} | options,
     )
     lse, entropy = torch.randn(4).double(), torch.rand(4)
     upstream = (torch.randn(4, 2) if target else None, None, torch.randn(4))
     x, w, b = x.detach(), w.detach(), b.detach()
     torch.library.opcheck(
         torch.ops.memeff.linear_token_statistics_backward.default,
-        (*upstream, lse, entropy, x, w, y, b, *scalars, *subset, -1, 0),
+        (*upstream, lse, entropy, x, w, y, b),
+        options,
     )
 
 

@@ -20,24 +20,19 @@ DType dtype_of(const at::Tensor& tensor, const char* name) {
   }
 }
 
-Call::Call(const Device& device, const at::Tensor& input, const at::Tensor& weight,
-           const at::Tensor& target, const OptionalTensor& bias, const OptionalTensor& class_weight,
-           const OptionalTensor& token_weight, const OptionalTensor& num_items,
-           const Options& options)
-    : device_(device), options_(options), input_(input), weight_(weight), target_(target) {
-  check_shapes(bias);
+Call::Call(const Device& device, const Arguments& arguments)
+    : device_(device),
+      arguments_(arguments),
+      input_(arguments.input),
+      weight_(arguments.linear_weight),
+      target_(arguments.target.value_or(at::Tensor())) {
+  check_shapes();
   Problem& p = problem_;
-  p.tokens = input.size(0);
-  p.features = input.size(1);
-  p.vocab = weight.size(0);
-  p.dtype = dtype_of(input, "input");
-  p.reduction = options.reduction;
-  p.ignore_index = options.ignore_index;
-  p.label_smoothing = options.label_smoothing;
-  p.softcap = options.softcap;
-  p.logit_scale = options.logit_scale;
-  p.z_loss = options.z_loss;
-  p.skip_mass = options.skip_mass;
+  static_cast<ProblemOptions&>(p) = arguments;
+  p.tokens = input_.size(0);
+  p.features = input_.size(1);
+  p.vocab = weight_.size(0);
+  p.dtype = dtype_of(input_, "input");
   // Kernels take any distance between rows, but adjacent features.
   if (p.features > 1 && input_.stride(1) != 1) input_ = input_.contiguous();
   if (p.features > 1 && weight_.stride(1) != 1) weight_ = weight_.contiguous();
@@ -45,14 +40,14 @@ Call::Call(const Device& device, const at::Tensor& input, const at::Tensor& weig
   p.input_stride = input_.stride(0);
   p.weight = weight_.const_data_ptr();
   p.weight_stride = weight_.stride(0);
-  if (bias) {
-    bias_ = bias->contiguous();
+  if (arguments.linear_bias) {
+    bias_ = arguments.linear_bias->contiguous();
     p.bias = bias_.const_data_ptr();
   }
-  p.class_weight = as_double(class_weight, p.vocab, "weight", &class_weight_);
-  p.token_weight = as_double(token_weight, p.tokens, "token_weight", &token_weight_);
-  if (num_items) {
-    num_items_ = num_items->to(at::kDouble);
+  p.class_weight = as_double(arguments.weight, p.vocab, "weight", &class_weight_);
+  p.token_weight = as_double(arguments.token_weight, p.tokens, "token_weight", &token_weight_);
+  if (arguments.num_items) {
+    num_items_ = arguments.num_items->to(at::kDouble);
     p.num_items = num_items_.const_data_ptr<double>();
     if (device_.values_are_at_hand()) {
       TORCH_CHECK_VALUE(*p.num_items > 0, "num_items=", *p.num_items,
@@ -62,15 +57,16 @@ Call::Call(const Device& device, const at::Tensor& input, const at::Tensor& weig
   set_target();
 }
 
-void Call::allocate_statistics(bool statistics) {
+void Call::allocate_statistics() {
+  const bool statistics = arguments_.statistics;
   const auto options = input_.options().dtype(
       accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
   const int64_t n = problem_.tokens;
-  loss = options_.reduction == Reduction::kNone ? at::empty({n}, options) : at::empty({}, options);
+  loss =
+      arguments_.reduction == Reduction::kNone ? at::empty({n}, options) : at::empty({}, options);
   lse = at::empty({n}, options.dtype(at::kDouble));
   this->statistics = statistics ? at::zeros({4, n}, options) : at::empty({0}, options);
   argmax = at::empty({statistics ? n : 0}, options.dtype(at::kLong));
-  problem_.statistics = statistics;
   problem_.loss = loss.mutable_data_ptr();
   problem_.lse = lse.mutable_data_ptr<double>();
   if (statistics) {
@@ -79,16 +75,18 @@ void Call::allocate_statistics(bool statistics) {
   }
 }
 
-void Call::use_lse(const at::Tensor& known) {
+void Call::use_lse() {
+  const at::Tensor& known = arguments_.lse;
   TORCH_CHECK(known.dim() == 1 && known.size(0) == problem_.tokens, "lse has shape ", known.sizes(),
               ": expected [", problem_.tokens, "]");
   lse = known.to(at::kDouble).contiguous();
   problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
 }
 
-void Call::use_statistics(const at::Tensor& known_lse, const at::Tensor& grad_loss) {
-  use_lse(known_lse);
-  const bool per_token = options_.reduction == Reduction::kNone;
+void Call::use_statistics() {
+  use_lse();
+  const at::Tensor& grad_loss = arguments_.grad_loss;
+  const bool per_token = arguments_.reduction == Reduction::kNone;
   TORCH_CHECK(grad_loss.numel() == (per_token ? problem_.tokens : 1), "grad_loss has ",
               grad_loss.numel(), " elements: expected ", per_token ? problem_.tokens : 1);
   grad_loss_ = grad_loss.to(at::kDouble).contiguous();
@@ -105,9 +103,9 @@ void Call::allocate_gradients(bool wanted) {
     if (want) *data = gradient.mutable_data_ptr();
     return gradient;
   };
-  grad_input = allocate(wanted && options_.input_grad, input_, &problem_.grad_input);
-  grad_weight = allocate(wanted && options_.weight_grad, weight_, &problem_.grad_weight);
-  const bool bias = wanted && options_.bias_grad && bias_.defined();
+  grad_input = allocate(wanted && arguments_.grad_input, input_, &problem_.grad_input);
+  grad_weight = allocate(wanted && arguments_.grad_weight, weight_, &problem_.grad_weight);
+  const bool bias = wanted && arguments_.grad_bias && bias_.defined();
   grad_bias = allocate(bias, bias ? bias_ : weight_, &problem_.grad_bias);
 }
 
@@ -115,38 +113,32 @@ void Call::run(bool statistics_known) {
   const bool nothing_wanted = problem_.grad_input == nullptr && problem_.grad_weight == nullptr &&
                               problem_.grad_bias == nullptr;
   if (statistics_known && nothing_wanted) return;
-  const PlanRequest request =
-      plan_request(statistics_known, problem_.grad_input != nullptr,
-                   problem_.grad_weight != nullptr, problem_.grad_bias != nullptr);
+  PlanRequest request = plan_request(statistics_known);
+  request.grad_input = problem_.grad_input != nullptr;
+  request.grad_weight = problem_.grad_weight != nullptr;
+  request.grad_bias = problem_.grad_bias != nullptr;
   const std::string objection = device_.run(problem_, request, input_);
   TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 
 void Call::check_backward_budget() const {
-  if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
-  const std::string objection = device_.check(
-      problem_, plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad));
+  if (!arguments_.grad_input && !arguments_.grad_weight && !arguments_.grad_bias) return;
+  const std::string objection = device_.check(problem_, plan_request(true));
   TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 
-PlanRequest Call::plan_request(bool statistics_known, bool input_grad, bool weight_grad,
-                               bool bias_grad) const {
+PlanRequest Call::plan_request(bool statistics_known) const {
   PlanRequest request;
+  static_cast<PlanOptions&>(request) = arguments_;
   request.tokens = problem_.tokens;
   request.features = problem_.features;
   request.vocab = problem_.vocab;
   request.dtype = problem_.dtype;
-  request.grad_input = input_grad;
-  request.grad_weight = weight_grad;
-  request.grad_bias = bias_grad;
   request.statistics_known = statistics_known;
-  request.memory_budget = options_.memory_budget;
-  request.chunk_size = options_.chunk_size;
-  request.accumulation = options_.accumulation;
   return request;
 }
 
-void Call::check_shapes(const OptionalTensor& bias) const {
+void Call::check_shapes() const {
   TORCH_CHECK(input_.dim() == 2, "input has ", input_.dim(), " dimensions: expected 2, [N, D]");
   TORCH_CHECK(weight_.dim() == 2, "linear_weight has ", weight_.dim(),
               " dimensions: expected 2, [V, D]");
@@ -155,6 +147,7 @@ void Call::check_shapes(const OptionalTensor& bias) const {
   TORCH_CHECK(input_.scalar_type() == weight_.scalar_type(), "input has dtype ",
               input_.scalar_type(), " and linear_weight ", weight_.scalar_type(),
               ": expected the same");
+  const OptionalTensor& bias = arguments_.linear_bias;
   if (!bias) return;
   TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight_.size(0), "linear_bias has shape ",
               bias->sizes(), ": expected [", weight_.size(0), "]");

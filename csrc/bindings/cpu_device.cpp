@@ -10,7 +10,6 @@
 #include "bindings/call.h"
 #include "bindings/device.h"
 #include "bindings/ops.h"
-#include "bindings/statistics_ops.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/number.h"
 #include "driver/driver.h"
@@ -88,9 +87,6 @@ class CpuDevice : public Device {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(memeff, CPU, m) {
-  implement_operators<CpuDevice>(m);
-  implement_statistics_operators<CpuDevice>(m);
-}
+TORCH_LIBRARY_IMPL(memeff, CPU, m) { implement_operators<CpuDevice>(m); }
 
 }  // namespace memeff

@@ -8,7 +8,6 @@
 
 #include "bindings/call.h"
 #include "bindings/ops.h"
-#include "bindings/statistics_ops.h"
 #include "cuda/generic_kernels.h"
 
 namespace memeff {
@@ -45,9 +44,6 @@ class CudaDevice : public CudaLikeDevice {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(memeff, CUDA, m) {
-  implement_operators<CudaDevice>(m);
-  implement_statistics_operators<CudaDevice>(m);
-}
+TORCH_LIBRARY_IMPL(memeff, CUDA, m) { implement_operators<CudaDevice>(m); }
 
 }  // namespace memeff

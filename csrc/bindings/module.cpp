@@ -8,7 +8,7 @@
 #include <functional>
 #include <string>
 
-#include "bindings/request.h"
+#include "bindings/arguments.h"
 #include "core/plan.h"
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
@@ -119,36 +119,39 @@ Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   return plan;
 }
 
+/// An option of a call, as memeff/_options.py has it.
+c10::IValue to_ivalue(const py::handle& value) {
+  if (value.is_none()) return {};
+  if (py::isinstance<py::bool_>(value)) return value.cast<bool>();
+  if (py::isinstance<py::int_>(value)) return value.cast<int64_t>();
+  if (py::isinstance<py::float_>(value)) return value.cast<double>();
+  if (py::isinstance<py::str>(value)) return value.cast<std::string>();
+  // A torch.dtype, of which the operators take two.
+  return py::str(value).cast<std::string>() == "torch.float64" ? at::kDouble : at::kFloat;
+}
+
 py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string& dtype,
-              const std::string& backend, const std::string& reduction_name, bool input_grad,
-              bool weight_grad, bool bias_grad, bool probabilities, double label_smoothing,
-              double softcap, bool statistics, double skip_mass, int64_t memory_budget,
-              int64_t chunk_size, const std::string& grad_accumulation, int capability,
-              const std::string& gpu, int multiprocessors) {
+              const std::string& backend, bool probabilities, int capability,
+              const std::string& gpu, int multiprocessors, const py::dict& options) {
+  Arguments arguments;
+  for (const auto& [name, value] : options) {
+    set_argument(&arguments, name.cast<std::string>(), to_ivalue(value));
+  }
   // No data: only what decides about kernels and partial sums.
   Problem problem;
+  static_cast<ProblemOptions&>(problem) = arguments;
   problem.tokens = tokens;
   problem.features = problem.input_stride = problem.weight_stride = features;
   problem.vocab = vocab;
   problem.dtype = parse_dtype(dtype);
-  problem.reduction = parse_reduction(reduction_name);
   if (probabilities) problem.probabilities = &problem;  // any address
-  problem.label_smoothing = label_smoothing;
-  problem.softcap = softcap;
-  problem.statistics = statistics;
-  problem.skip_mass = skip_mass;
 
   PlanRequest request;
+  static_cast<PlanOptions&>(request) = arguments;
   request.tokens = tokens;
   request.features = features;
   request.vocab = vocab;
   request.dtype = problem.dtype;
-  request.grad_input = input_grad;
-  request.grad_weight = weight_grad;
-  request.grad_bias = bias_grad;
-  request.memory_budget = memory_budget;
-  request.chunk_size = chunk_size;
-  request.accumulation = parse_accumulation(grad_accumulation);
 
   Planner planner;
   if (backend == "cpu") {
@@ -203,10 +206,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("plan", &memeff::plan,
              "The plan of a call, see memeff.plan. Raises ValueError when no plan fits the budget.",
              py::arg("tokens"), py::arg("features"), py::arg("vocab"), py::arg("dtype"),
-             py::arg("backend"), py::arg("reduction"), py::arg("input_grad"),
-             py::arg("weight_grad"), py::arg("bias_grad"), py::arg("probabilities"),
-             py::arg("label_smoothing"), py::arg("softcap"), py::arg("statistics"),
-             py::arg("skip_mass"), py::arg("memory_budget"), py::arg("chunk_size"),
-             py::arg("grad_accumulation"), py::arg("capability"), py::arg("gpu"),
-             py::arg("multiprocessors"));
+             py::arg("backend"), py::arg("probabilities"), py::arg("capability"), py::arg("gpu"),
+             py::arg("multiprocessors"), py::arg("options"));
 }

@@ -6,24 +6,24 @@
 
 namespace memeff {
 
-StatisticsCall::StatisticsCall(const Device& device, const at::Tensor& input,
-                               const at::Tensor& weight, const OptionalTensor& target,
-                               const OptionalTensor& bias, const Options& options)
-    : Call(device, input, weight, target.value_or(at::Tensor()), bias, {}, {}, {}, options) {
+StatisticsCall::StatisticsCall(const Device& device, const Arguments& arguments)
+    : Call(device, arguments) {
   TORCH_CHECK(problem_.probabilities == nullptr, "target has dtype ", target_.scalar_type(),
               ": expected class indices");
+  problem_.reduction = Reduction::kNone;
   problem_.token_statistics = &statistics_;
 }
 
-void StatisticsCall::allocate_outputs(bool skip_ignored, bool with_entropy, bool with_argmax,
-                                      int64_t top) {
+void StatisticsCall::allocate_outputs() {
+  const bool with_entropy = arguments_.entropy, with_argmax = arguments_.argmax;
+  const int64_t top = arguments_.top_k;
   const int64_t n = problem_.tokens;
   TORCH_CHECK_VALUE(top >= 0 && top <= problem_.vocab, "top_k=", top,
                     ": expected a number of classes in [0, ", problem_.vocab, "]");
   const auto floating = input_.options().dtype(
       accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
   const auto indices = input_.options().dtype(at::kLong);
-  statistics_.skip_ignored = skip_ignored;
+  statistics_.skip_ignored = arguments_.skip_ignored;
   lse = at::empty({n}, floating.dtype(at::kDouble));
   problem_.lse = lse.mutable_data_ptr<double>();
   logprob = at::empty({n, problem_.targets}, floating);
@@ -42,17 +42,15 @@ void StatisticsCall::allocate_outputs(bool skip_ignored, bool with_entropy, bool
   statistics_.top_ids = top_ids.mutable_data_ptr<int64_t>();
 }
 
-void StatisticsCall::use_gradients(const at::Tensor& known_lse, const at::Tensor& known_entropy,
-                                   const OptionalTensor& grad_logprob,
-                                   const OptionalTensor& grad_lse,
-                                   const OptionalTensor& grad_entropy) {
+void StatisticsCall::use_gradients() {
   const int64_t n = problem_.tokens;
-  use_lse(known_lse);
+  use_lse();
   statistics_.grad_logprob =
-      gradient(grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
-  statistics_.grad_lse = gradient(grad_lse, {n}, "grad_lse", &grad_lse_);
-  statistics_.grad_entropy = gradient(grad_entropy, {n}, "grad_entropy", &grad_entropy_);
+      gradient(arguments_.grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
+  statistics_.grad_lse = gradient(arguments_.grad_lse, {n}, "grad_lse", &grad_lse_);
+  statistics_.grad_entropy = gradient(arguments_.grad_entropy, {n}, "grad_entropy", &grad_entropy_);
   if (statistics_.grad_entropy == nullptr) return;
+  const at::Tensor& known_entropy = arguments_.known_entropy;
   TORCH_CHECK(known_entropy.dim() == 1 && known_entropy.size(0) == n, "entropy has shape ",
               known_entropy.sizes(), ": expected [", n, "]");
   entropy = known_entropy.to(at::kDouble).contiguous();
@@ -91,7 +89,7 @@ void StatisticsCall::differentiate_rows(int64_t begin, int64_t end) {
 }
 
 void StatisticsCall::check_backward_budget() const {
-  if (!options_.input_grad && !options_.weight_grad && !options_.bias_grad) return;
+  if (!arguments_.grad_input && !arguments_.grad_weight && !arguments_.grad_bias) return;
   // The entropy's gradient may need more than the others'.
   TokenStatistics later = statistics_;
   if (later.entropy != nullptr) later.grad_entropy = problem_.lse;
@@ -100,8 +98,7 @@ void StatisticsCall::check_backward_budget() const {
   later.top = 0;
   Problem problem = problem_;
   problem.token_statistics = &later;
-  const std::string objection = device_.check(
-      problem, plan_request(true, options_.input_grad, options_.weight_grad, options_.bias_grad));
+  const std::string objection = device_.check(problem, plan_request(true));
   TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 

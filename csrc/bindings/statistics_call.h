@@ -10,15 +10,12 @@ namespace memeff {
 
 class StatisticsCall : public Call {
  public:
-  StatisticsCall(const Device& device, const at::Tensor& input, const at::Tensor& weight,
-                 const OptionalTensor& target, const OptionalTensor& bias, const Options& options);
+  StatisticsCall(const Device& device, const Arguments& arguments);
 
   /// Outputs of the forward operator; those that are not wanted are empty.
-  void allocate_outputs(bool skip_ignored, bool entropy, bool argmax, int64_t top);
+  void allocate_outputs();
   /// For the backward operator: what the forward one returned, and the upstream gradients.
-  void use_gradients(const at::Tensor& lse, const at::Tensor& entropy,
-                     const OptionalTensor& grad_logprob, const OptionalTensor& grad_lse,
-                     const OptionalTensor& grad_entropy);
+  void use_gradients();
   void check_backward_budget() const;
   /// Gradients in the forward pass. `differentiate` gets the first row and the statistics of a chunk, and
   /// returns upstream gradients in the order of logprob, lse and (if it was computed) entropy.

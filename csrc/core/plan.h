@@ -40,19 +40,23 @@ enum class Accumulation {
 /// Whether Accumulation::kFloat32 exists: fp16 gradients are no halves of fp32 sums.
 inline bool has_float32_sums(DType dtype) { return dtype != DType::kFloat16; }
 
+/// What a caller chooses about how a call is computed, and which gradients it wants.
+struct PlanOptions {
+  bool grad_input = false;
+  bool grad_weight = false;
+  bool grad_bias = false;
+  int64_t memory_budget = -1;  // bytes; -1: none given
+  int64_t chunk_size = 0;      // tokens; 0: the planner's choice
+  GradAccumulation accumulation = GradAccumulation::kAuto;
+};
+
 /// What every planner must know of a call.
-struct PlanRequest {
+struct PlanRequest : PlanOptions {
   int64_t tokens = 0;
   int64_t features = 0;
   int64_t vocab = 0;
   DType dtype = DType::kFloat32;
-  bool grad_input = false;
-  bool grad_weight = false;
-  bool grad_bias = false;
   bool statistics_known = false;  // the backward op: lse is an input
-  int64_t memory_budget = -1;     // bytes; -1: none given
-  int64_t chunk_size = 0;         // tokens; 0: the planner's choice
-  GradAccumulation accumulation = GradAccumulation::kAuto;
 };
 
 /// A complete plan: planners fill every field that its kind of plan has.

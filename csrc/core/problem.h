@@ -52,7 +52,21 @@ struct TokenStatistics {
   void* context = nullptr;
 };
 
-struct Problem {
+/// What a caller chooses about a loss or statistics. An option is a field here (or in PlanOptions) and a
+/// row of the table in bindings/arguments.cpp.
+struct ProblemOptions {
+  Reduction reduction = Reduction::kMean;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0;
+  double softcap = 0.0;  // 0: off
+  double logit_scale = 1.0;
+  double z_loss = 0.0;
+  // Gradients may leave out parts of the softmax that sum to less than this per token; 0: exact.
+  double skip_mass = 0.0;
+  bool statistics = false;  // also loss, target logit, entropy, max, argmax of every token
+};
+
+struct Problem : ProblemOptions {
   int64_t tokens = 0;    // N
   int64_t features = 0;  // D
   int64_t vocab = 0;     // V
@@ -75,21 +89,11 @@ struct Problem {
   const double* class_weight = nullptr;  // [V] or null (all ones)
   const double* token_weight = nullptr;  // [N] or null (all ones)
 
-  Reduction reduction = Reduction::kMean;
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0;
-  double softcap = 0.0;  // 0: off
-  double logit_scale = 1.0;
-  double z_loss = 0.0;
-  const double* num_items =
-      nullptr;  // [1]: denominator of the mean, in place of the counts; or null
-  // Gradients may leave out parts of the softmax that sum to less than this per token; 0: exact.
-  double skip_mass = 0.0;
+  // [1]: denominator of the mean, in place of the counts; or null
+  const double* num_items = nullptr;
 
   // Statistics in place of a loss. loss, reduction, weights and what else only a loss has are unused.
   const TokenStatistics* token_statistics = nullptr;
-
-  bool statistics = false;  // also loss, target logit, entropy, max, argmax of every token
 
   // Upstream gradient: null means 1 (gradients computed in the forward pass).
   const double* grad_loss = nullptr;  // [N] when reduction is none, else [1]

@@ -20,7 +20,9 @@ FOLDER = ROOT / "build" / "kernels-torch"  # of the extension
 NAME = "_memeff_emulated"
 SOURCES = (
     "tests/kernels/torch_backend/emulated_device.cpp",
+    "csrc/bindings/arguments.cpp",
     "csrc/bindings/call.cpp",
+    "csrc/bindings/ops.cpp",
     "csrc/bindings/statistics_call.cpp",
     "csrc/core/planning.cpp",
     "csrc/cuda/call_memory.cpp",

@@ -17,7 +17,6 @@
 #include "bindings/cuda_device.h"
 #include "bindings/ops.h"
 #include "bindings/schema.h"
-#include "bindings/statistics_ops.h"
 #include "cuda/generic_kernels.h"
 #include "emulator/emulator.h"
 
@@ -159,7 +158,6 @@ std::map<std::string, uint64_t> counters() {
 TORCH_LIBRARY(memeff_emulated, m) { define_operators(m); }
 TORCH_LIBRARY_IMPL(memeff_emulated, CPU, m) {
   implement_operators<EmulatedDevice>(m);
-  implement_statistics_operators<EmulatedDevice>(m);
 }
 
 }  // namespace memeff
