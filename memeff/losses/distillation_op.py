@@ -66,21 +66,27 @@ def distill(
     scale = divisor.to(torch.float64).reciprocal().to(dtype)
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in student]
-    arguments = (
-        *student,
-        *(None if t is None else t.detach() for t in teacher),
-        counted,
-        scale,
-        settings.beta,
-        settings.temperature,
-        *settings.student,
-        *settings.teacher,
-        settings.chunk_size,
-        settings.memory_budget,
-        # float16 gradients are computed when the upstream gradient, a loss scale, is known.
-        *(want and student[0].dtype != torch.float16 for want in wanted),
+    tensors = (*student, *(None if t is None else t.detach() for t in teacher), counted, scale)
+    student_softcap, student_logit_scale = settings.student
+    teacher_softcap, teacher_logit_scale = settings.teacher
+    # float16 gradients are computed when the upstream gradient, a loss scale, is known.
+    input_grad, weight_grad, bias_grad = (
+        want and student[0].dtype != torch.float16 for want in wanted
     )
-    loss: Tensor = ops.call(_OP, _IN_TRANSFORM, arguments)[0]
+    options = {
+        "beta": settings.beta,
+        "temperature": settings.temperature,
+        "student_softcap": student_softcap,
+        "student_logit_scale": student_logit_scale,
+        "teacher_softcap": teacher_softcap,
+        "teacher_logit_scale": teacher_logit_scale,
+        "chunk_size": settings.chunk_size,
+        "memory_budget": settings.memory_budget,
+        "input_grad": input_grad,
+        "weight_grad": weight_grad,
+        "bias_grad": bias_grad,
+    }
+    loss: Tensor = ops.call(_OP, _IN_TRANSFORM, tensors, options)[0]
     return loss
 
 
@@ -93,6 +99,7 @@ def _linear_distillation(
     teacher_bias: Tensor | None,
     counted: Tensor | None,
     scale: Tensor,
+    *,
     beta: float,
     temperature: float,
     student_softcap: float,
@@ -218,32 +225,42 @@ def _expectation(p: Tensor, values: Tensor) -> Tensor:
 _SCHEMA = """linear_distillation(
     Tensor student_input, Tensor student_weight, Tensor? student_bias,
     Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias,
-    Tensor? counted, Tensor scale, float beta, float temperature,
+    Tensor? counted, Tensor scale, *, float beta, float temperature,
     float student_softcap, float student_logit_scale,
     float teacher_softcap, float teacher_logit_scale, int chunk_size, int memory_budget,
     bool input_grad, bool weight_grad, bool bias_grad
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
-_NUM_TENSORS, _SCALE, _FLAGS = 8, 7, 16
+_SCALE = 7  # the last tensor
 
 
 def _fake(
-    student_input: Tensor, student_weight: Tensor, student_bias: Tensor | None, *others: Any
+    student_input: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    *_: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(student_input.dtype, torch.float32)
-    gradients = ops.gradients_like(student_input, student_weight, student_bias, others[-3:])
+    gradients = ops.gradients_like(
+        student_input, student_weight, student_bias, ops.wanted_gradients(options)
+    )
     return student_input.new_empty((), dtype=dtype), *gradients
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, ...],
+) -> None:
     loss, *gradients = output
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
     ctx.recompute = inputs[0].dtype == torch.float16
+    ctx.options = keyword_only_inputs
     if ctx.recompute:
-        ctx.scalars = inputs[_NUM_TENSORS:_FLAGS]
-        ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+        ctx.save_for_backward(*inputs)
     else:
-        ctx.computed = inputs[_FLAGS:]
         ctx.save_for_backward(loss, *gradients)
 
 
@@ -256,9 +273,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     if ctx.recompute:
         tensors = list(ctx.saved_tensors)
         tensors[_SCALE] = tensors[_SCALE] * grad_loss
-        gradients = ops.call(_OP, _IN_TRANSFORM, (*tensors, *ctx.scalars, *needed))[1:]
+        input_grad, weight_grad, bias_grad = needed
+        options = ctx.options | {
+            "input_grad": input_grad, "weight_grad": weight_grad, "bias_grad": bias_grad,
+        }  # fmt: skip
+        gradients = ops.call(_OP, _IN_TRANSFORM, tuple(tensors), options)[1:]
     else:
-        ops.check_flags(_OP.name(), needed, ctx.computed)
+        ops.check_flags(_OP.name(), needed, ops.wanted_gradients(ctx.options))
         last = is_last_backward()
         gradients = [_scaled(gradient, grad_loss, last) for gradient in ctx.saved_tensors[1:]]
     wanted = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))

@@ -410,11 +410,13 @@ def test_one_graph_when_compiled(backend: str, dtype: torch.dtype, masked: bool)
 def test_opcheck() -> None:
     p = Pair(torch.float32, tokens=9)
     p.mask[0] = True
-    arguments = (
-        *p.student, *p.teacher, p.mask, torch.tensor(0.2), 0.5, 2.0, 3.0, 1.0, 0.0, 1.5, 4, -1,
-        True, True, True,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.memeff.linear_distillation.default, arguments)
+    tensors = (*p.student, *p.teacher, p.mask, torch.tensor(0.2))
+    options = {
+        "beta": 0.5, "temperature": 2.0, "student_softcap": 3.0, "student_logit_scale": 1.0,
+        "teacher_softcap": 0.0, "teacher_logit_scale": 1.5, "chunk_size": 4, "memory_budget": -1,
+        "input_grad": True, "weight_grad": True, "bias_grad": True,
+    }  # fmt: skip
+    torch.library.opcheck(torch.ops.memeff.linear_distillation.default, tensors, options)
 
 
 def measure(dtype: str, memory_budget: int) -> dict[str, int]:
