@@ -97,9 +97,8 @@ def _token_statistics(
     else:
         target = target.reshape(loss.shape)
         ignored = target == ignore_index
-        logprob = logprob.masked_fill(ignored, 0.0)
         correct = (results.argmax == target) & ~ignored
-    return TokenStatistics(
+    fields = TokenStatistics(
         loss=loss,
         lse=results.lse.to(loss.dtype),
         target_logit=target_logit,
@@ -109,3 +108,6 @@ def _token_statistics(
         argmax=results.argmax,
         correct=correct,
     )
+    if probabilities:
+        return fields
+    return TokenStatistics._make(field.masked_fill(ignored, 0) for field in fields)

@@ -21,7 +21,7 @@ from memeff import _arguments, _checks, statistics_ops
 from memeff._gradient_sums import ReadyGradients
 from memeff._gradients import CapturedResult, add_gradient, captured_leaves, node_number
 from memeff.statistics import LogitStatistics
-from memeff.token_statistics import check_shapes, linear_token_statistics
+from memeff.token_statistics import check_shapes, compute_statistics
 
 __all__ = ["linear_loss"]
 
@@ -59,9 +59,10 @@ def linear_loss(
             memory_budget, chunk_size, backend: as in :func:`linear_token_statistics`.
         fn: as above; it is called once per chunk of tokens.
         reduction: "mean": the sum divided by the number of tokens with a target other than
-            ``ignore_index`` (by that of all tokens without targets); "sum"; or "none": the loss of
-            every token. Tokens whose target is ``ignore_index`` have a log-probability of 0; what
-            ``fn`` makes of their other statistics is part of the sum.
+            ``ignore_index`` (by that of all tokens without targets), at least by 1; "sum"; or
+            "none": the loss of every token. Tokens whose target (each of whose targets) is
+            ``ignore_index`` are not looked at: ``fn`` gets zeros for their statistics, and their
+            losses count as 0.
         num_items: with "mean", the denominator in place of that number: an int or a 0-d tensor. For
             gradient accumulation over several calls.
 
@@ -103,13 +104,18 @@ def linear_loss(
         and _can_stop(resolved, x, target)
     )
     if not now:
-        statistics = linear_token_statistics(x, linear_weight, target, argmax=False, **options)
+        skip = target is not None
+        statistics = compute_statistics(
+            x, linear_weight, target, argmax=False, top_k=0, shift=0, skip_ignored=skip, **options
+        )
         losses = _checked(fn(statistics, *rows), len(x))
+        if target is not None:
+            losses = losses.masked_fill(_ignored(target, ignore_index), 0)
         if reduction == "none":
             return losses.reshape(lead)
         total = losses.sum()
     else:
-        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target)
+        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target, ignore_index)
         total = torch.compiler.disable(call.run)(x, linear_weight, linear_bias, options)
     if reduction == "sum":
         return total
@@ -122,8 +128,13 @@ def _counted_tokens(target: Tensor | None, tokens: int, ignore_index: int) -> Te
     """Tokens with a target other than ``ignore_index``; all of them without targets."""
     if target is None:
         return tokens
-    counted = target != ignore_index
-    return (counted if counted.dim() == 1 else counted.any(-1)).sum()
+    return (~_ignored(target, ignore_index)).sum().clamp(min=1)
+
+
+def _ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """Which tokens have no target, [N]."""
+    none = target == ignore_index
+    return none if none.dim() == 1 else none.all(-1)
 
 
 def _can_stop(backend: str, input: Tensor, target: Tensor | None) -> bool:
@@ -155,8 +166,10 @@ class _Call:
         fn: Callable[..., Tensor],
         rows: list[Tensor],
         target: Tensor | None,
+        ignore_index: int,
     ) -> None:
         self.library, self.fn, self.rows = library, fn, rows
+        self.ignored = None if target is None else _ignored(target, ignore_index)
         self.one_target = target is not None and target.dim() == 1
         self.target = target if target is None or target.dim() == 2 else target.unsqueeze(1)
         self.total: Tensor | None = None
@@ -198,7 +211,9 @@ class _Call:
             )
         finally:
             del self.running[number]
-        assert self.total is not None
+        if self.total is None:  # no token counts, so fn was not called
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            self.total = x.new_zeros((), dtype=wide)
         pairs = [
             *zip((x, weight, bias), gradients, strict=True),
             *zip(self.rows, self.grad_rows, strict=True),
@@ -233,7 +248,10 @@ class _Call:
                 top_ids=None,
             )  # fmt: skip
             chunks = [t[tokens].detach().requires_grad_(t.requires_grad) for t in self.rows]
-            loss = _checked(self.fn(statistics, *chunks), len(lse)).sum()
+            losses = _checked(self.fn(statistics, *chunks), len(lse))
+            if self.ignored is not None:
+                losses = losses.masked_fill(self.ignored[tokens], 0)
+            loss = losses.sum()
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
         if not loss.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]
@@ -253,14 +271,22 @@ class _Call:
         for whole, chunk in zip(self.grad_rows, chunks, strict=True):
             gradient = gradients.get(chunk)
             if whole is not None and gradient is not None:
-                whole[tokens] = gradient
+                whole[tokens] = self._of_counted(gradient, tokens)
         for leaf in others:
             add_gradient(self.captured, leaf, gradients[leaf])
         result = []
         for leaf in leaves:
             gradient = gradients[leaf]
-            result.append(torch.zeros_like(leaf) if gradient is None else gradient)
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            result.append(self._of_counted(gradient, tokens))
         return result
+
+    def _of_counted(self, gradient: Tensor, tokens: slice) -> Tensor:
+        """The gradient with zeros for ignored tokens, whatever fn made of their zeros."""
+        if self.ignored is None:
+            return gradient
+        rows = self.ignored[tokens].reshape(-1, *[1] * (gradient.dim() - 1))
+        return gradient.masked_fill(rows, 0)
 
 
 def _differentiate_chunk(handle: int, begin: int, *statistics: Tensor) -> list[Tensor]:

@@ -46,16 +46,14 @@ def linear_cross_entropy(
     if shift:
         input, target, token_weight = shifted_pairs(input, target, token_weight, int(shift))
 
-    head = linear_weight, linear_bias, softcap, logit_scale
     tokens = input.shape[:-1] + linear_weight.shape[1:-1]
-    every_input = input
     probabilities = target.dim() == len(tokens) + 1 and target.is_floating_point()
     if not probabilities:
         counted = target.reshape(tokens) != (-100 if ignore_index is None else ignore_index)
         # Masking results would leave 0 * nan in the gradient of the weight.
         kept = counted.reshape(*input.shape[:-1], -1).any(-1, keepdim=True)
         input = torch.where(kept, input, 0)
-    logits = compute_logits(input, *head)  # [..., V]
+    logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
     vocab = logits.shape[-1]
     lse = logits.logsumexp(-1)
     log_p = logits.log_softmax(-1)
@@ -101,21 +99,18 @@ def linear_cross_entropy(
 
     if not return_statistics:
         return loss
-    target_logit, logprob = (x.where(counted, 0) for x in (target_logit, target_logit - lse))
-    with torch.no_grad():
-        logits = compute_logits(every_input, *head)  # of tokens that do not count, too
     argmax = logits.argmax(-1)
     statistics = TokenStatistics(
         loss=per_token,
-        lse=logits.logsumexp(-1),
+        lse=lse,
         target_logit=target_logit,
-        logprob=logprob,
-        entropy=entropy_of(logits.log_softmax(-1)),
+        logprob=target_logit - lse,
+        entropy=entropy_of(log_p),
         max_logit=logits.amax(-1),
         argmax=argmax,
-        correct=(argmax == index) & counted,
+        correct=argmax == index,
     )
-    return loss, TokenStatistics(*(value.detach() for value in statistics))
+    return loss, TokenStatistics(*(value.detach().where(counted, 0) for value in statistics))
 
 
 def linear_token_statistics(

@@ -14,8 +14,8 @@ class TokenStatistics(NamedTuple):
 
     They are float32 (float64 for float64 inputs), except ``argmax`` (int64) and ``correct`` (bool),
     and detached: no gradient flows through them. Logits are meant after ``logit_scale`` and
-    ``softcap``; p is their softmax. Tokens whose target is ``ignore_index`` have a loss,
-    target logit and log-probability of 0 and are never correct; their other fields are valid.
+    ``softcap``; p is their softmax. Tokens whose target is ``ignore_index`` are not looked at: all
+    their fields are 0 (``correct`` is False).
     """
 
     loss: Tensor

@@ -63,7 +63,7 @@ def linear_token_statistics(
             whose shape, dtype or device does not fit.
         IndexError: a target outside [0, V) that is not ``ignore_index`` (on the CPU).
     """
-    return _statistics(
+    return compute_statistics(
         input,
         linear_weight,
         target,
@@ -114,7 +114,7 @@ def linear_logprobs(
         raise ValueError(f"temperature is {temperature}, expected a finite value > 0")
     _checks.check_tensor("target", target)
     _checks.check_numbers(0.0, softcap, logit_scale, 0.0)
-    statistics = _statistics(
+    statistics = compute_statistics(
         input,
         linear_weight,
         target,
@@ -136,7 +136,7 @@ def linear_logprobs(
     return statistics.logprob
 
 
-def _statistics(
+def compute_statistics(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor | None,
@@ -202,6 +202,13 @@ def _statistics(
                 argmax=argmax,
                 top_k=top_k,
             )
+        if skip_ignored and target is not None:
+            ignored = target == ignore_index
+            if target.dim() == input.dim():
+                ignored = ignored.all(-1)
+            fields = LogitStatistics._make(
+                None if field is None else _zero_where(ignored, field) for field in fields
+            )
     else:
         lead = input.shape[:-1]
         rows = _Rows(
@@ -223,6 +230,12 @@ def _statistics(
     time = input.dim() - 2
     later = (None if field is None else field.narrow(time, 0, kept) for field in fields)
     return LogitStatistics._make(later)
+
+
+def _zero_where(ignored: Tensor, field: Tensor) -> Tensor:
+    """Zeros for these tokens, of a field [...] or [..., K]."""
+    extra = field.dim() - ignored.dim()
+    return field.masked_fill(ignored.reshape(*ignored.shape, *[1] * extra), 0)
 
 
 class _Wanted(NamedTuple):

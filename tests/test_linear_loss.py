@@ -66,6 +66,7 @@ class Problem:
         entropy = torch.special.entr(log_p.exp()).sum(-1)
         logprob = logprob.masked_fill(ignored, 0)
         losses = self.per_token(logprob, z.logsumexp(-1), entropy, self.old.to(z.dtype))
+        losses = losses.masked_fill(ignored, 0)
         if reduction == "none":
             return losses
         return losses.sum() / (~ignored).sum() if reduction == "mean" else losses.sum()

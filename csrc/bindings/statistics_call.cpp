@@ -59,6 +59,8 @@ void StatisticsCall::use_gradients() {
 
 void StatisticsCall::differentiate_in_forward(Differentiate differentiate) {
   differentiate_ = std::move(differentiate);
+  // Tokens without a target have no loss.
+  statistics_.skip_ignored = target_.defined();
   const auto options = lse.options();
   const int64_t n = problem_.tokens;
   grad_logprob_ = at::empty({n, problem_.targets}, options);

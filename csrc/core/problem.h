@@ -30,7 +30,8 @@ enum class Reduction { kNone, kSum, kMean };
 /// with p the softmax. Null outputs are not wanted, null gradients are zero. Other floating outputs are
 /// fp32, or fp64 when the problem is.
 struct TokenStatistics {
-  bool skip_ignored = false;  // leave out tokens without a target: all their statistics are 0
+  // Leave out tokens each of whose targets is ignore_index: all their statistics are 0.
+  bool skip_ignored = false;
 
   void* logprob = nullptr;  // [N, K] log p of each target; 0 where it is ignore_index
   // [N] -sum_v p_v log p_v. fp64 as lse: its rounding would be an error that all classes share.
@@ -47,7 +48,7 @@ struct TokenStatistics {
   const double* grad_entropy = nullptr;  // [N]
 
   // Gradients in the forward pass: called as soon as the statistics of rows [begin, end) are written, sets
-  // their upstream gradients. skip_ignored must be off.
+  // their upstream gradients. Rows that skip_ignored leaves out may lie in no such range.
   void (*differentiate)(void* context, int64_t begin, int64_t end) = nullptr;
   void* context = nullptr;
 };

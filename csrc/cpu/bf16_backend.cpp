@@ -127,7 +127,7 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
   tile.scratch = scratch;
   kernels_.score_tile(tile);
   tokens_.for_each_target(classes, strip, [&](int64_t row, int64_t i, int64_t k) {
-    *tokens_.target_logit(strip.begin + i, k) = scratch[row * kTileStride + i];
+    tokens_.set_target_logit(strip.begin + i, k, scratch[row * kTileStride + i]);
   });
   if (block == nullptr) return;
   std::copy_n(tile.partials.maximum, strip.size(), static_cast<float*>(block->maxima));

@@ -43,7 +43,8 @@ struct ScoreTile {
   uint16_t* exponentials;  // fp16 exp(z - maximum) [classes, tokens], times the derivative of the
                            // soft cap if there is one; null: not kept
   int64_t exponentials_stride;
-  float* scratch;  // kScoreScratchBytes; begins with the finished scores [classes, kTileStride]
+  // kScoreScratchBytes; begins with what is kept of the finished scores, [classes, kTileStride].
+  float* scratch;
 };
 
 /// dlogits (bf16) from exponentials (fp16), in place, for rows of one tile.

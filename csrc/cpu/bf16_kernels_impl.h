@@ -61,17 +61,14 @@ void compute_score_tile(const ScoreTile& tile, const StoreHalf& store_half) {
                                tile.panel_stride, tile.tokens, inner, z, kTileStride, k > 0);
   }
 
-  const float inverse_cap = tile.transform.softcap > 0 ? 1 / tile.transform.softcap : 0;
+  const float softcap = tile.transform.softcap;
   for (int64_t t = 0; t < tile.tokens; t += 16) {
     const int64_t count = smaller(16, tile.tokens - t);
     // Statistics see whole strips (the scratch is padded); partial ones are stored with `count`.
     finish_strip(z + t, kTileStride, tile.classes, count, t, tile.transform, tile.partials,
-                 [&](int64_t v, Vec<float> score, Vec<float> e) {
+                 [&](int64_t v, Vec<float> kept, Vec<float> e) {
                    if (tile.exponentials == nullptr) return;
-                   if (inverse_cap > 0) {
-                     const Vec<float> ratio = score * inverse_cap;
-                     e *= 1 - ratio * ratio;
-                   }
+                   if (softcap > 0) e *= cap_slope_of_kept<float>(kept, softcap);
                    store_half(tile.exponentials + v * tile.exponentials_stride + t, e, count);
                  });
   }

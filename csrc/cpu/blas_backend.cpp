@@ -140,7 +140,7 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
     return;
   }
   this->tokens_.for_each_target(classes, range, [&](int64_t row, int64_t i, int64_t k) {
-    *this->tokens_.target_logit(range.begin + i, k) = part[row * stride + i];
+    this->tokens_.set_target_logit(range.begin + i, k, part[row * stride + i]);
   });
 }
 
@@ -162,7 +162,7 @@ void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range clas
     for (int64_t v = 0; v < classes.size(); ++v) {
       const double q = probability(tokens.begin + i, classes.begin + v);
       const double weighted = w == nullptr ? q : q * w[v];
-      const double score = z[v * stride + i];
+      const double score = score_of(z[v * stride + i], static_cast<T>(this->problem_.softcap));
       mass += weighted;
       // A probability of 0 times a score of -inf is NaN, as in torch.
       dot += weighted * score;
@@ -183,7 +183,7 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
   T* bias_sum = add_bias ? this->bias_sum() : nullptr;
   constexpr int64_t kRows = 32;
   parallel_for(ceil_div(classes.size(), kRows), 1, [&](int64_t task, int64_t end, int) {
-    std::vector<T> kept;  // what the probability targets still need of the scores
+    std::vector<T> slope;  // of the soft cap: what the probability targets still need of the scores
     for (; task < end; ++task) {
       const int64_t first = task * kRows;
       const Range rows{classes.begin + first, std::min(classes.begin + first + kRows, classes.end)};
@@ -199,12 +199,12 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
       transform.scale_w = p.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
       transform.class_weight = this->tokens_.class_weight(rows.begin);
       if (p.probabilities != nullptr) {
-        kept.assign(static_cast<size_t>(rows.size() * tokens.size()), T{1});
+        slope.assign(static_cast<size_t>(rows.size() * tokens.size()), T{1});
         if (p.softcap > 0) {
           for (int64_t v = 0; v < rows.size(); ++v) {
             for (int64_t i = 0; i < tokens.size(); ++i) {
-              const T ratio = part[v * block.stride + i] / static_cast<T>(p.softcap);
-              kept[static_cast<size_t>(v * tokens.size() + i)] = 1 - ratio * ratio;
+              slope[static_cast<size_t>(v * tokens.size() + i)] =
+                  cap_slope(part[v * block.stride + i], static_cast<T>(p.softcap));
             }
           }
         }
@@ -216,7 +216,7 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
           for (int64_t i = 0; i < tokens.size(); ++i) {
             const double q = probability(tokens.begin + i, rows.begin + v);
             const double change = w * q * coefficients.scale_target[static_cast<size_t>(i)] *
-                                  kept[static_cast<size_t>(v * tokens.size() + i)];
+                                  slope[static_cast<size_t>(v * tokens.size() + i)];
             part[v * block.stride + i] -= static_cast<T>(change);
           }
         }
@@ -238,6 +238,17 @@ template <class T>
 void BlasBackend<T>::add_grad_input(Range classes, Range tokens, const ScoreBlock& block,
                                     bool first) {
   const Rows w = weight_rows(classes, this->layout_.input_step.weight_block);
+  if (this->problem_.features <= kFewFeatures) {
+    const T* gradient = static_cast<const T*>(block.data);
+    constexpr int64_t kTokens = 16;
+    parallel_for(tokens.size(), kTokens, [&](int64_t begin, int64_t end, int) {
+      column_kernels<T>().add_few_features(
+          gradient + begin, block.stride, classes.size(), end - begin, w.data, w.stride,
+          this->problem_.features, !first,
+          this->input_sum(tokens) + begin * this->input_sum_stride(), this->input_sum_stride());
+    });
+    return;
+  }
   gemm<T>(true, false, tokens.size(), this->problem_.features, classes.size(),
           static_cast<const T*>(block.data), block.stride, w.data, w.stride, !first,
           this->input_sum(tokens), this->input_sum_stride());

@@ -5,14 +5,32 @@
 //   finish_scores    z <- softcap(scale * (z + bias)); per-token partial sums of the tile
 //   to_gradient      z <- dlogits
 //
+// With a soft cap c, finished scores are kept as their distance to the cap, c - |z|, with the sign of z.
+// Where tanh is saturated the cap's derivative 1 - (z / c)^2 would be a difference of equal numbers;
+// from the distance q it is q / c (2 - q / c), which has all digits.
+//
 // Compiled once per instruction set (column_kernels_*.cpp) and chosen at run time.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/dtype.h"
 
 namespace memeff {
+
+/// A finished score from what a block keeps of it.
+template <class T>
+inline T score_of(T kept, T softcap) {
+  return softcap > 0 ? std::copysign(softcap - std::abs(kept), kept) : kept;
+}
+
+/// Derivative of the soft cap at a kept score.
+template <class T>
+inline T cap_slope(T kept, T softcap) {
+  const T ratio = std::abs(kept) / softcap;
+  return ratio * (2 - ratio);
+}
 
 /// Partial sums of a tile, per token. Pointers that are null are not wanted.
 template <class T>
@@ -47,12 +65,19 @@ struct GradientTransform {
   const T* class_weight = nullptr;   // of the tile's classes, or null
 };
 
+/// Columns that BLAS libraries multiply by plain sums over all rows, which err with their number.
+constexpr int64_t kFewFeatures = 15;
+
 template <class T>
 struct ColumnKernels {
   void (*finish_scores)(T* z, int64_t stride, int64_t classes, int64_t tokens,
                         const ScoreTransform<T>& transform, const TilePartials<T>& partials);
   void (*to_gradient)(T* z, int64_t stride, int64_t classes, int64_t tokens,
                       const GradientTransform<T>& transform);
+  /// sums[t, d] = or += sum over the classes of z[v, t] weight[v, d], for at most kFewFeatures features.
+  void (*add_few_features)(const T* z, int64_t stride, int64_t classes, int64_t tokens,
+                           const T* weight, int64_t weight_stride, int64_t features,
+                           bool accumulate, T* sums, int64_t sums_stride);
   /// sums[v] += sum over the tokens of row v.
   void (*add_row_sums)(const T* z, int64_t stride, int64_t classes, int64_t tokens, T* sums);
 };

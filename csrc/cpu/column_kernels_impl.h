@@ -1,6 +1,8 @@
 // Body of the column kernels; included by one file per instruction set.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/column_kernels.h"
 #include "cpu/vector_math.h"
 
@@ -26,15 +28,49 @@ inline void store_strip(T* data, Vec<T> value, int64_t count) {
   }
 }
 
+/// The magnitude of one vector with the signs of another.
+template <class T>
+inline Vec<T> with_sign(Vec<T> magnitude, Vec<T> sign) {
+  using Int = typename VectorTraits<T>::Int;
+  constexpr auto kSign = std::numeric_limits<std::decay_t<decltype(Int{}[0])>>::min();
+  Int bits, sign_bits;
+  std::memcpy(&bits, &magnitude, sizeof bits);
+  std::memcpy(&sign_bits, &sign, sizeof sign_bits);
+  bits = (bits & ~kSign) | (sign_bits & kSign);
+  std::memcpy(&magnitude, &bits, sizeof bits);
+  return magnitude;
+}
+
+template <class T>
+inline Vec<T> magnitude_of(Vec<T> value) {
+  return with_sign<T>(value, Vec<T>{});
+}
+
+/// What is kept of a score: itself, or its distance to the soft cap. |tanh x| = 1 - 2 e / (1 + e) with
+/// e = exp(-2 |x|).
 template <class T>
 inline Vec<T> transform_score(Vec<T> z, int64_t v, const ScoreTransform<T>& transform) {
   if (transform.bias != nullptr) z += transform.bias[v];
   z *= transform.scale;
-  if (transform.softcap > 0) z = transform.softcap * tanh_vector<T>(z * (1 / transform.softcap));
-  return z;
+  if (transform.softcap == 0) return z;
+  const Vec<T> e = exp_vector<T>(magnitude_of<T>(z) * (-2 / transform.softcap));
+  return with_sign<T>(2 * transform.softcap * e / (1 + e), z);
 }
 
-/// `finished(v, z, e)` sees every finished score and its exponential relative to the strip's maximum.
+/// As score_of() and cap_slope().
+template <class T>
+inline Vec<T> score_of_kept(Vec<T> kept, T softcap) {
+  return softcap > 0 ? with_sign<T>(softcap - magnitude_of<T>(kept), kept) : kept;
+}
+
+template <class T>
+inline Vec<T> cap_slope_of_kept(Vec<T> kept, T softcap) {
+  const Vec<T> ratio = magnitude_of<T>(kept) * (1 / softcap);
+  return ratio * (2 - ratio);
+}
+
+/// `finished(v, kept, e)` sees what is kept of every score and its exponential relative to the strip's
+/// maximum.
 template <class T, class Finished>
 inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, int64_t at,
                          const ScoreTransform<T>& transform, const TilePartials<T>& partials,
@@ -45,8 +81,9 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
   Vec<T> smooth = {};
   for (int64_t v = 0; v < classes; ++v) {
     T* row = z + v * stride;
-    const Vec<T> score = transform_score<T>(load_strip(row, count), v, transform);
-    store_strip(row, score, count);
+    const Vec<T> kept = transform_score<T>(load_strip(row, count), v, transform);
+    store_strip(row, kept, count);
+    const Vec<T> score = score_of_kept<T>(kept, transform.softcap);
     if (partials.argmax != nullptr) {
       argmax = score > maximum ? broadcast<T>(static_cast<T>(v)) : argmax;
     }
@@ -55,8 +92,9 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
       smooth += transform.class_weight != nullptr ? transform.class_weight[v] * score : score;
     }
   }
-  // Relative to a finite number, so that a tile of -inf scores has sum 0 and not NaN.
-  const Vec<T> origin = maximum == -infinity ? Vec<T>{} : maximum;
+  // Relative to a finite number, so that a tile of -inf scores has sum 0 and not NaN, and +inf is told
+  // from NaN.
+  const Vec<T> origin = maximum == -infinity || maximum == infinity ? Vec<T>{} : maximum;
   // Sums of sums of 16: their rounding would be an error of lse and entropy, which all classes share.
   constexpr int64_t kTerms = 16;
   Vec<T> sum = {};
@@ -66,11 +104,12 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
     Vec<T> part = {};
     Vec<T> weighted_part = {};
     for (int64_t v = first; v < end; ++v) {
-      const Vec<T> score = load_strip(z + v * stride, count);
+      const Vec<T> kept = load_strip(z + v * stride, count);
+      const Vec<T> score = score_of_kept<T>(kept, transform.softcap);
       const Vec<T> e = exp_vector<T>(score - origin);
       part += e;
       if (partials.weighted != nullptr) weighted_part += e > 0 ? e * (score - origin) : Vec<T>{};
-      finished(v, score, e);
+      finished(v, kept, e);
     }
     sum += part;
     weighted += weighted_part;
@@ -103,13 +142,13 @@ void finish_scores(T* z, int64_t stride, int64_t classes, int64_t tokens,
 template <class T>
 void to_gradient(T* z, int64_t stride, int64_t classes, int64_t tokens,
                  const GradientTransform<T>& transform) {
-  const T inverse_cap = transform.softcap > 0 ? 1 / transform.softcap : 0;
   for (int64_t v = 0; v < classes; ++v) {
     const T w = transform.class_weight != nullptr ? transform.class_weight[v] : 1;
     for (int64_t t = 0; t < tokens; t += kLanes<T>) {
       const int64_t count = tokens - t < kLanes<T> ? tokens - t : kLanes<T>;
       T* at = z + v * stride + t;
-      const Vec<T> score = load_strip(at, count);
+      const Vec<T> kept = load_strip(at, count);
+      const Vec<T> score = score_of_kept<T>(kept, transform.softcap);
       const Vec<T> log_p = score - load_strip(transform.shift + t, count);
       const Vec<T> p = exp_vector<T>(log_p);
       Vec<T> gradient = load_strip(transform.scale_p + t, count) * p;
@@ -120,11 +159,32 @@ void to_gradient(T* z, int64_t stride, int64_t classes, int64_t tokens,
         gradient = p > 0 ? p * factor : p;  // p log p is 0 where p is, also for a score of -inf
       }
       if (transform.scale_w != nullptr) gradient -= load_strip(transform.scale_w + t, count) * w;
-      if (inverse_cap > 0) {
-        const Vec<T> ratio = score * inverse_cap;
-        gradient *= 1 - ratio * ratio;
-      }
+      if (transform.softcap > 0) gradient *= cap_slope_of_kept<T>(kept, transform.softcap);
       store_strip(at, gradient, count);
+    }
+  }
+}
+
+template <class T>
+void add_few_features(const T* z, int64_t stride, int64_t classes, int64_t tokens, const T* weight,
+                      int64_t weight_stride, int64_t features, bool accumulate, T* sums,
+                      int64_t sums_stride) {
+  constexpr int64_t kTerms = 256;  // of one partial sum
+  for (int64_t t = 0; t < tokens; t += kLanes<T>) {
+    const int64_t count = tokens - t < kLanes<T> ? tokens - t : kLanes<T>;
+    Vec<T> sum[kFewFeatures] = {};
+    for (int64_t first = 0; first < classes; first += kTerms) {
+      const int64_t end = classes - first < kTerms ? classes : first + kTerms;
+      Vec<T> part[kFewFeatures] = {};
+      for (int64_t v = first; v < end; ++v) {
+        const Vec<T> gradient = load_strip(z + v * stride + t, count);
+        for (int64_t d = 0; d < features; ++d) part[d] += gradient * weight[v * weight_stride + d];
+      }
+      for (int64_t d = 0; d < features; ++d) sum[d] += part[d];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = sums + (t + i) * sums_stride;
+      for (int64_t d = 0; d < features; ++d) row[d] = (accumulate ? row[d] : 0) + sum[d][i];
     }
   }
 }
@@ -142,7 +202,7 @@ void add_row_sums(const T* z, int64_t stride, int64_t classes, int64_t tokens, T
 
 template <class T>
 ColumnKernels<T> make_column_kernels() {
-  return {finish_scores<T>, to_gradient<T>, add_row_sums<T>};
+  return {finish_scores<T>, to_gradient<T>, add_few_features<T>, add_row_sums<T>};
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan) {
 
   Cursor cursor(kAlignment);
   CpuLayout at;
-  const int64_t arrays = kTokenArrays - 2 + 2 * std::max<int64_t>(1, r.targets);
+  const int64_t arrays = kTokenArrays - 3 + 3 * std::max<int64_t>(1, r.targets);
   at.token_arrays = cursor.take(arrays * 8 * r.tokens);
   at.class_arrays = cursor.take(2 * r.vocab * sum_bytes);
   at.thread_scratch = cursor.take(r.threads * thread_scratch_bytes(r, plan));

@@ -11,7 +11,7 @@ namespace memeff {
 /// another and share memory; under vocab slices they alternate and each has its own.
 struct CpuLayout {
   int64_t token_arrays =
-      0;  // kTokenArrays arrays of 8-byte numbers [N], of which two are [N, targets]
+      0;  // kTokenArrays arrays of 8-byte numbers [N], of which three are [N, targets]
   int64_t class_arrays = 0;    // class weights and sum of the bias gradient, [2, V]
   int64_t thread_scratch = 0;  // [threads, thread_scratch_bytes()]
   int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)
@@ -36,7 +36,7 @@ struct CpuLayout {
   int64_t total = 0;
 };
 
-constexpr int kTokenArrays = 14;
+constexpr int kTokenArrays = 15;
 /// A tile of scores and the weight rows that it is computed from.
 constexpr int64_t kScoreScratchBytes = 672 * 1024;
 

@@ -30,6 +30,7 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
   };
   const int64_t targets = std::max<int64_t>(1, problem_.targets);
   take(&rows_), take(&target_, targets), take(&lse_), take(&target_logit_, targets);
+  take(&target_slope_, targets);
   take(&target_plain_), take(&scale_entropy_);
   take(&target_mass_), take(&smooth_), take(&entropy_), take(&maximum_), take(&argmax_);
   take(&scale_p_), take(&scale_target_), take(&scale_w_);
@@ -51,11 +52,6 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
   wanted(kWeighted, wants_entropy(problem_)), wanted(kArgmax, wants_argmax(problem_));
   const bool soft = problem_.probabilities != nullptr;
   wanted(kTargetDot, soft), wanted(kTargetMass, soft), wanted(kTargetPlain, soft);
-}
-
-template <class T>
-bool CpuTokens<T>::is_ignored(int64_t token) const {
-  return statistics_ == nullptr && problem_.target != nullptr && target_[token] < 0;
 }
 
 template <class T>
@@ -99,28 +95,24 @@ int64_t CpuTokens<T>::select() {
     return count_;
   }
   double weight = 0;
-  int64_t counted = 0;
   for (int64_t n = 0; n < problem_.tokens; ++n) {
     const bool ignored = problem_.target != nullptr && problem_.target[n] == problem_.ignore_index;
-    if (!ignored) {
-      ++counted;
-      if (problem_.target != nullptr && problem_.class_weight != nullptr) {
-        weight += problem_.class_weight[problem_.target[n]];
-      } else {
-        weight += 1;
-      }
+    if (ignored) continue;
+    if (problem_.target != nullptr && problem_.class_weight != nullptr) {
+      weight += problem_.class_weight[problem_.target[n]];
+    } else {
+      weight += 1;
     }
-    if (ignored && !problem_.statistics) continue;
     list_token(n);
   }
   if (problem_.reduction == Reduction::kMean) {
     const double* num_items = problem_.num_items;
     denominator_ = num_items != nullptr ? *num_items : weight;
-    z_denominator_ = num_items != nullptr ? *num_items : static_cast<double>(counted);
+    z_denominator_ = num_items != nullptr ? *num_items : static_cast<double>(count_);
   }
   if (is_16_bit(problem_.dtype)) {
     output_scale_ =
-        counted > 0 ? problem_.logit_scale / denominator_ : 0;  // 0, not 0/0, as in torch
+        count_ > 0 ? problem_.logit_scale / denominator_ : 0;  // 0, not 0/0, as in torch
     if (problem_.grad_loss != nullptr && problem_.reduction != Reduction::kNone) {
       output_scale_ *= problem_.grad_loss[0];
     }
@@ -172,21 +164,25 @@ void CpuTokens<T>::merge(Range tokens) {
       double sum = 0, weighted = 0, smooth = 0, dot = 0, mass = 0, plain = 0;
       for (int64_t tile = 0; tile < tiles_; ++tile) {
         const double value = read(kMaximum, tile);
-        const double scale =
-            value == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(value - maximum);
+        // A tile of -inf or +inf scores adds nothing, but a NaN in it must stay visible.
+        const double scale = std::isinf(value) ? 0.0 : std::exp(value - maximum);
         const double tile_sum = read(kSum, tile);
-        // A tile of -inf scores adds nothing, but a NaN in it must stay visible.
-        sum += scale == 0 && tile_sum == 0 ? 0.0
-                                           : (std::isnan(tile_sum) ? tile_sum : scale * tile_sum);
-        if (scale > 0) weighted += scale * (read(kWeighted, tile) + (value - maximum) * tile_sum);
+        if (std::isnan(tile_sum)) sum = tile_sum;
+        if (scale > 0) {
+          sum += scale * tile_sum;
+          weighted += scale * (read(kWeighted, tile) + (value - maximum) * tile_sum);
+        }
         smooth += read(kSmooth, tile);
         dot += read(kTargetDot, tile);
         mass += read(kTargetMass, tile);
         plain += read(kTargetPlain, tile);
       }
-      lse_[token] = maximum + std::log(sum);
+      // With a score of NaN all of them are NaN; with one of +inf lse is +inf, as in torch.
+      const bool infinite = maximum == std::numeric_limits<double>::infinity();
+      if (std::isnan(sum)) maximum = sum;
+      lse_[token] = infinite ? maximum : maximum + std::log(sum);
       smooth_[token] = smooth;
-      entropy_[token] = std::log(sum) - weighted / sum;
+      entropy_[token] = infinite ? std::nan("") : std::log(sum) - weighted / sum;
       maximum_[token] = maximum;
       argmax_[token] = argmax;
       if (problem_.probabilities != nullptr) {
@@ -245,11 +241,6 @@ void CpuTokens<T>::set_coefficients(int64_t token) {
     return;
   }
   scale_entropy_[token] = 0;
-  if (is_ignored(token)) {
-    scale_p_[token] = scale_target_[token] = scale_w_[token] = 0;
-    target_mass_[token] = target_logit_[token] = target_plain_[token] = 0;
-    return;
-  }
   const int64_t y = target_[token];
   if (y >= 0) target_mass_[token] = class_weight_ != nullptr ? class_weight_[y] : 1;
   const bool scales_sums = is_16_bit(problem_.dtype);
@@ -274,11 +265,11 @@ void CpuTokens<T>::set_coefficients(int64_t token) {
 template <class T>
 double CpuTokens<T>::token_loss(int64_t token, double* z_term) const {
   *z_term = 0;
-  if (is_ignored(token)) return 0;
   const double eps = problem_.label_smoothing;
   const double weight =
       problem_.token_weight == nullptr ? 1.0 : problem_.token_weight[rows_[token]];
   const double lse = lse_[token];
+  if (lse == std::numeric_limits<double>::infinity()) return std::nan("");  // as in torch
   const bool soft = problem_.probabilities != nullptr;
   const double mass = target_mass_[token];
   const double dot = soft ? target_logit_[token] : mass * target_logit_[token];
@@ -310,7 +301,7 @@ void CpuTokens<T>::write_token_statistics(Range tokens) {
       if (y == problem_.ignore_index) continue;
       const int64_t* classes = target_ + token * targets;
       const int64_t first = std::find(classes, classes + k, y) - classes;
-      logprob[row * targets + k] = static_cast<T>(*target_logit(token, first) - lse_[token]);
+      logprob[row * targets + k] = static_cast<T>(target_logit(token, first) - lse_[token]);
     }
     for (int64_t j = 0; j < s.top; ++j) {
       top[row * s.top + j] = static_cast<T>(top[row * s.top + j] - lse_[token]);
@@ -333,8 +324,8 @@ template <class T>
 void CpuTokens<T>::differentiate(Range tokens) {
   if (statistics_ == nullptr || statistics_->differentiate == nullptr) return;
   write_token_statistics(tokens);
-  // All tokens take part, so positions are rows.
-  statistics_->differentiate(statistics_->context, tokens.begin, tokens.end);
+  // Of the rows in between, those that take no part have statistics of 0; their gradients are not read.
+  statistics_->differentiate(statistics_->context, rows_[tokens.begin], rows_[tokens.end - 1] + 1);
   for (int64_t token = tokens.begin; token < tokens.end; ++token) {
     set_statistics_coefficients(token);
   }
@@ -343,6 +334,7 @@ void CpuTokens<T>::differentiate(Range tokens) {
 template <class T>
 void CpuTokens<T>::update_top(const T* z, int64_t stride, Range classes, Range tokens) {
   const int64_t top = statistics_->top;
+  const T softcap = static_cast<T>(problem_.softcap);
   parallel_for(tokens.size(), kTokenGrain, [&](int64_t begin, int64_t end, int) {
     const auto update = [&](int64_t i, int64_t id, T score) {
       const int64_t row = rows_[tokens.begin + i];
@@ -360,7 +352,9 @@ void CpuTokens<T>::update_top(const T* z, int64_t stride, Range classes, Range t
       ids[place] = id;
     };
     for (int64_t v = 0; v < classes.size(); ++v) {
-      for (int64_t i = begin; i < end; ++i) update(i, classes.begin + v, z[v * stride + i]);
+      for (int64_t i = begin; i < end; ++i) {
+        update(i, classes.begin + v, score_of(z[v * stride + i], softcap));
+      }
     }
   });
 }
@@ -376,6 +370,10 @@ void CpuTokens<T>::write_loss() {
   const int64_t n = problem_.tokens;
   T* statistics = static_cast<T*>(problem_.statistics_out);
   std::fill_n(problem_.lse, n, 0.0);
+  if (statistics != nullptr) {
+    std::fill_n(statistics, 4 * n, T{0});
+    std::fill_n(problem_.argmax, n, 0);
+  }
   if (problem_.reduction == Reduction::kNone) std::fill_n(static_cast<T*>(problem_.loss), n, T{0});
   double total = 0, z_total = 0;
   for (int64_t token = 0; token < count_; ++token) {
@@ -439,7 +437,7 @@ const typename CpuTokens<T>::Coefficients& CpuTokens<T>::coefficients(Range toke
 
 template <class T>
 double CpuTokens<T>::target_gradient(int64_t token, int64_t k) const {
-  const double t = *target_logit(token, k);
+  const double t = target_logit(token, k);
   const double p = std::exp(t - lse_[token]);
   double gradient = scale_p_[token] * p;
   if (statistics_ != nullptr) {
@@ -456,8 +454,7 @@ double CpuTokens<T>::target_gradient(int64_t token, int64_t k) const {
     gradient -= scale_target_[token] * target_mass_[token] +
                 scale_w_[token] * (class_weight_ != nullptr ? class_weight_[target_[token]] : 1);
   }
-  if (problem_.softcap > 0) gradient *= 1 - (t / problem_.softcap) * (t / problem_.softcap);
-  return gradient;
+  return gradient * target_slope_[token * problem_.targets + k];
 }
 
 template <class T>

@@ -44,8 +44,15 @@ class CpuTokens {
   T* partial(Partial which, int64_t tile) const;
   TilePartials<T> tile_partials(int64_t tile, int64_t token) const;
   /// z_y of the token's k-th target; with class probabilities sum_v w_v q_v z_v.
-  double* target_logit(int64_t token, int64_t k) const {
-    return target_logit_ + token * problem_.targets + k;
+  double target_logit(int64_t token, int64_t k) const {
+    return target_logit_[token * problem_.targets + k];
+  }
+  /// Sets it from what a block of scores keeps of it.
+  void set_target_logit(int64_t token, int64_t k, T kept) {
+    const int64_t at = token * problem_.targets + k;
+    const T softcap = static_cast<T>(problem_.softcap);
+    target_logit_[at] = score_of(kept, softcap);
+    target_slope_[at] = softcap > 0 ? cap_slope(kept, softcap) : 1;
   }
   /// Calls body(row of the class, position of the token, which of its targets) for the targets that lie
   /// in `classes`; a class that is several targets of a token counts as the first of them.
@@ -83,7 +90,6 @@ class CpuTokens {
   double output_scale() const { return output_scale_; }
 
  private:
-  bool is_ignored(int64_t token) const;
   bool takes_part(int64_t n) const;
   void list_token(int64_t n);
   void set_coefficients(int64_t token);
@@ -104,6 +110,7 @@ class CpuTokens {
   int64_t* target_;  // [targets] class indices, -1: none (left out, probabilities, seen before)
   double* lse_;
   double* target_logit_;  // [targets]
+  double* target_slope_;  // [targets] derivative of the soft cap there
   double* target_plain_;  // z_y, or sum_v q_v z_v
   double* target_mass_;   // w_y, or sum_v w_v q_v
   double* smooth_;        // sum_v w_v z_v

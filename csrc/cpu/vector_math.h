@@ -1,4 +1,4 @@
-// exp, log and tanh on 64-byte vectors of float or double, in the compilers' vector extension: the same
+// exp and log on 64-byte vectors of float or double, in the compilers' vector extension: the same
 // source becomes AVX-512, AVX2 or plain code by the flags of the file that includes it.
 //
 // Everything is in an unnamed namespace on purpose. Those files are compiled for different instruction
@@ -108,15 +108,6 @@ inline Vec<float> log_vector(Vec<float> x) {
   const Vec<float> artanh =
       s * (1.0f + q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9)))));
   return __builtin_convertvector(n, Vec<float>) * 0.693147181f + 2.0f * artanh;
-}
-
-/// tanh x with absolute error of a few units of the last place of 1.
-template <class T>
-inline Vec<T> tanh_vector(Vec<T> x) {
-  const Vec<T> magnitude = x < 0 ? -x : x;
-  const Vec<T> e = exp_vector<T>(magnitude * static_cast<T>(-2));
-  const Vec<T> result = (1 - e) / (1 + e);
-  return x < 0 ? -result : result;
 }
 
 }  // namespace

@@ -42,9 +42,8 @@ class ReferenceRun {
     count();
     double total = 0, z_total = 0;
     for (size_t n = 0; n < tokens; ++n) {
-      if (ignored(n) && !p_.statistics) continue;
-      statistics(n);
       if (ignored(n)) continue;
+      statistics(n);
       double cross_entropy = 0;
       for (size_t v = 0; v < vocab_; ++v) cross_entropy += mass_[v] * (out_.lse[n] - score_[v]);
       const double weight = p_.token_weight == nullptr ? 1 : p_.token_weight[n];
@@ -107,7 +106,6 @@ class ReferenceRun {
     out_.lse[n] = out_.maximum[n] + std::log(sum);
     out_.entropy[n] = 0;
     for (const double z : score_) out_.entropy[n] += std::exp(z - out_.lse[n]) * (out_.lse[n] - z);
-    if (ignored(n)) return;
     for (size_t v = 0; v < vocab_; ++v) {
       double q = p_.target != nullptr && size(p_.target[n]) == v ? 1 : 0;
       if (p_.probabilities != nullptr) {

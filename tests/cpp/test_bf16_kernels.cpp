@@ -351,7 +351,7 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
     for (int64_t v = 0; v < classes; ++v) {
       const double value = z[static_cast<size_t>(v * tokens + t)];
       total += std::exp(value - largest);
-      CHECK_NEAR(tile.scratch[v * kTileStride + t], value, 2e-5);
+      CHECK_NEAR(score_of(tile.scratch[v * kTileStride + t], softcap), value, 2e-5);
       double kept = std::exp(value - largest);
       if (softcap > 0) kept *= 1 - value / softcap * (value / softcap);
       CHECK_NEAR(from_fp16(tile.exponentials[v * stride + t]), kept, 6e-4 * kept + 1e-6);

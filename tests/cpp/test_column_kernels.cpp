@@ -108,8 +108,9 @@ void test_finish_scores(const test::KernelVariant<T>& variant, const Shape& shap
       if (bias) z += biases[index];
       z *= static_cast<double>(transform.scale);
       if (softcap > 0) z = softcap * std::tanh(z / softcap);
-      CHECK_NEAR(tile.at(v, t), z, tolerance<T>(softcap > 0 ? softcap : z));
-      const double finished = tile.at(v, t);  // the partial sums are those of the rounded scores
+      // The partial sums are those of the rounded scores.
+      const double finished = score_of(tile.at(v, t), transform.softcap);
+      CHECK_NEAR(finished, z, tolerance<T>(softcap > 0 ? softcap : z));
       if (finished > largest) {
         largest = finished;
         first = v;
@@ -119,7 +120,8 @@ void test_finish_scores(const test::KernelVariant<T>& variant, const Shape& shap
     }
     double total = 0, moment = 0;
     for (int64_t v = 0; v < shape.classes; ++v) {
-      const double shifted = static_cast<double>(tile.at(v, t)) - largest;
+      const double shifted =
+          static_cast<double>(score_of(tile.at(v, t), transform.softcap)) - largest;
       total += std::exp(shifted);
       moment += std::exp(shifted) * shifted;
     }
@@ -179,7 +181,7 @@ void test_special_scores(const test::KernelVariant<T>& variant) {
   CHECK_EQ(weighted[1], 0);
   CHECK(std::isnan(sum[2]));
   CHECK_EQ(maximum[3], infinity);
-  CHECK(std::isnan(sum[3]));
+  CHECK(!std::isnan(sum[3]));
 }
 
 template <class T>
@@ -204,7 +206,7 @@ void test_to_gradient(const test::KernelVariant<T>& variant, const Shape& shape,
   for (int64_t v = 0; v < shape.classes; ++v) {
     for (int64_t t = 0; t < shape.tokens; ++t) {
       const auto token = static_cast<size_t>(t);
-      const double z = before.at(v, t);
+      const double z = score_of(before.at(v, t), transform.softcap);
       double expected = factor[token] * std::exp(z - static_cast<double>(shift[token]));
       const double w = class_weight ? static_cast<double>(weights[static_cast<size_t>(v)]) : 1.0;
       if (scale_w) expected -= smoothing[token] * w;
@@ -213,6 +215,77 @@ void test_to_gradient(const test::KernelVariant<T>& variant, const Shape& shape,
     }
   }
   CHECK(tile.gaps_intact());
+}
+
+/// Scores far beyond the soft cap: its derivative keeps its digits, down to the smallest numbers, and
+/// infinite ones count as the cap itself.
+template <class T>
+void test_saturated_scores(const test::KernelVariant<T>& variant) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  const T cap = 3;
+  constexpr int64_t kTokens = 40;
+  std::vector<T> scores(kTokens), maximum(kTokens), shift(kTokens), scale(kTokens, T{1});
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const T size = static_cast<T>(0.05 * static_cast<double>(t * t));  // up to 26 times the cap
+    scores[static_cast<size_t>(t)] = t % 2 == 0 ? size : -size;
+  }
+  scores[7] = infinity, scores[8] = -infinity;
+  std::vector<T> kept = scores;
+  ScoreTransform<T> transform;
+  transform.softcap = cap;
+  TilePartials<T> partials;
+  partials.maximum = maximum.data();
+  variant.kernels.finish_scores(kept.data(), kTokens, 1, kTokens, transform, partials);
+  for (size_t t = 0; t < kTokens; ++t) {
+    test::context() = test::describe(variant.name, " saturated score ", scores[t]);
+    const double x = std::abs(static_cast<double>(scores[t])) / static_cast<double>(cap);
+    const double e = std::exp(-2 * x), slope = 4 * e / ((1 + e) * (1 + e));
+    CHECK_NEAR(maximum[t], static_cast<double>(cap) * std::tanh(scores[t] < 0 ? -x : x),
+               tolerance<T>(3));
+    CHECK_NEAR(cap_slope(kept[t], cap), slope, tolerance<T>(0) * slope);
+    shift[t] = maximum[t];  // p is 1, and the gradient the derivative
+  }
+  std::vector<T> gradient = kept;
+  GradientTransform<T> backward;
+  backward.softcap = cap;
+  backward.shift = shift.data();
+  backward.scale_p = scale.data();
+  variant.kernels.to_gradient(gradient.data(), kTokens, 1, kTokens, backward);
+  for (size_t t = 0; t < kTokens; ++t) {
+    const double slope = cap_slope(kept[t], cap);
+    CHECK_NEAR(gradient[t], slope, tolerance<T>(0) * slope);
+  }
+}
+
+/// Products with a few columns: partial sums of 256 terms, so that their number costs no digits.
+template <class T>
+void test_add_few_features(const test::KernelVariant<T>& variant, const Shape& shape) {
+  for (const int64_t features : {int64_t{1}, int64_t{4}, kFewFeatures}) {
+    test::context() = test::describe(variant.name, " add_few_features, ", shape.classes, " x ",
+                                     shape.tokens, " x ", features);
+    Tile<T> tile(shape, 13, 1);
+    const int64_t weight_stride = features + 2, sums_stride = features + 3;
+    const std::vector<T> weight = random_values<T>(shape.classes * weight_stride, 14, -1, 1);
+    GuardedBuffer sums(((shape.tokens - 1) * sums_stride + features) *
+                       static_cast<int64_t>(sizeof(T)));
+    for (const int times : {1, 2}) {
+      variant.kernels.add_few_features(tile.buffer.template as<T>(), tile.stride, shape.classes,
+                                       shape.tokens, weight.data(), weight_stride, features,
+                                       times == 2, sums.as<T>(), sums_stride);
+      for (int64_t t = 0; t < shape.tokens; ++t) {
+        for (int64_t d = 0; d < features; ++d) {
+          double expected = 0;
+          for (int64_t v = 0; v < shape.classes; ++v) {
+            expected += static_cast<double>(tile.at(v, t)) *
+                        static_cast<double>(weight[static_cast<size_t>(v * weight_stride + d)]);
+          }
+          CHECK_NEAR(sums.as<T>()[t * sums_stride + d], times * expected,
+                     tolerance<T>(static_cast<double>(shape.classes)));
+        }
+      }
+    }
+    CHECK(sums.intact() && tile.gaps_intact());
+  }
 }
 
 template <class T>
@@ -244,9 +317,11 @@ void test_variant(const test::KernelVariant<T>& variant) {
       }
     }
     test_scores_only(variant, shape);
+    test_add_few_features(variant, shape);
     test_add_row_sums(variant, shape);
   }
   test_special_scores(variant);
+  test_saturated_scores(variant);
 }
 
 }  // namespace

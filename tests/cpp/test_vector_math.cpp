@@ -29,6 +29,7 @@ std::vector<T> tanh_of(const ColumnKernels<T>& kernels, std::vector<T> x) {
   ScoreTransform<T> transform;
   transform.softcap = 1;
   kernels.finish_scores(x.data(), count, 1, count, transform, {});
+  for (T& kept : x) kept = score_of(kept, transform.softcap);
   return x;
 }
 
