@@ -115,7 +115,7 @@ def linear_loss(
             return losses.reshape(lead)
         total = losses.sum()
     else:
-        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target, ignore_index)
+        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target, ignore_index, entropy)
         total = torch.compiler.disable(call.run)(x, linear_weight, linear_bias, options)
     if reduction == "sum":
         return total
@@ -167,8 +167,9 @@ class _Call:
         rows: list[Tensor],
         target: Tensor | None,
         ignore_index: int,
+        entropy: bool,
     ) -> None:
-        self.library, self.fn, self.rows = library, fn, rows
+        self.library, self.fn, self.rows, self.entropy = library, fn, rows, entropy
         self.ignored = None if target is None else _ignored(target, ignore_index)
         self.one_target = target is not None and target.dim() == 1
         self.target = target if target is None or target.dim() == 2 else target.unsqueeze(1)
@@ -211,9 +212,12 @@ class _Call:
             )
         finally:
             del self.running[number]
-        if self.total is None:  # no token counts, so fn was not called
+        if self.total is None:  # no token counts: fn of none, for the parameters it closes over
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            self.total = x.new_zeros((), dtype=wide)
+            none = x.new_zeros((0,), dtype=wide)
+            targets = 0 if self.target is None else self.target.shape[1]
+            self.differentiate(0, none.new_zeros((0, targets)), none, none, none)
+        assert self.total is not None
         pairs = [
             *zip((x, weight, bias), gradients, strict=True),
             *zip(self.rows, self.grad_rows, strict=True),
@@ -232,7 +236,7 @@ class _Call:
         tokens = slice(begin, begin + len(lse))
         wide = logprob.dtype
         leaves = [logprob.detach(), lse.to(wide)]
-        if len(entropy):
+        if self.entropy:
             leaves.append(entropy.to(wide))
         with torch.enable_grad():
             leaves = [leaf.requires_grad_() for leaf in leaves]
