@@ -72,4 +72,7 @@ def call_op(
         accum_dtype=settings.accum_dtype,
         skip_mass=settings.skip_mass,
     )
-    return RowResults(*results[:4])
+    loss, *others = results[:4]
+    # The op keeps its own loss for backward, so code that writes into the loss (loss += auxiliary,
+    # as transformers does) gets another tensor.
+    return RowResults(loss.clone() if loss.dim() == 0 else loss, *others)

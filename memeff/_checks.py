@@ -172,7 +172,8 @@ def check_numbers(
         if not 0.0 < softcap < math.inf:
             raise ValueError(f"softcap is {softcap}, expected a finite value > 0, or None for none")
     check_number("logit_scale", logit_scale)
-    if logit_scale == 0.0 or not math.isfinite(logit_scale):
+    # (Not math.isfinite: torch.compile traces no symbolic numbers through it.)
+    if logit_scale == 0.0 or not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale is {logit_scale}, expected a finite value other than 0")
     check_number("z_loss", z_loss)
     if not 0.0 <= z_loss < math.inf:

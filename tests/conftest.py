@@ -39,6 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0,
         help="seed of torch's and Python's random numbers (default 0)",
     )
+    parser.addoption(
+        "--all-families",
+        action="store_true",
+        help="try memeff.patch with every model family of transformers (half an hour)",
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str:

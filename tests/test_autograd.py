@@ -115,11 +115,16 @@ def test_grad_accumulates_over_calls() -> None:
         torch.testing.assert_close(leaf.grad, 3 * gradient)
 
 
+def node_of(loss: torch.Tensor) -> Any:
+    """The op's node in the graph; a scalar loss is a copy of what the op returned."""
+    return loss.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
 def test_last_backward_needs_no_second_buffer() -> None:
     """.grad is the memory in which forward put the gradient, scaled in place."""
     leaves, keywords = problem()
     loss = loss_of(leaves, keywords)
-    _, *saved = loss.grad_fn.saved_tensors  # type: ignore[union-attr]
+    _, *saved = node_of(loss).saved_tensors
     addresses = [gradient.data_ptr() for gradient in saved[1:]]  # the input was flattened
     del saved
     loss.backward(torch.tensor(0.5, dtype=loss.dtype))
@@ -157,6 +162,21 @@ def test_func_grad(reduction: str, dtype: torch.dtype) -> None:
     )(detached[1])
     torch.testing.assert_close(gradient, expected[1])
     torch.testing.assert_close(loss, loss_of(leaves, keywords, reduction=reduction).sum().detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_code_may_write_into_the_loss(reduction: str, dtype: torch.dtype) -> None:
+    """loss += coefficient * auxiliary, as mixtures of experts do."""
+    x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    w = torch.randn(11, 8, dtype=dtype, requires_grad=True)
+    y = torch.randint(11, (6,))
+    kept, written = (memeff.linear_cross_entropy(x, w, y, reduction=reduction) for _ in range(2))
+    written *= 3.0
+    written += 1.0
+    expected = torch.autograd.grad((3.0 * kept + 1.0).sum(), (x, w))
+    for ours, other in zip(torch.autograd.grad(written.sum(), (x, w)), expected, strict=True):
+        assert torch.equal(ours, other)
 
 
 def test_func_vjp_twice() -> None:
@@ -321,8 +341,8 @@ def test_forward_leaks_no_memory() -> None:
 
     leaves, keywords = problem()
     loss = loss_of(leaves, keywords)
-    saved = [weakref.ref(tensor) for tensor in loss.grad_fn.saved_tensors]  # type: ignore[union-attr]
-    node = weakref.ref(loss.grad_fn)  # type: ignore[arg-type]
+    saved = [weakref.ref(tensor) for tensor in node_of(loss).saved_tensors]
+    node = weakref.ref(node_of(loss))
     gc.disable()
     try:
         del loss

@@ -185,6 +185,19 @@ def test_marked_dynamic_length_compiles_once() -> None:
     assert counter.frame_count == 1
 
 
+def test_dynamic_numbers() -> None:
+    """dynamic=True makes the coefficients symbolic, too."""
+    compiled = torch.compile(
+        memeff.linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    x, w, _ = leaves_of(6)
+    target = target_of(6)
+    for scale, cap in ((0.5, 3.0), (0.7, 4.0), (-1.5, 5.0)):
+        options = {"logit_scale": scale, "softcap": cap, "label_smoothing": 0.1, "z_loss": 1e-2}
+        found = compiled(x, w, target, **options)
+        assert torch.equal(found, memeff.linear_cross_entropy(x, w, target, **options))
+
+
 def test_num_items_as_int_does_not_recompile_each_step() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(memeff.linear_cross_entropy, fullgraph=True, backend=counter)

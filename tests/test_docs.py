@@ -33,6 +33,7 @@ WITH_SNIPPETS = {
     "docs/quickstart.md": 3,
     "docs/plans.md": 1,
     "docs/losses.md": 14,
+    "docs/integrations.md": 1,
 }
 
 

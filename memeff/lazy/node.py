@@ -65,6 +65,10 @@ class Node:
         if self._dense is None:
             with grad_mode(self.state.grad):
                 self._dense = self._head_product() if self.function is None else self._replay()
+            # Code compares logits with the k-th largest that it got: equal ones have to be equal.
+            # They differ in the last bits, of which autograd need not know.
+            for classes, values in self.state.given:
+                self._dense.data.scatter_(-1, classes, values.detach())
         return self._dense
 
     def _head_product(self) -> Tensor:

@@ -183,8 +183,11 @@ def _find_head(model: nn.Module) -> nn.Module:
     return next(iter(candidates.values()))
 
 
-def _linears(head: nn.Module) -> Iterable[nn.Module]:
-    """The linear layers that the logits of a head come from: one, or PEFT's wrapped around it."""
+def _linears(head: nn.Module) -> list[nn.Module]:
+    """The linear layers that the logits of a head come from: one, or those that PEFT put there."""
+    if isinstance(getattr(head, "modules_to_save", None), nn.ModuleDict):
+        copies = cast("nn.ModuleDict", head.modules_to_save)
+        return [cast("nn.Module", head.original_module), *copies.values()]
     base = getattr(head, "base_layer", None)
     if not isinstance(base, nn.Module):
         return [head]

@@ -68,6 +68,9 @@ def statistics(state: State, target: Tensor | None = None, **wanted: Any) -> Log
 
 
 def _keep(state: State, name: str, value: Tensor) -> None:
+    before = state.known.get(name)
+    if before is not None and before.requires_grad and not value.requires_grad:
+        return
     if not torch.compiler.is_compiling():
         state.known[name] = value
 
@@ -106,17 +109,22 @@ def _softmax_of(state: State, kind: str, function: Any, dtype: torch.dtype | Non
     return state.replace(kind=kind, dtype=dtype) if dtype.is_floating_point else NotImplemented
 
 
-def _entries(state: State, logprob: Tensor, lse: Tensor) -> Tensor | None:
-    """Entries of the state [..., K] from their log-probabilities and the lse [...]."""
+def _entries(state: State, classes: Tensor) -> Tensor:
+    """Entries of the state at classes [*lead, K], differentiable.
+
+    All that code gets of single entries is computed here, so that equal entries are equal bits.
+    """
+    found = statistics(state, classes)
+    assert found.logprob is not None
     if state.kind == LOGITS:
-        value = logprob + lse.unsqueeze(-1)
-    elif state.kind == LOG_SOFTMAX:
-        value = logprob * state.factor
-    elif state.kind == SOFTMAX:
-        value = logprob.exp() * state.factor
+        value = found.logprob + found.lse.unsqueeze(-1)
     else:
-        return None
-    return value.to(state.dtype)
+        logprob = found.logprob if state.kind == LOG_SOFTMAX else found.logprob.exp()
+        value = logprob * state.factor
+    value = value.to(state.dtype)
+    if not torch.compiler.is_compiling():
+        state.given.append((classes, value.detach()))
+    return value
 
 
 @row("gather")
@@ -128,9 +136,7 @@ def gather(state: State, dim: int, index: Tensor) -> Any:
         return NotImplemented
     if index.device != state.hidden.device:
         return NotImplemented
-    found = statistics(state, index)
-    assert found.logprob is not None
-    return _entries(state, found.logprob, found.lse)
+    return _entries(state, index)
 
 
 @row("logsumexp")
@@ -185,20 +191,9 @@ def _top(state: State, k: int) -> tuple[Tensor, Tensor]:
     """Values, differentiable, and indices of the k largest entries."""
     with torch.no_grad():
         found = statistics(state, argmax=k == 1, top_k=0 if k == 1 else k)
-    if k == 1:
-        assert found.argmax is not None
-        indices, logprob = found.argmax.unsqueeze(-1), (found.max_logit - found.lse).unsqueeze(-1)
-    else:
-        assert found.top_ids is not None and found.top_logprobs is not None
-        indices, logprob = found.top_ids, found.top_logprobs
-    lse = found.lse
-    if state.requires_grad and torch.is_grad_enabled():
-        again = statistics(state, indices)
-        assert again.logprob is not None
-        logprob, lse = again.logprob, again.lse
-    values = _entries(state, logprob, lse)
-    assert values is not None
-    return values, indices
+    classes = found.argmax.unsqueeze(-1) if found.argmax is not None else found.top_ids
+    assert classes is not None
+    return _entries(state, classes), classes
 
 
 @row("sum")

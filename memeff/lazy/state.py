@@ -50,12 +50,15 @@ class State:
         self.class_axis = hidden.dim() - 1
         # Per-token statistics of z that have been computed, for all states with the same z.
         self.known: dict[str, Tensor] = {}
+        # Entries that code has got, as (classes [*lead, K], values [*lead, K]).
+        self.given: list[tuple[Tensor, Tensor]] = []
 
     def replace(self, **changes: Any) -> State:
         """A state with other attributes."""
         other = State(self.source, self.hidden, self.dtype, self.grad)
         for name, value in {**self.__dict__, **changes}.items():
             setattr(other, name, value)
+        other.given = []
         if "hidden" in changes:
             self.check_hidden()
             other.version = version_of(other.hidden)
@@ -109,7 +112,7 @@ class State:
 
         number * cap(scale u) = cap'(number * scale u) with softcap' = |number| * softcap.
         """
-        if number == 0 or not math.isfinite(number):  # 0 * inf, and scales that memeff refuses
+        if number == 0 or not -math.inf < number < math.inf:  # 0 * inf, and scales memeff refuses
             return None
         if self.kind != LOGITS:
             return self.replace(factor=self.factor * number)

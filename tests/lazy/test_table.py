@@ -6,6 +6,7 @@ them; `test_every_row_has_a_case` keeps the list complete.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -305,6 +306,24 @@ def test_anything_else_is_what_the_plain_head_gives(function: Any, dtype: torch.
     plain.backward(g)
     for name, leaf in c.lazy.leaves.items():
         assert torch.equal(leaf.grad, c.plain.leaves[name].grad), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of", [lambda z: z / 0.7, lambda z: z.log_softmax(-1), torch.softmax])
+def test_entries_are_equal_to_those_of_computed_logits(of: Any, dtype: torch.dtype) -> None:
+    """Samplers mask what is less than the k-th largest; others ask what equals the maximum."""
+    c = Comparison((40,), dtype=dtype, strict=False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logits = c.lazy.head(c.lazy.hidden)
+            z = torch.softmax(logits, -1) if of is torch.softmax else of(logits)
+            values, classes = z.topk(5, dim=-1)
+            largest = z.max(-1, keepdim=True).values
+            assert torch.equal(largest, values[:, :1])
+            assert torch.equal(z.gather(-1, classes), values)
+            assert ((z >= values[:, -1:]).gather(-1, classes)).all()
+            assert ((z == largest).gather(-1, z.argmax(-1, keepdim=True))).all()
 
 
 def test_materialises_once() -> None:
