@@ -13,6 +13,7 @@ recomputes.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,9 +120,7 @@ class Operators:
         torch.library.register_autograd(recompute, _refuse_second_derivative)
         torch.library.register_autograd(scale, _refuse_second_derivative)
 
-        # What register_autograd generates refuses to run in transforms such as torch.func.grad,
-        # where an autograd.Function of the same formula works.
-        self._in_transform = {
+        self._functions = {
             self._forward: function_of(self._forward, _setup_context, self._backward),
             self._recompute: function_of(self._recompute, save_nothing, _refuse_second_derivative),
             self._scale: function_of(self._scale, save_nothing, _refuse_second_derivative),
@@ -135,7 +134,7 @@ class Operators:
         return results
 
     def _call(self, op: Any, tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> Any:
-        return call(op, self._in_transform, tensors, options)
+        return call(op, self._functions, tensors, options)
 
     def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
@@ -189,14 +188,18 @@ def in_place_of_inputs(
 
 def call(
     op: Any,
-    in_transform: Mapping[Any, Any],
+    functions: Mapping[Any, Any],
     tensors: tuple[Tensor | None, ...],
     options: dict[str, Any],
 ) -> Any:
-    """Call an op, or inside a transform of torch.func the autograd.Function that stands for it."""
-    # (A compiler traces the op itself.)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return in_transform[op].apply(*tensors, options)
+    """Call an op, or where gradients are recorded the autograd.Function of the same formula.
+
+    What register_autograd generates refuses to run in transforms such as torch.func.grad, and reads
+    the schema anew for each of its arguments, which takes longer than a small call. A compiler
+    traces the op itself.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return functions[op].apply(*tensors, options)
     return op(*tensors, **options)
 
 
@@ -217,6 +220,9 @@ def function_of(op: Any, setup_context: Any, backward: Any) -> type[torch.autogr
     def forward(*arguments: Any) -> Any:
         *tensors, options = arguments
         return op(*tensors, **options)
+
+    # torch asks for it at every call, and computing it takes longer than the rest.
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, options = inputs

@@ -98,7 +98,7 @@ class StatisticsOperators:
         torch.library.register_fake(self.linear_loss_gradients.name(), _gradients_fake)
         torch.library.register_autograd(forward, self._backward, setup_context=_setup_context)
         torch.library.register_autograd(recompute, _refuse_second_derivative)
-        self._in_transform = {
+        self._functions = {
             self._forward: ops.function_of(self._forward, _setup_context, self._backward),
             self._recompute: ops.function_of(
                 self._recompute, ops.save_nothing, _refuse_second_derivative
@@ -109,7 +109,7 @@ class StatisticsOperators:
         self, *tensors: Tensor | None, **options: Any
     ) -> Sequence[Tensor]:
         """Call the forward op, also inside transforms of torch.func."""
-        results: Sequence[Tensor] = ops.call(self._forward, self._in_transform, tensors, options)
+        results: Sequence[Tensor] = ops.call(self._forward, self._functions, tensors, options)
         return results
 
     def _backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -121,7 +121,7 @@ class StatisticsOperators:
         ops.check_flags(self._forward.name(), needed, ops.wanted_gradients(ctx.options))
         options = {name: ctx.options[name] for name in self._recompute_options}
         tensors = (*upstream, *ctx.saved_tensors)
-        computed = ops.call(self._recompute, self._in_transform, tensors, options)
+        computed = ops.call(self._recompute, self._functions, tensors, options)
         return ops.in_place_of_inputs(ctx, positions, computed)
 
 

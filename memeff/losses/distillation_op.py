@@ -86,7 +86,7 @@ def distill(
         "weight_grad": weight_grad,
         "bias_grad": bias_grad,
     }
-    loss: Tensor = ops.call(_OP, _IN_TRANSFORM, tensors, options)[0]
+    loss: Tensor = ops.call(_OP, _FUNCTIONS, tensors, options)[0]
     return loss
 
 
@@ -277,7 +277,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         options = ctx.options | {
             "input_grad": input_grad, "weight_grad": weight_grad, "bias_grad": bias_grad,
         }  # fmt: skip
-        gradients = ops.call(_OP, _IN_TRANSFORM, tuple(tensors), options)[1:]
+        gradients = ops.call(_OP, _FUNCTIONS, tuple(tensors), options)[1:]
     else:
         ops.check_flags(_OP.name(), needed, ops.wanted_gradients(ctx.options))
         last = is_last_backward()
@@ -303,4 +303,4 @@ _LIBRARY.impl("linear_distillation", _linear_distillation, "CompositeExplicitAut
 _OP = torch.ops.memeff.linear_distillation.default
 torch.library.register_fake(_OP.name(), _fake)
 torch.library.register_autograd(_OP.name(), _backward, setup_context=_setup_context)
-_IN_TRANSFORM = {_OP: ops.function_of(_OP, _setup_context, _backward)}
+_FUNCTIONS = {_OP: ops.function_of(_OP, _setup_context, _backward)}
