@@ -11,6 +11,7 @@
 #include "cpu/number.h"
 #include "cuda/fused_kernels.h"
 #include "cuda/generic_kernels.h"
+#include "cuda/layout.h"
 #include "cuda/plan.h"
 #include "cuda/tokens.h"
 

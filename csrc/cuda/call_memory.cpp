@@ -4,6 +4,8 @@
 
 #include "core/compact_sum.h"
 #include "core/math.h"
+#include "core/planning.h"
+#include "cuda/plan_sizes.h"
 
 namespace memeff::cuda {
 
@@ -130,7 +132,7 @@ PartialStatistics CallMemory::advanced(PartialStatistics partials, int64_t first
 ScoreBlock CallMemory::block_in_gradient() const {
   ScoreBlock block;
   block.data = problem_.grad_weight;
-  block.stride = tokens_in_gradient_row(request_, traits_);
+  block.stride = tokens_in_gradient_row(request_, kept_score_bytes(request_, traits_));
   add_kept(&block, 0, plan_.stored_in_gradient);
   return block;
 }
