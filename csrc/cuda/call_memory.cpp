@@ -46,8 +46,6 @@ void CallMemory::place_token_arrays() {
   take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
   take(&tokens_.target_rest), take(&tokens_.weighted, smooths);
   take(&tokens_.target_gradient, !request_.statistics_known);
-  take(&tokens_.input_factor, traits_.copies_input || problem_.dtype == DType::kFloat16);
-  take(&tokens_.input_scale, problem_.dtype == DType::kFloat16);
   tokens_.weighted_apart = traits_.smoothing_apart;
 }
 

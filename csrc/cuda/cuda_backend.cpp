@@ -118,7 +118,7 @@ class CudaBackend : public Backend {
       compute_scores(classes, tokens, block);
       scores_to_gradient(shape, tokens, block);
     }
-    if (add_bias) add_to_bias(shape, tokens, block);
+    if (add_bias) add_to_bias(shape, block);
   }
 
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
@@ -132,7 +132,7 @@ class CudaBackend : public Backend {
     } else {
       scores_to_gradient(shape, tokens, block);
     }
-    if (add_bias) add_to_bias(shape, tokens, block);
+    if (add_bias) add_to_bias(shape, block);
   }
 
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override {
@@ -171,7 +171,7 @@ class CudaBackend : public Backend {
     ProductTarget to;
     to.product = ProductOfGradient::kGradWeight;
     to.rows = classes, to.written = &classes_written_;
-    to.other = counted_input(tokens);
+    to.other = memory_.input_rows(tokens);
     to.sums = memory_.weight_sum();
     to.update = row_update(classes.size());
     to.update.sums = to.sums;
@@ -257,7 +257,6 @@ class CudaBackend : public Backend {
       output.split = to.update.split;
       output.update = to.update.update;
       output.scale = static_cast<const float*>(to.update.scale);
-      output.scale_stride = to.update.scale_stride;
       if (!of_input && memory_.in_gradient(block))
         move_out_of_gradient(classes, tokens, &call.operands);
       output.overlaps_previous = overlaps_previous(to);
@@ -318,27 +317,10 @@ class CudaBackend : public Backend {
                          stream_));
   }
 
-  void add_to_bias(const Block& shape, Range tokens, const ScoreBlock& block) {
+  void add_to_bias(const Block& shape, const ScoreBlock& block) {
     if (problem_.grad_bias == nullptr) return;
     check(add_bias_gradient(shape, block.data, memory_.gradient_stride(block), problem_.dtype,
-                            memory_.scales_rows() ? memory_.input_factors(tokens) : nullptr,
                             memory_.bias_sum(), stream_));
-  }
-
-  /// The hidden states as grad_weight's product wants them: zeros for tokens without a gradient, because
-  /// 0 times what is not finite is no 0. Copied once for all slices of classes.
-  Matrix counted_input(Range tokens) {
-    if (!traits_.copies_input) return memory_.input_rows(tokens);
-    const Matrix input = memory_.input_rows(tokens);
-    Matrix copy = input;
-    copy.data = memory_.input_copy();
-    copy.row_stride = round_up(problem_.features, CallMemory::kRowPadding);
-    if (copied_.begin != tokens.begin || copied_.end != tokens.end)
-      check(multiply_rows(input.data, input.row_stride, problem_.dtype,
-                          memory_.input_factors(tokens), memory_.input_copy(), copy.row_stride,
-                          tokens.size(), problem_.features, stream_));
-    copied_ = tokens;
-    return copy;
   }
 
   ScoreGradient score_gradient(Range tokens, const ScoreBlock& block) const {
@@ -379,8 +361,6 @@ class CudaBackend : public Backend {
     RowUpdate update = row_update(tokens.size());
     update.sums = memory_.input_sum(tokens);
     update.gradient = memory_.grad_input_row(tokens.begin);
-    update.scale = memory_.input_scale(tokens.begin);
-    update.scale_stride = memory_.scales_rows() ? 1 : 0;
     return update;
   }
 
@@ -436,7 +416,6 @@ class CudaBackend : public Backend {
   bool follows_writing_product_ = false;
   int64_t tokens_written_ = 0, classes_written_ = 0;
   bool has_smoothing_row_ = false;
-  Range copied_{0, 0};  // hidden states of these tokens, by counted_input()
   // What the last scores() computed:
   PartialStatistics last_partials_;
   int64_t last_range_ = 1;

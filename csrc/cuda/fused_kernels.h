@@ -72,7 +72,6 @@ struct ProductOutput {
   SplitSums split;
   WeightUpdate update = WeightUpdate::kWrite;
   const float* scale = nullptr;
-  int64_t scale_stride = 0;  // as in RowUpdate
   // The product may run at the same time as the one launched before it in the stream (and as those
   // that it overlaps): none writes what another reads or writes. A product whose last tiles keep few
   // multiprocessors busy then shares the others with this one. sm80 ignores it.

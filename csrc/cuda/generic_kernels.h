@@ -50,13 +50,12 @@ struct StoredGradient {
 };
 Status stored_gradient(const StoredGradient& call, void* stream);
 
-/// sums[v] += sum over tokens of factors[token] * gradient[v, token], sums [V] of A: the gradient of the
-/// bias; no factors: ones.
+/// sums[v] += sum over tokens of gradient[v, token], sums [V] of A: the gradient of the bias.
 Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
-                         const float* factors, void* sums, void* stream);
+                         void* sums, void* stream);
 
-/// Rows of sums [rows, columns] of A into a gradient of type `dtype`, row i scaled by
-/// scale[i * scale_stride] (A, on the device; null: 1; a stride of 0: one scale for all).
+/// Rows of sums [rows, columns] of A into a gradient of type `dtype`, scaled by *scale (A, on the
+/// device; null: 1).
 struct RowUpdate {
   const void* sums = nullptr;
   int64_t sums_stride = 0;
@@ -67,17 +66,12 @@ struct RowUpdate {
   int64_t rows = 0, columns = 0;
   WeightUpdate update = WeightUpdate::kWrite;
   const void* scale = nullptr;  // kSplitFirst and kSplitNext keep unscaled sums
-  int64_t scale_stride = 0;
 };
 Status update_rows(const RowUpdate& update, void* stream);
 
 /// Copies a matrix, to the same type or to fp32.
 Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
                  int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream);
-
-/// to[row] = factors[row] * from[row], computed in A; where the factor is 0 zeros, whatever lies there.
-Status multiply_rows(const void* from, int64_t from_stride, DType dtype, const float* factors,
-                     void* to, int64_t to_stride, int64_t rows, int64_t columns, void* stream);
 
 /// gradient = from * *scale (fp64, on the device), n adjacent elements, computed in A. `from` may
 /// be `gradient`; then nothing is written where the scale is 1.

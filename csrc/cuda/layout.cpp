@@ -40,12 +40,6 @@ bool needs_slice(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
          plan.kind != PlanKind::kTokenChunks;
 }
 
-/// Tokens of the largest product that makes grad_weight, for which hidden states are copied.
-int64_t copied_tokens(const PlanRequest& r, const Plan& plan) {
-  if (plan.kind == PlanKind::kTokenChunks) return std::min(plan.weight_block, kept_tokens(r, plan));
-  return std::min(plan.token_block, r.tokens);
-}
-
 /// Bytes of the longest list of tiles for a product, of the driver's blocks and slices.
 int64_t longest_list(const PlanRequest& r, const Plan& plan) {
   int64_t bytes = 0;
@@ -196,9 +190,6 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (sums > 0) at.input_sum = cursor.take(sums * r.features * 4);
   const int64_t input_end = cursor.offset();
   if (plan.kind == PlanKind::kTokenChunks || plan.separate_sweeps) cursor.move_to(steps);
-  if (t.copies_input)
-    at.input_copy =
-        cursor.take(copied_tokens(r, plan) * round_up(r.features, kRow) * size_of(r.dtype));
   if (r.grad_weight) {
     if (!products_write_weight(r, t, plan)) {
       at.weight_sum = cursor.take(plan.slice_vocab * r.features * sum_bytes);

@@ -301,13 +301,6 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   if (!direct) *bytes += v * d * 8 * passes;
   if (!direct && slice * d * 4 > kCachedBytes) *bytes += v * d * 8 * (products - passes);
   if (direct) *bytes += stored * v * 4;  // moved out of the gradient
-  if (t.copies_input) {
-    // Once, or where blocks of tokens take turns in the copy, for each slice of classes.
-    const bool chunks = plan.kind == PlanKind::kTokenChunks;
-    const int64_t most = chunks ? plan.weight_block : plan.token_block;
-    const int64_t turns = chunks ? kept_tokens(r, plan) : n;
-    *bytes += n * d * 2 * size_of(r.dtype) * (turns > most ? parts_of(v, slice) : 1);
-  }
   return cost;
 }
 
@@ -378,9 +371,6 @@ PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selec
   traits.smoothing_apart = traits.skips && p.label_smoothing > 0;
   // The gradient of the bias is summed from those of the logits, with all their parts.
   if (traits.smoothing_apart && request.grad_bias) traits.skips = traits.smoothing_apart = false;
-  // With class probabilities no token is left out; rows of fp16 are also scaled.
-  traits.copies_input =
-      request.grad_weight && (p.probabilities == nullptr || p.dtype == DType::kFloat16);
   return traits;
 }
 

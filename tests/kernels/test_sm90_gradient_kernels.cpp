@@ -168,18 +168,14 @@ void test_product(const ProductCase& c, bool of_weight) {
   const ListedWork work(product.kind(), c.classes, c.tokens, tiles.data, tiles.stride);
   GradientOperands operands{g.data, g.stride, other.data, other.stride, c.features, dtype_of<T>()};
   if (c.marks) operands.list = work.list;
-  const auto expect_rows = [&](auto&& value, const auto& factor_of_row, double rounding) {
+  const auto expect = [&](auto&& value, double factor, double rounding) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t d = 0; d < c.features; ++d) {
-        const double factor = factor_of_row(row);
         const double w = wanted[row * c.features + d] * factor;
         const double tolerance =
             std::abs(w) * rounding + magnitude[row * c.features + d] * factor * 1e-6;
         CHECK(std::abs(value(row, d) - w) <= tolerance);
       }
-  };
-  const auto expect = [&](auto&& value, double factor, double rounding) {
-    expect_rows(value, [&](int64_t) { return factor; }, rounding);
   };
 
   Matrix<float> sums(rows, c.features, c.padding);
@@ -194,22 +190,18 @@ void test_product(const ProductCase& c, bool of_weight) {
   expect(sum, 2, 0);
   CHECK(sums.padding_is_intact());
 
-  // One scale for all rows, or each its own, as grad_input of fp16 has.
-  const int64_t scale_stride = of_weight ? 0 : 1;
-  Matrix<float> scale(1, of_weight ? 1 : rows, 0, kInput);
-  for (int64_t row = 0; row < scale.columns; ++row) scale.at(0, row) = row % 3 == 0 ? 0.37f : 0.21f;
-  const auto factor_of = [&](int64_t row) { return scale.at(0, row * scale_stride); };
+  Matrix<float> scale(1, 1, 0, kInput);
+  scale.at(0, 0) = 0.37f;
   Matrix<T> gradient(rows, c.features, c.padding);
   output = {};
   output.gradient = gradient.data;
   output.gradient_stride = gradient.stride;
   output.scale = scale.data;
-  output.scale_stride = scale_stride;
   output.overlaps_previous = true;  // of the one that adds to the sums: other memory, more blocks
   CHECK(product(c.classes, c.tokens, operands, output).ok());
   output.overlaps_previous = false;
   const auto value = [&](int64_t row, int64_t d) { return to_double(gradient.at(row, d)); };
-  expect_rows(value, factor_of, rounding<T>());
+  expect(value, 0.37f, rounding<T>());
 
   Matrix<uint16_t> remainder(rows, c.features, c.padding);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -230,7 +222,7 @@ void test_product(const ProductCase& c, bool of_weight) {
       };
       expect(joined, 2, 0);
     }
-    expect_rows(value, [&](int64_t row) { return 3 * factor_of(row); }, rounding<T>());
+    expect(value, 3 * 0.37f, rounding<T>());
   } else {
     output.update = WeightUpdate::kSplitFirst;
     CHECK(!product(c.classes, c.tokens, operands, output).ok());

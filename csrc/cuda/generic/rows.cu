@@ -2,7 +2,6 @@
 //
 //   update_rows     gradient <- scale * sums, or another update of core/weight_update.h
 //   copy_rows       to <- from, of the same type or to fp32                        [rows, columns]
-//   multiply_rows   to[row] <- factors[row] * from[row]                            [rows, columns]
 //   scale_gradient  gradient <- scale * from                                       [n]
 //
 // Each thread handles kColumns adjacent elements of a row; a thread block of 256 threads is `lanes`
@@ -55,9 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulation<G>;
   // Threads that have no columns stay for the others' shuffles.
   const RowPosition at = row_position(blocks_per_row, update.rows, update.columns);
-  const auto* scales = static_cast<const A*>(update.scale);
-  const bool scaled = scales != nullptr && at.count > 0;
-  const A scale = scaled ? scales[at.row * update.scale_stride] : A(1);
+  const A scale = update.scale == nullptr ? A(1) : *static_cast<const A*>(update.scale);
   A sums[kColumns];
   load(sums, static_cast<const A*>(update.sums) + at.row * update.sums_stride + at.column,
        at.count);
@@ -98,22 +95,6 @@ Status launch_copy(const CopyArguments& copy, void* stream) {
   const auto kernel = copy_rows_kernel<From, To>;
   MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, copy, blocks_per_row);
   return launch_status();
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    multiply_rows_kernel(CopyArguments copy, const float* factors, int64_t blocks_per_row) {
-  const RowPosition at = row_position(blocks_per_row, copy.rows, copy.columns);
-  if (at.count == 0) return;
-  const auto factor = static_cast<Accumulation<T>>(factors[at.row]);
-  T values[kColumns] = {};
-  if (factor != 0) {
-    load(values, static_cast<const T*>(copy.from) + at.row * copy.from_stride + at.column,
-         at.count);
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) values[i] = narrow<T>(widen(values[i]) * factor);
-  }
-  store(static_cast<T*>(copy.to) + at.row * copy.to_stride + at.column, values, at.count);
 }
 
 // As many thread blocks as a large GPU holds at a time; each walks over the array in steps of all.
@@ -176,19 +157,6 @@ Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* 
   if (to_dtype == DType::kFloat32 && from_dtype == DType::kFloat64)
     return launch_copy<double, float>(copy, stream);
   return {"copy_rows: to the same type, or from 16 or 64 bits to float32"};
-}
-
-Status multiply_rows(const void* from, int64_t from_stride, DType dtype, const float* factors,
-                     void* to, int64_t to_stride, int64_t rows, int64_t columns, void* stream) {
-  if (rows == 0 || columns == 0) return {};
-  return dispatch(dtype, [&](auto* type) {
-    const CopyArguments copy{from, to, from_stride, to_stride, rows, columns};
-    const RowGrid grid(rows, columns);
-    const int64_t blocks_per_row = grid.blocks_per_row;
-    const auto kernel = multiply_rows_kernel<std::remove_pointer_t<decltype(type)>>;
-    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, copy, factors, blocks_per_row);
-    return launch_status();
-  });
 }
 
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,

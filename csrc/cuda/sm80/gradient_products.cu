@@ -102,6 +102,7 @@ template <class T>
 MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t first_row,
                             int64_t first_column, const Destination& to) {
   auto* staged = reinterpret_cast<float*>(shared);
+  const float scale = to.output.scale == nullptr ? 1.f : *to.output.scale;
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   for (int half = 0; half < kRows; half += kWarpRows) {
@@ -119,9 +120,6 @@ MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t firs
       const int count = exists ? count_left<kChunk>(first_column + column, to.columns) : 0;
       float sums[kChunk];
       load(sums, staged + row * kStagedRow + column, count);
-      const bool scaled = exists && to.output.scale != nullptr;
-      const int64_t scale_at = (first_row + half + row) * to.output.scale_stride;
-      const float scale = scaled ? to.output.scale[scale_at] : 1.f;
       put<T>(sums, to.output, first_row + half + row, first_column + column, count, scale);
     }
   }

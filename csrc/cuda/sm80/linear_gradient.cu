@@ -69,10 +69,9 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
 #pragma unroll
     for (int e = 0; e < kTokens; ++e) {
       const TokenCoefficients<float>& c = of_token[e];
-      const float scaled = transform.scaled(staged[staged_at(staged_token + e, v)], bias);
-      const float z = transform.capped(scaled);
+      const float z = transform.logit(staged[staged_at(staged_token + e, v)], bias);
       mass[e] += exponential(z - c.shift);
-      const float du = c.gradient(z, weight) * transform.slope(scaled);
+      const float du = c.gradient(z, weight) * transform.slope(z);
       values[e] = narrow<T>((left_out >> e & 1) != 0 ? 0.f : du);
     }
     store(gradient + int64_t{in_block} * stride + token, values, count);
@@ -88,10 +87,9 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
     if (v % kClassThreads != thread / kTokenThreads) continue;  // another thread's class
     TokenCoefficients<float> c[1];
     load_coefficients(c, coefficients, token + e, 1);
-    const float scaled =
-        transform.scaled(staged[staged_at(staged_token + e, v)], transform.bias_of(target[e]));
-    const float dz = c[0].target_gradient(transform.capped(scaled), transform.weight_of(target[e]));
-    const float du = dz * transform.slope(scaled);
+    const float z =
+        transform.logit(staged[staged_at(staged_token + e, v)], transform.bias_of(target[e]));
+    const float du = c[0].target_gradient(z, transform.weight_of(target[e])) * transform.slope(z);
     gradient[target[e] * stride + token + e] = narrow<T>(du);
   }
 #pragma unroll
