@@ -110,7 +110,7 @@ def linear_cross_entropy(
         argmax=argmax,
         correct=argmax == index,
     )
-    return loss, TokenStatistics(*(value.detach().where(counted, 0) for value in statistics))
+    return loss, TokenStatistics(*(value.detach().masked_fill(~counted, 0) for value in statistics))
 
 
 def linear_token_statistics(
