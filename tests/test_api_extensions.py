@@ -183,14 +183,18 @@ def test_statistics(dtype: torch.dtype, reduction: str, differentiate: bool) -> 
     counted = target != -100
     picked = z.gather(-1, target.where(counted, 0)[..., None])[..., 0].where(counted, 0)
     close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
-    torch.testing.assert_close(s.lse, z.logsumexp(-1), **close)
-    torch.testing.assert_close(s.entropy, -(log_p.exp() * log_p).sum(-1), **close)
-    torch.testing.assert_close(s.max_logit, z.amax(-1), **close)
+    # Ignored tokens are not looked at: all their statistics are 0.
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(s.lse, z.logsumexp(-1).where(counted, 0), **close)
+    torch.testing.assert_close(s.entropy, entropy.where(counted, 0), **close)
+    torch.testing.assert_close(s.max_logit, z.amax(-1).where(counted, 0), **close)
     torch.testing.assert_close(s.target_logit, picked, **close)
     torch.testing.assert_close(s.logprob, (picked - z.logsumexp(-1)).where(counted, 0), **close)
     expected_loss = (-(picked - z.logsumexp(-1)) + 0.1 * z.logsumexp(-1) ** 2).where(counted, 0)
     torch.testing.assert_close(s.loss, expected_loss, **close)
-    assert torch.equal(z.gather(-1, s.argmax[..., None])[..., 0], z.amax(-1))
+    of_argmax = z.gather(-1, s.argmax[..., None])[..., 0]
+    assert torch.equal(of_argmax[counted], z.amax(-1)[counted])
+    assert not s.argmax[~counted].any()
     assert torch.equal(s.correct, (s.argmax == target) & counted)
 
 
