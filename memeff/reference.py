@@ -51,7 +51,9 @@ def linear_cross_entropy(
     if not probabilities:
         counted = target.reshape(tokens) != (-100 if ignore_index is None else ignore_index)
         # Masking results would leave 0 * nan in the gradient of the weight.
-        kept = counted.reshape(*input.shape[:-1], -1).any(-1, keepdim=True)
+        kept = counted.reshape(*input.shape[:-1], linear_weight.shape[1:-1].numel()).any(
+            -1, keepdim=True
+        )
         input = torch.where(kept, input, 0)
     logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
     vocab = logits.shape[-1]
