@@ -307,10 +307,15 @@ def as_markdown(outcomes: dict[tuple[str, str], Outcome]) -> str:
                 "| --- | --- | --- |",
             ]
             lines += [
-                f"| {kind} | {model_type} | {outcome.detail.replace('|', '/')} |"
+                f"| {kind} | {model_type} | {_cell(outcome.detail)} |"
                 for kind, model_type, outcome in rows
             ]
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """`text` in a table of Markdown, where | ends a cell and [x][y] is a link."""
+    return text.replace("|", "/").replace("[", "\\[")
 
 
 _TITLES = {
