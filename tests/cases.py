@@ -311,7 +311,7 @@ def check(case: Case, *, device: str = "cpu", **overrides: Any) -> Result:
 
 def compact_budget(case: Case) -> int:
     """A memory budget in which `case` runs with compact sums of many chunks on this machine."""
-    for budget in range(2**20, 2**28, 2**19):
+    for budget in range(2**20, 2**28, 2**17):
         try:
             plan = memeff.plan(
                 math.prod(case.lead),
