@@ -156,9 +156,7 @@ std::map<std::string, uint64_t> counters() {
 }  // namespace
 
 TORCH_LIBRARY(memeff_emulated, m) { define_operators(m); }
-TORCH_LIBRARY_IMPL(memeff_emulated, CPU, m) {
-  implement_operators<EmulatedDevice>(m);
-}
+TORCH_LIBRARY_IMPL(memeff_emulated, CPU, m) { implement_operators<EmulatedDevice>(m); }
 
 }  // namespace memeff
 
