@@ -29,6 +29,8 @@ def measure_step(function: str, dtype: str, **fields: Any) -> dict[str, int]:
     """Bytes of one step: peak over its inputs, gradients, planned memory in addition to these."""
     run = {"memeff": run_memeff, "plain": run_plain}[function]
     fields["differentiate"] = tuple(fields.get("differentiate", ("dx", "dw")))
+    if "accum_dtype" in fields:  # by name, as fields come here in JSON
+        fields["accum_dtype"] = getattr(torch, fields["accum_dtype"])
     case = Case((TOKENS,), FEATURES, VOCAB, dtype=getattr(torch, dtype), **fields)
     warm_up = Case((64,), FEATURES, 512, **{**fields, "dtype": case.dtype, "memory_budget": None})
     run(warm_up, make_inputs(warm_up))
@@ -107,7 +109,7 @@ def test_memory_budget_is_kept(dtype: str, reduction: str, budget: int) -> None:
         ("float32", {"weight_layout": "padded"}),
         ("bfloat16", {"differentiate": ["dx"]}),
         ("float32", {"differentiate": ["dw"]}),
-        ("bfloat16", {"accum_dtype": torch.float32}),
+        ("bfloat16", {"accum_dtype": "float32"}),
     ],
     ids=str,
 )
