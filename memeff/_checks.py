@@ -38,9 +38,11 @@ def check_tensor(name: str, value: object) -> None:
     # By name: importing torch.distributed.tensor costs more than the whole check.
     if any(base.__name__ == "DTensor" for base in kind.__mro__):
         raise TypeError(
-            f"{name} is a DTensor, which memeff does not support yet; expected a plain tensor. "
-            "Pass local tensors (DTensor.full_tensor() or .to_local()), or call the loss inside "
-            "the forward of the module that owns the classifier weight."
+            f"{name} is a DTensor, expected a plain tensor with all of its rows. A vocabulary that "
+            "tensor parallelism distributes (Shard(0)) is not supported by this function: pass "
+            f"{name}.full_tensor(), through which gradients flow. A parameter that FSDP shards is "
+            "whole inside of its module's forward: call the function there, or use memeff.patch. "
+            "A rank's own shard alone gives a wrong loss"
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import memeff
 import memeff.functional
@@ -244,33 +246,67 @@ def test_least_memory_budget_is_named_and_works(reduction: str) -> None:
         run(int(least * 0.99))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_dtensor_is_refused_by_name() -> None:
-    class DTensor(torch.Tensor):
-        """Stands for torch.distributed.tensor.DTensor, which would need a process group."""
+# Every function that takes a classifier: called with input [N, D], the weight and indices [N].
+CALLS: dict[str, Callable[..., Any]] = {
+    "linear_cross_entropy": memeff.linear_cross_entropy,
+    "linear_token_statistics": memeff.linear_token_statistics,
+    "linear_logprobs": memeff.linear_logprobs,
+    "linear_loss": lambda x, w, y: memeff.linear_loss(lambda s: -s.logprob, x, w, y),
+    "chunked_linear_apply": lambda x, w, y: memeff.chunked_linear_apply(
+        lambda z, y: F.cross_entropy(z, y, reduction="sum"), x, w, y
+    ),
+    "MemoryEfficientLinear": lambda x, w, y: memeff.MemoryEfficientLinear.apply(
+        x, w, y, lambda x, linear, y: F.cross_entropy(linear(x), y)
+    ),
+    "linear_distillation_loss": lambda x, w, _: memeff.losses.linear_distillation_loss(
+        x, w, x.detach(), w.detach() if isinstance(w, torch.Tensor) else w
+    ),
+    "LinearCrossEntropyLoss": lambda x, w, y: memeff.LinearCrossEntropyLoss(linear_weight=w)(x, y),
+}
 
-    w = torch.randn(V, D).as_subclass(DTensor)
-    with pytest.raises(TypeError, match=r"linear_weight is a DTensor.*full_tensor"):
-        memeff.linear_cross_entropy(torch.randn(N, D), w, torch.zeros(N).long())
 
-
-def test_real_dtensor_is_refused(tmp_path: Any) -> None:
+@pytest.fixture
+def mesh(tmp_path: Any) -> Iterator[Any]:
+    """One process on the CPU."""
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
 
     distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        w = distribute_tensor(torch.randn(V, D), mesh, [Replicate()])
-        with pytest.raises(TypeError, match="linear_weight is a DTensor"):
-            memeff.linear_cross_entropy(torch.randn(N, D), w, torch.zeros(N).long())
-    finally:
-        distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_dtensor_is_refused_and_the_gathered_weight_taken(mesh: Any) -> None:
+    """The way out that the message names works; a shard, which gives a wrong loss, is not one."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x, y = torch.randn(N, D), torch.randint(V, (N,))
+    plain = torch.randn(V, D, requires_grad=True)
+    sharded = distribute_tensor(plain.detach(), mesh, [Shard(0)]).requires_grad_()
+    for name, call in CALLS.items():
+        with pytest.raises(TypeError, match="weight is a DTensor") as caught:
+            call(x, sharded, y)
+        for text in (
+            "Shard(0)",
+            "weight.full_tensor()",
+            "FSDP",
+            "module's forward",
+            "memeff.patch",
+        ):
+            assert text in str(caught.value), name
+        assert "to_local" not in str(caught.value)
+    for values, texts in (((sharded, plain), "input is"), ((x, plain), "target is")):
+        target = distribute_tensor(y, mesh, [Shard(0)])
+        with pytest.raises(TypeError, match=f"{texts} a DTensor"):
+            memeff.linear_cross_entropy(*values, target)
+    memeff.linear_cross_entropy(x, sharded.full_tensor(), y).backward()
+    memeff.linear_cross_entropy(x, plain, y).backward()
+    gradient: Any = sharded.grad
+    torch.testing.assert_close(gradient.full_tensor(), plain.grad)
 
 
 def test_chunk_size_twice() -> None:
