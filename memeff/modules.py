@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memeff import _checks
+from memeff._linear_map import LinearMap, read
 from memeff.functional import linear_cross_entropy
 from memeff.statistics import TokenStatistics
 
@@ -51,8 +52,11 @@ class LinearCrossEntropyLoss(nn.Module):
             V * d1 * ... * dK rows.
         bias: whether an owned classifier has a bias.
         device, dtype: of an owned classifier.
-        linear: the module to share, an nn.Linear, or the nn.Embedding that the classifier is tied
-            to. Its weight may be replaced later on, as ``to_empty`` and FSDP do.
+        linear: the module to share: an nn.Linear; the nn.Embedding that the classifier is tied to;
+            or what PEFT's LoRA makes of an nn.Linear, whose adapters become further features
+            (``[W, B]`` over ``[x; s A x]``) and get their gradients. Its weight may be replaced
+            later on, as ``to_empty`` and FSDP do, and adapters may come and go. A module that
+            computes anything else (another ``forward``, hooks) is refused, here and at each call.
         linear_weight: the tensor [V, D] to share, where there is no such module.
         linear_bias: the bias [V] that belongs to ``linear_weight``.
         weight: class weights [V], kept as a buffer.
@@ -62,6 +66,9 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Under FSDP, wrap this module (or what contains it) so that its forward is where the weight is
     gathered.
+
+    Raises:
+        TypeError, ValueError: ``linear`` computes more than its weight and bias say.
     """
 
     weight: Tensor | None
@@ -75,7 +82,7 @@ class LinearCrossEntropyLoss(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        linear: nn.Linear | nn.Embedding | None = None,
+        linear: nn.Module | None = None,
         linear_weight: Tensor | None = None,
         linear_bias: Tensor | None = None,
         reduction: str = "mean",
@@ -102,7 +109,7 @@ class LinearCrossEntropyLoss(nn.Module):
         if linear_bias is not None and linear_weight is None:
             raise ValueError("linear_bias is given without linear_weight, expected both or neither")
         # Not registered (what is shared has an owner that registers it): see _share.
-        self.linear: nn.Linear | nn.Embedding | None
+        self.linear: nn.Module | None
         self._shared: tuple[Tensor, Tensor | None] | None = None
         if not given:
             if in_features is None or num_classes is None:
@@ -158,9 +165,9 @@ class LinearCrossEntropyLoss(nn.Module):
         self, linear: nn.Module | None, linear_weight: Tensor | None, linear_bias: Tensor | None
     ) -> None:
         """Keeps what is shared in __dict__, where nn.Module does not look for parameters."""
-        if linear is not None and not isinstance(linear, (nn.Linear, nn.Embedding)):
+        if isinstance(linear, Tensor):
             raise TypeError(
-                "linear must be an nn.Linear or an nn.Embedding, got "
+                "linear must be a module, an nn.Linear for example, got "
                 f"{type(linear).__name__}; a tensor [V, D] goes by linear_weight"
             )
         if linear_weight is not None:
@@ -179,19 +186,19 @@ class LinearCrossEntropyLoss(nn.Module):
 
     @property
     def linear_weight(self) -> Tensor:
-        """The classifier's weight, [V * d1 * ... * dK, D]."""
-        if self.linear is None:
-            assert self._shared is not None
-            return self._shared[0]
-        return self.linear.weight
+        """The classifier's weight, [V * d1 * ... * dK, D]; that of the base, under LoRA."""
+        return self._linear_map().weight
 
     @property
     def linear_bias(self) -> Tensor | None:
         """The classifier's bias, [V * d1 * ... * dK], or None."""
+        return self._linear_map().bias
+
+    def _linear_map(self) -> LinearMap:
         if self.linear is None:
             assert self._shared is not None
-            return self._shared[1]
-        return getattr(self.linear, "bias", None)
+            return LinearMap(*self._shared)
+        return read(self.linear, "linear")
 
     def reset_parameters(self) -> None:
         """Initialise the classifier's module anew (also one that is shared)."""
@@ -200,7 +207,7 @@ class LinearCrossEntropyLoss(nn.Module):
                 "linear_weight is shared: expected its owner to initialise it, as this module does "
                 "not know how"
             )
-        self.linear.reset_parameters()
+        self.linear.reset_parameters()  # type: ignore[operator]
 
     @overload
     def forward(
@@ -234,7 +241,7 @@ class LinearCrossEntropyLoss(nn.Module):
         return_statistics: bool = False,
     ) -> Tensor | tuple[Tensor, TokenStatistics]:
         """Loss of input [..., D] against target; arguments and result as in the function."""
-        linear_weight, linear_bias = self.linear_weight, self.linear_bias
+        input, linear_weight, linear_bias = self._linear_map().extend(input)
         if self.out_features:
             classes = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*classes, linear_weight.shape[-1])

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from memeff import _arguments
 from memeff._checks import DTYPES
+from memeff._linear_map import foreign_hook, plain_forwards
 from memeff.lazy.carriers import carrier_of
 from memeff.lazy.node import Node
 from memeff.lazy.report import Report
 from memeff.lazy.source import Computation, HeadSource
 from memeff.lazy.state import State
-
-# Packages whose hooks on a module gather its weights; any others may look at what it returns.
-_GATHERING_PACKAGES = ("torch.distributed.", "deepspeed.")
 
 
 class LazyHead(nn.Linear):
@@ -87,23 +85,7 @@ def _has_kernels(device: torch.device) -> bool:
         return False
 
 
-def foreign_hook(head: nn.Module) -> str | None:
-    """A hook on the module that does not gather its weights, but may read or change what it takes
-    and returns."""
-    for hooks in (
-        head._forward_pre_hooks,
-        head._forward_hooks,
-        head._backward_hooks,
-        head._backward_pre_hooks,
-    ):
-        for hook in hooks.values():
-            function = getattr(hook, "func", hook)  # of a functools.partial
-            module = getattr(function, "__module__", None) or ""
-            if not module.startswith(_GATHERING_PACKAGES):
-                return f"{module}.{getattr(function, '__qualname__', function)}"
-    return None
-
-
+plain_forwards.add(LazyHead.forward)
 _classes: dict[type[nn.Module], type[LazyHead]] = {nn.Linear: LazyHead}
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from memeff._checks import DTYPES
-from memeff.lazy.head import LazyHead, foreign_hook, lazy_class, plain_class
+from memeff._linear_map import foreign_hook
+from memeff.lazy.head import LazyHead, lazy_class, plain_class
 from memeff.lazy.report import Report
 from memeff.lazy.source import roots
 
