@@ -194,10 +194,11 @@ class Maker {
     some.share = as_double(std::count(marks.begin(), marks.end(), 1)) / as_double(marks.size());
     some.marks = place<uint8_t>(ranges_ * token_tiles(), "some tiles");
     memory_.copy(some.marks, marks.data(), ranges_ * token_tiles());
-    check(make_work_list(ProductOfGradient::kGradInput, v_, n_, marks_at(some.marks), list_memory(),
+    const TileMarks tiles = marks_at(some.marks);
+    check(make_work_list({ProductOfGradient::kGradInput, v_, n_, tiles}, list_memory(),
                          &some.of_input, stream_));
-    check(make_work_list(ProductOfGradient::kGradWeight, v_, n_, marks_at(some.marks),
-                         list_memory(), &some.of_weight, stream_));
+    check(make_work_list({ProductOfGradient::kGradWeight, v_, n_, tiles}, list_memory(),
+                         &some.of_weight, stream_));
     some_tiles_.push_back(some);
   }
   void* list_memory() {
@@ -388,9 +389,9 @@ class Maker {
           [=, marks = marks_at(some.marks), memory = list_memory(), v = v_, n = n_,
            stream = stream_] {
             WorkList unused;
-            return make_work_list(
-                of_input ? ProductOfGradient::kGradInput : ProductOfGradient::kGradWeight, v, n,
-                marks, memory, &unused, stream);
+            const auto product =
+                of_input ? ProductOfGradient::kGradInput : ProductOfGradient::kGradWeight;
+            return make_work_list({product, v, n, marks}, memory, &unused, stream);
           });
     add("add_bias_gradient", "generic", "16 bits", 0, all_scores(2),
         [=, shape = block(), g = gradient_, stride = stride_, dtype = dtype_,
@@ -399,7 +400,7 @@ class Maker {
     add("copy_rows", "generic", "gradients out of grad_weight", 0, all_scores(4),
         [=, from = gradient_, to = scratch_, stride = stride_, dtype = dtype_, rows = v_,
          columns = n_, stream = stream_] {
-          return copy_rows(from, stride, dtype, to, stride, dtype, rows, columns, stream);
+          return copy_rows({from, stride, dtype, to, stride, dtype, rows, columns}, stream);
         });
   }
 
@@ -468,12 +469,12 @@ class Maker {
          stream = stream_] { return scale_gradient(from, to, dtype, n, scale, stream); });
     add("weighted_row_sum", "generic", "", 0, 2 * elements,
         [=, w = w_, d = d_, v = v_, dtype = dtype_, sums = sums_, stream = stream_] {
-          return weighted_row_sum(w, d, dtype, v, d, nullptr, sums, stream);
+          return weighted_row_sum({w, d, dtype, v, d, nullptr, sums}, stream);
         });
     add("outer_product", "generic", "written", 0, 4 * as_double(n_) * as_double(d_),
         [=, factors = static_cast<const float*>(tokens_.softmax), values = sums_, n = n_, d = d_,
          to = place<float>(n_ * d_, "outer product"),
-         stream = stream_] { return outer_product(factors, values, n, d, false, to, d, stream); });
+         stream = stream_] { return outer_product({factors, values, to, d, n, d}, stream); });
   }
 
   float* entropy() {

@@ -29,14 +29,14 @@ enum Operators : unsigned {
 };
 
 struct Arguments : ProblemOptions, PlanOptions {
-  // Of the backward operators: upstream gradients, and what the forward ones returned.
+  // The backward operators': upstream gradients, and what the forward ones returned.
   at::Tensor grad_loss, lse, known_entropy;
   OptionalTensor grad_logprob, grad_lse, grad_entropy;
 
   at::Tensor input, linear_weight;
   OptionalTensor target, linear_bias, weight, token_weight, num_items;
 
-  // Of token statistics: see TokenStatistics.
+  // Token statistics': see TokenStatistics.
   bool skip_ignored = false, entropy = false, argmax = false;
   int64_t top_k = 0;
 

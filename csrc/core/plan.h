@@ -89,7 +89,7 @@ struct Plan {
   int64_t floor_bytes = 0;    // the gradients themselves
   double flops = 0;
   double floor_flops = 0;  // 2 N D V per product that any implementation needs
-  // Of products that would fill a GPU for as long as this plan is predicted to take; 0 on the CPU.
+  // What products that fill the GPU would do in this plan's predicted time; 0 on the CPU.
   double predicted_flops = 0;
 };
 

@@ -14,7 +14,7 @@ inline bool wants_gradient(const PlanRequest& r) {
   return r.grad_input || r.grad_weight || r.grad_bias;
 }
 
-/// Of one matrix product: 2 N D V.
+/// FLOPs of one matrix product: 2 N D V.
 inline double product_flops(const PlanRequest& r) {
   return 2.0 * static_cast<double>(r.tokens) * static_cast<double>(r.features) *
          static_cast<double>(r.vocab);

@@ -27,7 +27,7 @@ enum class Reduction { kNone, kSum, kMean };
 ///   dz[v] = p_v (grad_lse - sum_k grad_logprob_k - grad_entropy (log p_v + entropy))
 ///           + sum_k grad_logprob_k [v == target_k]
 ///
-/// with p the softmax. Null outputs are not wanted, null gradients are zero. Other floating outputs are
+/// with p the softmax. Null outputs are not requested, null gradients are zero. Other floating outputs are
 /// fp32, or fp64 when the problem is.
 struct TokenStatistics {
   // Leave out tokens each of whose targets is ignore_index: all their statistics are 0.
@@ -105,14 +105,14 @@ struct Problem : ProblemOptions {
                           // exp(z - lse) would inherit the rounding of a large lse
   void* statistics_out = nullptr;  // [4, N]: loss, target logit, entropy, max; or null
   int64_t* argmax = nullptr;       // [N]; null unless statistics
-  void* grad_input = nullptr;      // [N, D] contiguous, or null when not wanted
+  void* grad_input = nullptr;      // [N, D] contiguous, or null: not requested
   void* grad_weight = nullptr;     // [V, D] contiguous, or null
   void* grad_bias = nullptr;       // [V], or null
 };
 
 inline bool skips_tiles(const Problem& p) { return p.skip_mass > 0; }
 
-/// Which numbers beside maximum and sum of a row the caller's statistics need.
+/// Which numbers of a row, in addition to maximum and sum, the caller's statistics need.
 inline bool wants_entropy(const Problem& p) {
   return p.statistics || (p.token_statistics != nullptr && p.token_statistics->entropy != nullptr);
 }

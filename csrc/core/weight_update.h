@@ -13,4 +13,19 @@ enum class WeightUpdate {
   kSplitLast,  // ... and rounded at last
 };
 
+/// The update of one of several terms that add up in split sums.
+constexpr WeightUpdate split_update(bool first, bool last) {
+  return first  ? WeightUpdate::kSplitFirst
+         : last ? WeightUpdate::kSplitLast
+                : WeightUpdate::kSplitNext;
+}
+
+/// Whether it adds to what is there, and whether it makes the gradient final.
+constexpr bool reads_gradient(WeightUpdate update) {
+  return update != WeightUpdate::kWrite && update != WeightUpdate::kSplitFirst;
+}
+constexpr bool is_final(WeightUpdate update) {
+  return update != WeightUpdate::kSplitFirst && update != WeightUpdate::kSplitNext;
+}
+
 }  // namespace memeff

@@ -253,7 +253,7 @@ void Bf16Backend::grad_weight(Range classes, Range tokens, const ScoreBlock& blo
     for (; task < end; ++task) {
       const int64_t v = task * kTaskRows;
       const int64_t rows = std::min(kTaskRows, classes.size() - v);
-      // The scores may lie in the very rows of grad_weight that are written below: copy all of them.
+      // The scores may lie in exactly the rows of grad_weight that are written below: copy all of them.
       float* const sums = scratch<float>(thread);
       auto* const copy = reinterpret_cast<uint16_t*>(sums + kTaskRows * sum_stride(kTaskColumns));
       kernels_.copy_rows(static_cast<const uint16_t*>(block.data) + v * block.stride, block.stride,
@@ -288,16 +288,15 @@ void Bf16Backend::update_rows(const Product& product, int64_t row, int64_t colum
   rows.scale = static_cast<float>(tokens_.output_scale());
   rows.gradient = static_cast<uint16_t*>(problem_.grad_weight) + offset;
   rows.gradient_stride = problem_.features;
-  const bool split = update == WeightUpdate::kSplitFirst || update == WeightUpdate::kSplitNext ||
-                     update == WeightUpdate::kSplitLast;
+  const bool split = update != WeightUpdate::kWrite;
   const bool compact = plan_.accumulation == Accumulation::kCompact;
   rows.low = split && !compact ? at<uint16_t>(layout_.remainder) + offset : nullptr;
   rows.exponents_stride = ceil_div(problem_.features, kCompactBlock);
   rows.exponents = split && compact ? at<uint8_t>(layout_.exponents) + row * rows.exponents_stride +
                                           column / kCompactBlock
                                     : nullptr;
-  rows.read = update != WeightUpdate::kWrite && update != WeightUpdate::kSplitFirst;
-  rows.round = !split || update == WeightUpdate::kSplitLast;
+  rows.read = reads_gradient(update);
+  rows.round = is_final(update);
   kernels_.update_rows(rows);
 }
 

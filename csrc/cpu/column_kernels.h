@@ -32,7 +32,7 @@ inline T cap_slope(T kept, T softcap) {
   return ratio * (2 - ratio);
 }
 
-/// Partial sums of a tile, per token. Pointers that are null are not wanted.
+/// Partial sums of a tile, per token. Null: not requested.
 template <class T>
 struct TilePartials {
   T* maximum = nullptr;   // max_v z_v

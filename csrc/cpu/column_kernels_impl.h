@@ -92,8 +92,8 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
       smooth += transform.class_weight != nullptr ? transform.class_weight[v] * score : score;
     }
   }
-  // Relative to a finite number, so that a tile of -inf scores has sum 0 and not NaN, and +inf is told
-  // from NaN.
+  // Relative to a finite number, so that a tile of -inf scores has sum 0 and not NaN, and +inf
+  // differs from NaN.
   const Vec<T> origin = maximum == -infinity || maximum == infinity ? Vec<T>{} : maximum;
   // Sums of sums of 16: their rounding would be an error of lse and entropy, which all classes share.
   constexpr int64_t kTerms = 16;

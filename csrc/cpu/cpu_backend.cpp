@@ -86,8 +86,8 @@ void CpuBackend<T>::update_grad_weight(Range classes, WeightUpdate update) {
           for (int64_t d = 0; d < features; ++d) row[d] += sum[d] * scale;
         } else if constexpr (std::is_same_v<U, BFloat16>) {
           const int64_t v = classes.begin + i;
-          const bool read = update != WeightUpdate::kSplitFirst;
-          const bool round = update == WeightUpdate::kSplitLast;
+          const bool read = reads_gradient(update);
+          const bool round = is_final(update);
           auto* const bits = reinterpret_cast<uint16_t*>(row);
           if (plan_.accumulation == Accumulation::kCompact) {
             const int64_t blocks = ceil_div(features, kCompactBlock);
@@ -151,12 +151,12 @@ ScoreBlock CpuBackend<T>::block_in_workspace() {
   block.data = at<char>(layout_.scores);
   block.stride = round_up(plan_.chunk_tokens, kPanel);
   if (context_.request->bf16_kernels) {
-    // Chunks take turns, but under vocab slices the one in grad_weight stays alive beside this one.
-    const bool beside = plan_.kind == PlanKind::kVocabSlices;
+    // Chunks take turns, but under vocab slices the one in grad_weight stays alive at the same time.
+    const bool both_live = plan_.kind == PlanKind::kVocabSlices;
     block.maxima =
-        at<T>(layout_.kept_maxima) +
-        (beside ? ceil_div(problem_.vocab, kTileVocab) * round_up(plan_.stored_in_gradient, kPanel)
-                : 0);
+        at<T>(layout_.kept_maxima) + (both_live ? ceil_div(problem_.vocab, kTileVocab) *
+                                                      round_up(plan_.stored_in_gradient, kPanel)
+                                                : 0);
     block.maxima_stride = block.stride;
   }
   return block;

@@ -63,8 +63,8 @@ extern template class CpuBackend<double>;
 
 /// The backend for the problem's dtype on this machine.
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context);
-/// Completes a request by what depends on the problem's options, this machine and its threads. Of the
-/// problem's pointers it matters only which are null.
+/// Completes a request by what depends on the problem's options, this machine and its threads. It
+/// matters which of the problem's pointers are null, not what they point to.
 ///
 /// The environment variable MEMEFF_CPU_KERNELS chooses what computes the products of bf16 calls whose
 /// options the bf16 kernels support; all others are computed by "blas":

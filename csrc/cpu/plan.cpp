@@ -10,7 +10,7 @@ namespace memeff {
 namespace {
 
 // Without a budget: enough tokens per chunk that a pass over grad_weight (8 bytes per element) costs
-// little beside the chunk's 2 * tokens FLOPs per element, in at most this much score storage.
+// little compared with the chunk's 2 * tokens FLOPs per element, in at most this much score storage.
 constexpr int64_t kPreferredChunkBytes = int64_t{128} << 20;
 constexpr int64_t kPreferredChunkTokens = 1024;
 constexpr int64_t kLeastChunkTokens = 256;
@@ -99,7 +99,7 @@ struct Limits {
   Shrink shrink = Shrink::kAnyhow;
 };
 
-/// Chunk sizes to consider: what the caller fixed, or what the budget (if any) leaves free.
+/// Chunk sizes to consider: what the caller fixed, or what a budget allows.
 Limits chunk_limits(const CpuPlanRequest& r) {
   const int64_t padded = round_up(std::max<int64_t>(1, r.tokens), kPanel);
   Limits limits;
@@ -161,7 +161,7 @@ bool plan_token_chunks(const CpuPlanRequest& r, Accumulation accumulation, const
   return true;
 }
 
-/// Vocab slices: what the budget leaves over keeps more scores from being computed again.
+/// Vocab slices: the rest of the budget keeps more scores, which are then not computed again.
 Plan keep_more_scores(const CpuPlanRequest& r, int64_t budget, const Plan& plan) {
   const int64_t rest = round_up(r.tokens - plan.stored_in_gradient, kPanel);
   Plan more = plan;

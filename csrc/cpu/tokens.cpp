@@ -324,7 +324,7 @@ template <class T>
 void CpuTokens<T>::differentiate(Range tokens) {
   if (statistics_ == nullptr || statistics_->differentiate == nullptr) return;
   write_token_statistics(tokens);
-  // Of the rows in between, those that take no part have statistics of 0; their gradients are not read.
+  // Rows in between that take no part have statistics of 0; their gradients are not read.
   statistics_->differentiate(statistics_->context, rows_[tokens.begin], rows_[tokens.end - 1] + 1);
   for (int64_t token = tokens.begin; token < tokens.end; ++token) {
     set_statistics_coefficients(token);

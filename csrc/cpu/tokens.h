@@ -19,8 +19,8 @@ namespace memeff {
 enum Partial { kMaximum, kSum, kSmooth, kWeighted, kArgmax, kTargetDot, kTargetMass, kTargetPlain };
 constexpr int kPartials = 8;
 
-/// Tokens are numbered by their place among those that take part, of which rows() tells the row of
-/// the input.
+/// Tokens are numbered by their place among those that take part, rows() has
+/// their rows of the input.
 template <class T>
 class CpuTokens {
  public:
@@ -40,7 +40,7 @@ class CpuTokens {
   const int64_t* rows() const { return rows_; }
   bool contiguous_rows(Range tokens) const;
 
-  /// Per-tile partial sums, [tiles, token_block] each; null when not wanted.
+  /// Per-tile partial sums, [tiles, token_block] each; null: not requested.
   T* partial(Partial which, int64_t tile) const;
   TilePartials<T> tile_partials(int64_t tile, int64_t token) const;
   /// z_y of the token's k-th target; with class probabilities sum_v w_v q_v z_v.

@@ -140,9 +140,9 @@ ScoreBlock CallMemory::block_in_workspace() const {
   ScoreBlock block;
   block.data = place<char>(layout_.scores);
   block.stride = round_up(chunk, kRowPadding);
-  // Chunks take turns, but under vocab slices the one in grad_weight stays alive beside this one.
-  const bool beside = plan_.kind == PlanKind::kVocabSlices;
-  add_kept(&block, beside ? plan_.stored_in_gradient : 0, chunk);
+  // Chunks take turns, but under vocab slices the one in grad_weight stays alive at the same time.
+  const bool both_live = plan_.kind == PlanKind::kVocabSlices;
+  add_kept(&block, both_live ? plan_.stored_in_gradient : 0, chunk);
   return block;
 }
 

@@ -85,7 +85,7 @@ class CallMemory {
   /// Sums of grad_input from tokens.begin on: the gradient itself when it has full precision.
   void* input_sum(Range tokens) const;
   void* weight_sum() const { return place<char>(layout_.weight_sum); }
-  /// Room for gradients that leave grad_weight before their product is written there.
+  /// Room for gradients that are moved out of grad_weight before their product is written there.
   void* weight_copy() const { return place<char>(layout_.weight_copy); }
   /// Room for the list of the product that comes next (make_work_list).
   void* work_list() const { return place<char>(layout_.work_list); }

@@ -87,7 +87,7 @@ class CudaBackend : public Backend {
     const TokenStatistics* statistics = problem_.token_statistics;
     if (statistics == nullptr || statistics->differentiate == nullptr) return;
     check(write_token_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
-    // The caller works on the same stream: nobody waits.
+    // The caller works on the same stream: nothing waits.
     statistics->differentiate(statistics->context, tokens.begin, tokens.end);
     check(cuda::restore_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
   }
@@ -225,7 +225,7 @@ class CudaBackend : public Backend {
     Matrix other{};              // operand of the linear layer
     void* sums = nullptr;
     RowUpdate update;         // how sums enter the gradient
-    bool at_once = false;     // the product's epilogue does that; else it leaves sums,
+    bool at_once = false;     // the product's epilogue does that; else it writes sums,
     bool accumulate = false;  // added to those of the products before it,
     bool smooths = false;     // and to label smoothing, if gradients of logits leave it out
     bool updates = false;     // then the sums are complete, and enter the gradient
@@ -280,7 +280,7 @@ class CudaBackend : public Backend {
   }
 
   /// Whether the product may overlap those launched just before: they write gradients at once, too,
-  /// and other rows. What they read no product writes: scores leave grad_weight by a copy, a launch in
+  /// and other rows. What they read no product writes: a copy moves scores out of grad_weight, a launch in
   /// between.
   bool overlaps_previous(const ProductTarget& to) {
     const bool overlaps = follows_writing_product_ && to.rows.begin >= *to.written;
@@ -295,8 +295,8 @@ class CudaBackend : public Backend {
     terms_.softcap = problem_.softcap;
     const auto convert = [&](const void* from, DType dtype, void* to) {
       if (from == nullptr || dtype == sum_dtype_) return from;
-      check(copy_rows(from, problem_.vocab, dtype, to, problem_.vocab, sum_dtype_, 1,
-                      problem_.vocab, stream_));
+      const int64_t v = problem_.vocab;
+      check(copy_rows({from, v, dtype, to, v, sum_dtype_, 1, v}, stream_));
       return static_cast<const void*>(to);
     };
     terms_.bias = convert(problem_.bias, problem_.dtype, memory_.bias());
@@ -337,8 +337,8 @@ class CudaBackend : public Backend {
   void list_work(ProductOfGradient product, const Block& shape, const ScoreBlock& block,
                  GradientOperands* operands) {
     if (block.tiles == nullptr) return;
-    check(make_work_list(product, shape.classes, shape.tokens, marks_of(block), memory_.work_list(),
-                         &operands->list, stream_));
+    check(make_work_list({product, shape.classes, shape.tokens, marks_of(block)},
+                         memory_.work_list(), &operands->list, stream_));
   }
 
   /// Sums [rows, features] to the gradient, still without either.
@@ -351,12 +351,6 @@ class CudaBackend : public Backend {
     return update;
   }
 
-  /// The update of one of several terms that add up in split sums.
-  static WeightUpdate split_update(bool first, bool last) {
-    return first  ? WeightUpdate::kSplitFirst
-           : last ? WeightUpdate::kSplitLast
-                  : WeightUpdate::kSplitNext;
-  }
   RowUpdate input_update(Range tokens) const {
     RowUpdate update = row_update(tokens.size());
     update.sums = memory_.input_sum(tokens);
@@ -367,8 +361,8 @@ class CudaBackend : public Backend {
   /// Gradients, or scores, that lie where their product will be written.
   void move_out_of_gradient(Range classes, Range tokens, GradientOperands* operands) {
     const int64_t stride = round_up(tokens.size(), CallMemory::kRowPadding);
-    check(copy_rows(operands->gradient, operands->gradient_stride, problem_.dtype,
-                    memory_.weight_copy(), stride, problem_.dtype, classes.size(), tokens.size(),
+    check(copy_rows({operands->gradient, operands->gradient_stride, problem_.dtype,
+                     memory_.weight_copy(), stride, problem_.dtype, classes.size(), tokens.size()},
                     stream_));
     operands->gradient = memory_.weight_copy();
     operands->gradient_stride = stride;
@@ -390,12 +384,15 @@ class CudaBackend : public Backend {
     const float* factors = of_input                  ? token_weight
                            : class_weight == nullptr ? nullptr
                                                      : class_weight + classes.begin;
-    check(outer_product(factors, row, to.rows.size(), problem_.features, to.accumulate,
-                        static_cast<float*>(to.sums), problem_.features, stream_));
+    const int64_t features = problem_.features;
+    check(outer_product({factors, row, static_cast<float*>(to.sums), features, to.rows.size(),
+                         features, to.accumulate},
+                        stream_));
   }
   void sum_rows(const Matrix& matrix, const float* factors, float* sums) {
-    check(weighted_row_sum(matrix.data, matrix.row_stride, problem_.dtype, matrix.rows,
-                           problem_.features, factors, sums, stream_));
+    check(weighted_row_sum({matrix.data, matrix.row_stride, problem_.dtype, matrix.rows,
+                            problem_.features, factors, sums},
+                           stream_));
   }
 
   const Problem& problem_;

@@ -69,20 +69,42 @@ struct RowUpdate {
 };
 Status update_rows(const RowUpdate& update, void* stream);
 
-/// Copies a matrix, to the same type or to fp32.
-Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
-                 int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream);
+/// A copy of a matrix [rows, columns], of the same type or fp32.
+struct RowCopy {
+  const void* from = nullptr;
+  int64_t from_stride = 0;
+  DType from_dtype = DType::kFloat32;
+  void* to = nullptr;
+  int64_t to_stride = 0;
+  DType to_dtype = DType::kFloat32;
+  int64_t rows = 0, columns = 0;
+};
+Status copy_rows(const RowCopy& copy, void* stream);
 
 /// gradient = from * *scale (fp64, on the device), n adjacent elements, computed in A. `from` may
 /// be `gradient`; then nothing is written where the scale is 1.
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
                       void* stream);
 
-/// sums [columns] (float) = sum over rows of factors[row] * matrix[row]; no factors: ones. 16 bits.
-Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t rows,
-                        int64_t columns, const float* factors, float* sums, void* stream);
+/// sums [columns] = sum over rows of factors[row] * matrix[row]; no factors: ones.
+struct WeightedRowSum {
+  const void* matrix = nullptr;  // [rows, columns], of 16 bits
+  int64_t stride = 0;
+  DType dtype = DType::kBFloat16;
+  int64_t rows = 0, columns = 0;
+  const float* factors = nullptr;
+  float* sums = nullptr;
+};
+Status weighted_row_sum(const WeightedRowSum& call, void* stream);
+
 /// out[row, column] = factors[row] * values[column], or += with `accumulate`; no factors: ones.
-Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
-                     bool accumulate, float* out, int64_t stride, void* stream);
+struct OuterProduct {
+  const float *factors = nullptr, *values = nullptr;
+  float* out = nullptr;  // [rows, columns]
+  int64_t stride = 0;
+  int64_t rows = 0, columns = 0;
+  bool accumulate = false;
+};
+Status outer_product(const OuterProduct& call, void* stream);
 
 }  // namespace memeff::cuda

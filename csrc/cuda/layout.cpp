@@ -88,7 +88,7 @@ int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& pla
   return std::min(rows, r.tokens);
 }
 
-int64_t summed_beside_scores(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
+int64_t summed_while_kept(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   const bool sums = r.grad_input && is_16_bit(r.dtype) && !writes_gradients(t);
   return sums && kept_tokens(r, plan) > 0 ? std::min(plan.input_block, r.tokens) : 0;
 }
@@ -179,7 +179,7 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
         std::max(some_kept ? bytes(true) : 0, some_not || !some_kept ? bytes(false) : 0));
   }
   if (early) {
-    const int64_t sums = summed_beside_scores(r, t, plan) * r.features * 4;
+    const int64_t sums = summed_while_kept(r, t, plan) * r.features * 4;
     cursor.move_to(std::max(cursor.offset(), steps + round_up(sums, kAlignment)));
     take_maxima();
   }

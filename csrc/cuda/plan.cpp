@@ -37,7 +37,7 @@ constexpr int64_t kEpilogueDepth = 80;
 // 75 on A100, 100 on T4; and while it starts a kernel and waits for its last tiles, about 4 us.
 constexpr double kMultiplyAddsPerByte = 80;
 constexpr double kMultiplyAddsPerLaunch = 1.4e9;
-// While the last blocks of products that run beside one another end: half of their 75 us.
+// While the last blocks of products that overlap end: half of their 75 us.
 constexpr double kMultiplyAddsPerLastBlocks = 1.3e10;
 // Sums that are added to again and again stay in the L2 cache up to about this size.
 constexpr int64_t kCachedBytes = 24 * kMiB;
@@ -215,7 +215,7 @@ class Candidates {
     plan.compact_input_sums = terms > 1 && terms <= kMostCompactTerms;
     if (plan.compact_input_sums) slices_with_more_scores(plan);
     // Parts of a slice of grad_weight that add up in its own memory. All scores that lie there must
-    // leave it at once.
+    // be moved out at once.
     const int64_t parts = 2 + ceil_div(r_.tokens, plan.token_block);
     if (!writes_gradients(t_) || plan.token_block < stored_ || parts > kMostCompactTerms) return;
     plan.accumulation = Accumulation::kCompact;
@@ -241,7 +241,7 @@ class Candidates {
   void consider(Plan plan) const {
     finish(r_, t_, &plan);
     visit_(plan);
-    if (!t_.kernels.stores_16_bits() || summed_beside_scores(r_, t_, plan) == 0) return;
+    if (!t_.kernels.stores_16_bits() || summed_while_kept(r_, t_, plan) == 0) return;
     plan.input_block = std::max(kTokenTile, plan.input_block / 2);
     visit_(plan);
   }
@@ -261,9 +261,9 @@ int64_t parts_of(int64_t tokens, int64_t part) {
   return ceil_div(tokens, std::max<int64_t>(1, part));
 }
 
-/// Under token chunks, whether a chunk's products of gradients run beside one another. (Those of
+/// Under token chunks, whether a chunk's gradient products overlap. (Those of
 /// scores in the gradient cannot: a copy lies in between.)
-bool run_beside(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
+bool products_overlap(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   return r.grad_input && r.grad_weight && plan.kind == PlanKind::kTokenChunks && !t.skips &&
          t.kernels.products.architecture->overlaps_launches && products_write_weight(r, t, plan);
 }
@@ -275,13 +275,14 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   const int64_t stored = plan.stored_in_gradient, rest = n - stored;
   const bool direct = products_write_weight(r, t, plan);
   double cost;
-  int64_t passes = 1, products;  // passes: terms that are added in the gradient or beside it
+  int64_t passes = 1,
+          products;  // passes: terms that are added in the gradient or in sums of their own
   if (plan.kind == PlanKind::kTokenChunks) {
     const int64_t blocks = parts_of(kept_tokens(r, plan), plan.weight_block);
     const int64_t others = rest > 0 ? parts_of(rest, plan.chunk_tokens) : 0;
     passes = std::max<int64_t>(1, (stored > 0 ? 1 : 0) + others);
     products = passes * blocks;
-    const Rounds rounds = run_beside(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
+    const Rounds rounds = products_overlap(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
     cost = product_cost(r, v, slice, d, d, stored, stored > 0 ? blocks : 0) +
            product_cost(r, v, slice, d, d, rest, others * blocks, rounds);
     if (rounds == Rounds::kShared) cost += static_cast<double>(others) * kMultiplyAddsPerLastBlocks;
@@ -309,7 +310,7 @@ double input_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan
   const int64_t d = r.features, v = r.vocab, stored = plan.stored_in_gradient;
   const int64_t fresh = fresh_tokens(r, plan), kept = r.tokens - fresh;
   if (plan.kind == PlanKind::kTokenChunks) {
-    const Rounds rounds = run_beside(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
+    const Rounds rounds = products_overlap(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
     return product_cost(r, stored, plan.input_block, d, d, v) +
            product_cost(r, kept - stored, std::min(plan.chunk_tokens, plan.input_block), d, d, v, 1,
                         rounds);
@@ -342,7 +343,7 @@ double predicted_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& 
 
 namespace {
 
-/// What products take beside the workspace: see gemm.h.
+/// What products take in addition to the workspace: see gemm.h.
 int64_t product_bytes(const GpuPlanRequest& r) {
   if (!r.upcasts || r.tokens == 0 || r.vocab == 0) return 0;
   int64_t most = upcast_bytes(r.vocab, r.features, r.tokens);

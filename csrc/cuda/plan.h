@@ -1,5 +1,6 @@
-// Decides how a call runs on a GPU, before anything is allocated: plain C++, tested without a GPU. The plans are those of core/plan.h; sizes differ, because a GPU wants
-// large products and hides nothing in a thread's cache:
+// Decides how a call runs on a GPU, before anything is allocated: plain C++, tested without a GPU. The
+// plans are those of core/plan.h; sizes differ, because a GPU wants large products and hides nothing in a
+// thread's cache:
 //
 //   scores, statistics    token_block tokens at a time, so that partial statistics stay small
 //   grad_input            of kept scores: input_block tokens, all classes in one product

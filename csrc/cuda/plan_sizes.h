@@ -25,8 +25,7 @@ int64_t fresh_tokens(const PlanRequest& request, const Plan& plan);
 
 /// Rows of grad_input that are summed in the workspace; those of them that are while scores are kept.
 int64_t summed_tokens(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
-int64_t summed_beside_scores(const PlanRequest& request, const PlanTraits& traits,
-                             const Plan& plan);
+int64_t summed_while_kept(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 
 /// Whether products write grad_weight by themselves, slice by slice: one product the whole slice, or
 /// several that add up in its own memory. No other sums are needed then.

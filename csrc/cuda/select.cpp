@@ -39,7 +39,7 @@ bool can_run(const KernelSet& kernels, const Problem& problem, const Gpu& gpu) {
   return kernels.architecture->can_run(problem, gpu);
 }
 
-/// Whether these products can work on what those scores leave behind: both generic, or both of 16
+/// Whether these products can work on what those scores are kept as: both generic, or both of 16
 /// bits. (cuBLAS reads gradients of any kind.)
 bool fit(const KernelSet& scores, const KernelSet& products) {
   return !products.fused() || scores.fused();

@@ -62,8 +62,8 @@ constexpr int64_t kBadTarget = -2;
 Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* stream);
 
 /// Merges `ranges` partial statistics of tokens [begin, end), whose arrays start at `begin`: lse
-/// and the other statistics, then the coefficients and target_gradient. Of a caller's token
-/// statistics not these: they wait for restore_statistics, with upstream gradients.
+/// and the other statistics, then the coefficients and target_gradient. These are not made of a
+/// caller's token statistics: they wait for restore_statistics, with upstream gradients.
 Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                         int64_t end, const PartialStatistics& partials, int64_t ranges,
                         void* stream);

@@ -38,10 +38,16 @@ constexpr int64_t work_list_bytes(int64_t rows, int64_t k_tiles) {
   return rows * (static_cast<int64_t>(sizeof(WorkRow)) + 4 * (1 + k_tiles));
 }
 
-/// Lists what a product has to do from the marks of tiles. `memory`, on the device, has
-/// work_list_bytes() and starts at a multiple of 8; the list points into it.
 enum class ProductOfGradient { kGradInput, kGradWeight };
-Status make_work_list(ProductOfGradient product, int64_t classes, int64_t tokens,
-                      const TileMarks& marks, void* memory, WorkList* list, void* stream);
+
+/// A product of a gradient whose tiles are marked.
+struct MarkedProduct {
+  ProductOfGradient product = ProductOfGradient::kGradInput;
+  int64_t classes = 0, tokens = 0;
+  TileMarks marks;
+};
+/// Lists what the product has to do. `memory`, on the device, has work_list_bytes() and starts at a
+/// multiple of 8; the list points into it.
+Status make_work_list(const MarkedProduct& marked, void* memory, WorkList* list, void* stream);
 
 }  // namespace memeff::cuda

@@ -65,8 +65,8 @@ class Run {
     }
     const bool input = problem_.grad_input != nullptr;
     const bool weight = problem_.grad_weight != nullptr;
-    // grad_input of kept chunks needs no sums beside those of one block; nor does that of the others in
-    // a sweep of its own, which finishes them block by block.
+    // grad_input of kept chunks needs no sums but those of one block; nor does that of the others in a
+    // sweep of its own, which finishes them block by block.
     if (input) {
       for (const Chunk& chunk : chunks) {
         if (chunk.kept) input_gradient_of_kept(chunk);
@@ -143,11 +143,8 @@ class Run {
     if (chunks == 1) return WeightUpdate::kWrite;
     const bool halves =
         plan_.accumulation == Accumulation::kFloat32 && problem_.dtype == DType::kBFloat16;
-    if (halves || plan_.accumulation == Accumulation::kCompact) {
-      return chunk == 0            ? WeightUpdate::kSplitFirst
-             : chunk + 1 == chunks ? WeightUpdate::kSplitLast
-                                   : WeightUpdate::kSplitNext;
-    }
+    if (halves || plan_.accumulation == Accumulation::kCompact)
+      return split_update(chunk == 0, chunk + 1 == chunks);
     return chunk == 0 ? WeightUpdate::kWrite : WeightUpdate::kAccumulate;
   }
 

@@ -190,13 +190,15 @@ void test_rows() {
   CHECK(far.equals(near.data(), kColumns * 2) && far_low.equals(near_low.data(), kColumns * 2));
 
   NearRows copy(DType::kBFloat16, 8);
-  CHECK(copy_rows(far.data(), kFarStride, DType::kBFloat16, copy.data(), kColumns, DType::kBFloat16,
-                  kRows, kColumns, nullptr)
+  CHECK(copy_rows({far.data(), kFarStride, DType::kBFloat16, copy.data(), kColumns,
+                   DType::kBFloat16, kRows, kColumns},
+                  nullptr)
             .ok());
   CHECK(far.equals(copy.data(), kColumns * 2));
   NearRows other(DType::kBFloat16, 9);
-  CHECK(copy_rows(other.data(), kColumns, DType::kBFloat16, far.data(), kFarStride,
-                  DType::kBFloat16, kRows, kColumns, nullptr)
+  CHECK(copy_rows({other.data(), kColumns, DType::kBFloat16, far.data(), kFarStride,
+                   DType::kBFloat16, kRows, kColumns},
+                  nullptr)
             .ok());
   CHECK(far.equals(other.data(), kColumns * 2));
 }

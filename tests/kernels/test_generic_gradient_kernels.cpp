@@ -317,8 +317,9 @@ void test_copy(DType from_dtype, DType to_dtype, int64_t rows, int64_t columns, 
   Array from(from_dtype, rows * from_stride, "from", BufferAccess::kReadOnly, offset);
   Array to(to_dtype, rows * to_stride, "to", BufferAccess::kReadWrite, offset);
   for (int64_t i = 0; i < rows * from_stride; ++i) from.set(i, normal(random));
-  CHECK(copy_rows(from.data(), from_stride, from_dtype, to.data(), to_stride, to_dtype, rows,
-                  columns, nullptr)
+  CHECK(copy_rows(
+            {from.data(), from_stride, from_dtype, to.data(), to_stride, to_dtype, rows, columns},
+            nullptr)
             .ok());
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t d = 0; d < columns; ++d)
@@ -400,8 +401,11 @@ void test_statuses() {
   uint8_t exponent = 0;
   update.dtype = DType::kFloat32, update.split = {}, update.split.exponents = &exponent;
   CHECK(!update_rows(update, nullptr).ok());
-  CHECK(copy_rows(nullptr, 0, DType::kFloat32, nullptr, 0, DType::kFloat32, 0, 1, nullptr).ok());
-  CHECK(!copy_rows(nullptr, 0, DType::kFloat32, nullptr, 0, DType::kBFloat16, 1, 1, nullptr).ok());
+  RowCopy copy;
+  copy.columns = 1;
+  CHECK(copy_rows(copy, nullptr).ok());
+  copy.rows = 1, copy.to_dtype = DType::kBFloat16;
+  CHECK(!copy_rows(copy, nullptr).ok());
   CHECK(scale_gradient(nullptr, nullptr, DType::kFloat32, 0, nullptr, nullptr).ok());
   CHECK(add_bias_gradient({}, nullptr, 0, DType::kFloat32, nullptr, nullptr).ok());
 }

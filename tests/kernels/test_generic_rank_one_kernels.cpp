@@ -40,8 +40,9 @@ void test_weighted_row_sum(const Shape& s, DType dtype, bool weighted) {
     }
   }
   const auto* given = weighted ? static_cast<const float*>(factors.data()) : nullptr;
-  CHECK(weighted_row_sum(matrix.data(), stride, dtype, s.rows, s.columns, given,
-                         static_cast<float*>(sums.data()), nullptr)
+  CHECK(weighted_row_sum({matrix.data(), stride, dtype, s.rows, s.columns, given,
+                          static_cast<float*>(sums.data())},
+                         nullptr)
             .ok());
   // A thread adds every 128th row, one thread all of these sums.
   const double additions = std::sqrt(static_cast<double>(s.rows)) + 12;
@@ -67,8 +68,9 @@ void test_outer_product(const Shape& s, bool weighted, bool accumulate) {
       before[row * s.columns + d] = out.at(row * stride + d);
     }
   const auto* given = weighted ? static_cast<const float*>(factors.data()) : nullptr;
-  CHECK(outer_product(given, static_cast<const float*>(values.data()), s.rows, s.columns,
-                      accumulate, static_cast<float*>(out.data()), stride, nullptr)
+  CHECK(outer_product({given, static_cast<const float*>(values.data()),
+                       static_cast<float*>(out.data()), stride, s.rows, s.columns, accumulate},
+                      nullptr)
             .ok());
   for (int64_t row = 0; row < s.rows; ++row) {
     for (int64_t d = 0; d < s.columns; ++d) {
@@ -83,11 +85,15 @@ void test_outer_product(const Shape& s, bool weighted, bool accumulate) {
 }
 
 void test_statuses() {
-  const Status wide =
-      weighted_row_sum(nullptr, 1, DType::kFloat32, 1, 1, nullptr, nullptr, nullptr);
+  WeightedRowSum sum;
+  sum.dtype = DType::kFloat32, sum.rows = sum.columns = 1;
+  const Status wide = weighted_row_sum(sum, nullptr);
   CHECK(!wide.ok() && std::strstr(wide.message, "16 bits") != nullptr);
-  CHECK(weighted_row_sum(nullptr, 0, DType::kBFloat16, 1, 0, nullptr, nullptr, nullptr).ok());
-  CHECK(outer_product(nullptr, nullptr, 0, 1, false, nullptr, 1, nullptr).ok());
+  sum.dtype = DType::kBFloat16, sum.columns = 0;
+  CHECK(weighted_row_sum(sum, nullptr).ok());
+  OuterProduct product;
+  product.columns = 1;
+  CHECK(outer_product(product, nullptr).ok());
 }
 
 }  // namespace

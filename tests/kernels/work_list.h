@@ -19,7 +19,7 @@ class ListedWork {
         memory_(static_cast<std::size_t>((bytes_ + 7) / 8), -1),
         guard_(memory_.data(), static_cast<std::size_t>(bytes_), "work list",
                emulator::BufferAccess::kReadWrite, 4) {
-    CHECK(make_work_list(product, classes, tokens, {tiles, tiles_stride}, memory_.data(), &list,
+    CHECK(make_work_list({product, classes, tokens, {tiles, tiles_stride}}, memory_.data(), &list,
                          nullptr)
               .ok());
   }

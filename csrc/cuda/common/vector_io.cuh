@@ -39,7 +39,7 @@ MEMEFF_DEVICE __half narrow<__half>(float x) {
 }
 
 // The lower halves of two registers, or their upper ones, as a pair: the first's in the lower half.
-// (Of shifts and masks nvcc makes two instructions.)
+// (nvcc makes two instructions of shifts and masks.)
 MEMEFF_DEVICE uint32_t lower_halves(uint32_t first, uint32_t second) {
 #if defined(__CUDACC__)
   return __byte_perm(first, second, 0x5410);

@@ -25,18 +25,17 @@ constexpr int kLanes = 8, kRows = 128, kPerThread = 8;
 constexpr int kColumns = kLanes * kPerThread;
 
 template <class T>
-__global__ void __launch_bounds__(kLanes* kRows)
-    weighted_row_sum_kernel(const T* matrix, int64_t stride, int64_t rows, int64_t columns,
-                            const float* factors, float* sums) {
+__global__ void __launch_bounds__(kLanes* kRows) weighted_row_sum_kernel(WeightedRowSum call) {
+  const auto* const matrix = static_cast<const T*>(call.matrix);
   MEMEFF_SHARED_ARRAY(float, partial, kRows* kColumns);
   const int64_t column = int64_t{blockIdx.x} * kColumns + threadIdx.x * kPerThread;
-  const int count = count_left<kPerThread>(column, columns);
+  const int count = count_left<kPerThread>(column, call.columns);
   float sum[kPerThread] = {};
   if (count > 0) {
-    for (int64_t row = threadIdx.y; row < rows; row += kRows) {
+    for (int64_t row = threadIdx.y; row < call.rows; row += kRows) {
       T values[kPerThread];
-      load(values, matrix + row * stride + column, count);
-      const float factor = factors == nullptr ? 1.f : factors[row];
+      load(values, matrix + row * call.stride + column, count);
+      const float factor = call.factors == nullptr ? 1.f : call.factors[row];
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) sum[i] += factor * widen(values[i]);
     }
@@ -46,49 +45,40 @@ __global__ void __launch_bounds__(kLanes* kRows)
     partial[threadIdx.y * kColumns + threadIdx.x * kPerThread + i] = sum[i];
   __syncthreads();
   const int mine = threadIdx.y * kLanes + threadIdx.x;
-  if (mine >= kColumns || int64_t{blockIdx.x} * kColumns + mine >= columns) return;
+  if (mine >= kColumns || int64_t{blockIdx.x} * kColumns + mine >= call.columns) return;
   float total = 0.f;
   for (int row = 0; row < kRows; ++row) total += partial[row * kColumns + mine];
-  sums[int64_t{blockIdx.x} * kColumns + mine] = total;
+  call.sums[int64_t{blockIdx.x} * kColumns + mine] = total;
 }
 
 constexpr int kOuterThreads = 256;
 
-__global__ void __launch_bounds__(kOuterThreads)
-    outer_product_kernel(const float* factors, const float* values, int64_t rows, int64_t columns,
-                         bool accumulate, float* out, int64_t stride) {
+__global__ void __launch_bounds__(kOuterThreads) outer_product_kernel(OuterProduct call) {
   const int64_t i = int64_t{blockIdx.x} * kOuterThreads + threadIdx.x;
-  if (i >= rows * columns) return;
-  const int64_t row = i / columns, column = i % columns;
-  const float product = (factors == nullptr ? 1.f : factors[row]) * values[column];
-  float& to = out[row * stride + column];
-  to = accumulate ? to + product : product;
+  if (i >= call.rows * call.columns) return;
+  const int64_t row = i / call.columns, column = i % call.columns;
+  const float factor = call.factors == nullptr ? 1.f : call.factors[row];
+  const float product = factor * call.values[column];
+  float& to = call.out[row * call.stride + column];
+  to = call.accumulate ? to + product : product;
 }
 
 }  // namespace
 
-Status weighted_row_sum(const void* matrix, int64_t stride, DType dtype, int64_t rows,
-                        int64_t columns, const float* factors, float* sums, void* stream) {
-  if (columns == 0) return {};
-  if (!is_16_bit(dtype)) return {"weighted_row_sum: matrices of 16 bits only"};
-  const auto blocks = static_cast<unsigned>(ceil_div(columns, kColumns));
-  const auto run = [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const auto* from = static_cast<const T*>(matrix);
-    MEMEFF_LAUNCH(weighted_row_sum_kernel<T>, dim3(blocks), dim3(kLanes, kRows), 0, stream, from,
-                  stride, rows, columns, factors, sums);
-    return launch_status();
-  };
-  return dtype == DType::kBFloat16 ? run(static_cast<__nv_bfloat16*>(nullptr))
-                                   : run(static_cast<__half*>(nullptr));
+Status weighted_row_sum(const WeightedRowSum& call, void* stream) {
+  if (call.columns == 0) return {};
+  if (!is_16_bit(call.dtype)) return {"weighted_row_sum: matrices of 16 bits only"};
+  const auto blocks = static_cast<unsigned>(ceil_div(call.columns, kColumns));
+  const auto kernel = call.dtype == DType::kBFloat16 ? weighted_row_sum_kernel<__nv_bfloat16>
+                                                     : weighted_row_sum_kernel<__half>;
+  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(kLanes, kRows), 0, stream, call);
+  return launch_status();
 }
 
-Status outer_product(const float* factors, const float* values, int64_t rows, int64_t columns,
-                     bool accumulate, float* out, int64_t stride, void* stream) {
-  if (rows == 0 || columns == 0) return {};
-  const auto blocks = static_cast<unsigned>(ceil_div(rows * columns, kOuterThreads));
-  MEMEFF_LAUNCH(outer_product_kernel, dim3(blocks), dim3(kOuterThreads), 0, stream, factors, values,
-                rows, columns, accumulate, out, stride);
+Status outer_product(const OuterProduct& call, void* stream) {
+  if (call.rows == 0 || call.columns == 0) return {};
+  const auto blocks = static_cast<unsigned>(ceil_div(call.rows * call.columns, kOuterThreads));
+  MEMEFF_LAUNCH(outer_product_kernel, dim3(blocks), dim3(kOuterThreads), 0, stream, call);
   return launch_status();
 }
 

@@ -62,15 +62,8 @@ __global__ void __launch_bounds__(kThreads)
                   update.gradient_stride, update.split, at.row, at.column, at.count);
 }
 
-struct CopyArguments {
-  const void* from;
-  void* to;
-  int64_t from_stride, to_stride, rows, columns;
-};
-
 template <class From, class To>
-__global__ void __launch_bounds__(kThreads)
-    copy_rows_kernel(CopyArguments copy, int64_t blocks_per_row) {
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(RowCopy copy, int64_t blocks_per_row) {
   const RowPosition at = row_position(blocks_per_row, copy.rows, copy.columns);
   if (at.count == 0) return;
   From values[kColumns];
@@ -89,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class From, class To>
-Status launch_copy(const CopyArguments& copy, void* stream) {
+Status launch_copy(const RowCopy& copy, void* stream) {
   const RowGrid grid(copy.rows, copy.columns);
   const int64_t blocks_per_row = grid.blocks_per_row;
   const auto kernel = copy_rows_kernel<From, To>;
@@ -139,23 +132,21 @@ Status update_rows(const RowUpdate& update, void* stream) {
   });
 }
 
-Status copy_rows(const void* from, int64_t from_stride, DType from_dtype, void* to,
-                 int64_t to_stride, DType to_dtype, int64_t rows, int64_t columns, void* stream) {
-  if (rows == 0 || columns == 0) return {};
-  const CopyArguments copy{from, to, from_stride, to_stride, rows, columns};
-  if (from_dtype == to_dtype) {
-    switch (size_of(from_dtype)) {
+Status copy_rows(const RowCopy& copy, void* stream) {
+  if (copy.rows == 0 || copy.columns == 0) return {};
+  const DType from = copy.from_dtype;
+  if (from == copy.to_dtype) {
+    switch (size_of(from)) {
       case 2: return launch_copy<uint16_t, uint16_t>(copy, stream);
       case 4: return launch_copy<float, float>(copy, stream);
       default: return launch_copy<double, double>(copy, stream);
     }
   }
-  if (to_dtype == DType::kFloat32 && from_dtype == DType::kBFloat16)
-    return launch_copy<__nv_bfloat16, float>(copy, stream);
-  if (to_dtype == DType::kFloat32 && from_dtype == DType::kFloat16)
-    return launch_copy<__half, float>(copy, stream);
-  if (to_dtype == DType::kFloat32 && from_dtype == DType::kFloat64)
-    return launch_copy<double, float>(copy, stream);
+  if (copy.to_dtype == DType::kFloat32) {
+    if (from == DType::kBFloat16) return launch_copy<__nv_bfloat16, float>(copy, stream);
+    if (from == DType::kFloat16) return launch_copy<__half, float>(copy, stream);
+    if (from == DType::kFloat64) return launch_copy<double, float>(copy, stream);
+  }
   return {"copy_rows: to the same type, or from 16 or 64 bits to float32"};
 }
 

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) write_loss_kernel(Problem problem, T
     const A sum = static_cast<A>(loss.cross_entropy + loss.z);
     total += loss.cross_entropy;
     z_total += loss.z;
-    // Without statistics nobody computes tokens that are left out, on a CPU; 0 here as there.
+    // Without statistics the CPU does not compute tokens that are left out; 0 here as there.
     const bool left_out = problem.target != nullptr && target == kNoTarget;
     problem.lse[token] = left_out && !problem.statistics ? 0.0 : tokens.lse[token];
     if (problem.reduction == Reduction::kNone) losses[token] = sum;

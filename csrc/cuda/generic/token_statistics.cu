@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   if (problem.target != nullptr && problem.target[token] != problem.ignore_index) {
     target = problem.target[token];
     if (target < 0 || target >= problem.vocab) {
-      // Nobody can be told from here. NaN spreads to whatever is made of this token.
+      // A kernel cannot raise an error. NaN spreads to whatever is made of this token.
       target = kBadTarget;
       mass = NAN;
       logit = static_cast<A>(NAN);

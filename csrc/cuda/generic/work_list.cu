@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1)
 
 }  // namespace
 
-Status make_work_list(ProductOfGradient product, int64_t classes, int64_t tokens,
-                      const TileMarks& tiles, void* memory, WorkList* list, void* stream) {
-  const int class_tiles = static_cast<int>(ceil_div(classes, kStoredTile));
-  const int token_tiles = static_cast<int>(ceil_div(tokens, kTokenTile));
-  const bool of_input = product == ProductOfGradient::kGradInput;
+Status make_work_list(const MarkedProduct& marked, void* memory, WorkList* list, void* stream) {
+  const TileMarks& tiles = marked.marks;
+  const int class_tiles = static_cast<int>(ceil_div(marked.classes, kStoredTile));
+  const int token_tiles = static_cast<int>(ceil_div(marked.tokens, kTokenTile));
+  const bool of_input = marked.product == ProductOfGradient::kGradInput;
   const Marks marks{tiles.marks, of_input ? 1 : tiles.stride, of_input ? tiles.stride : 1,
                     of_input ? token_tiles : class_tiles, of_input ? class_tiles : token_tiles};
   auto* const rows = static_cast<WorkRow*>(memory);

@@ -16,7 +16,7 @@
 // their index and whenever one ends: what is left for the end is small. Where results are only added
 // to, blocks without work end at once.
 //
-// The tile of C leaves through shared memory, 8 adjacent elements per thread, in a loop that is
+// The epilogue stores the tile of C through shared memory, 8 adjacent elements per thread, in a loop that is
 // short for all its ways to go: to fp32 sums or into the 16-bit gradient (ProductOutput, fused_kernels.h),
 // scaled and rounded, added, or split over the gradient and a remainder that together hold the
 // unscaled fp32 sum of several calls, or as the gradient's compact sum of several calls, whose blocks
@@ -66,7 +66,7 @@ MEMEFF_DEVICE ProductTile product_tile(const WorkList& list, unsigned row_tiles,
           row.count};
 }
 
-// ---- the tile of C leaves ----
+// ---- epilogue: the tile of C ----
 
 // Kernel argument: ProductOutput, and the extent of C.
 struct Destination {

@@ -5,7 +5,7 @@
 //                         slope(z_v)
 //   p_v = exp(z_v - shift),  slope = 1 - (z / softcap)^2; coefficients: kernel_arguments.h
 //
-// One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). Products leave through
+// One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). The epilogue stores through
 // shared memory, where 8 tokens of one class become the work of one thread: their coefficients stay
 // in its registers while it walks over classes, and 8 lanes store 128 bytes of adjacent tokens.
 // (Made in the accumulators, the same arithmetic is unrolled 128 times: 250 KB of code.) With

@@ -12,7 +12,7 @@
 // folded into running statistics in registers: the 4 lanes that share 8 rows agree on their maxima
 // by shuffles, add up, and keep the states of 2 rows each. At the end the two warps that share a
 // row merge through shared memory. A fixed tree: results do not depend on timing.
-// With kStore a range is one tile; its maximum is shared first, and E leaves transposed.
+// With kStore a range is one tile; its maximum is shared first, and E is stored transposed.
 //
 // Shared memory: 48 KiB of pipeline; after the last slice the same memory takes E (34 KiB) and what
 // warps exchange. Two blocks of 128 threads per SM. x is read once per range, W once per 128

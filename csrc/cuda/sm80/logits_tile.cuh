@@ -2,7 +2,7 @@
 // them.
 //
 // Rows of a tile are tokens, so that a thread's 16 columns belong to one token at a time, and the
-// statistics of few tokens stay in its registers. The matrices that leave have adjacent tokens
+// statistics of few tokens stay in its registers. The matrices that are stored have adjacent tokens
 // instead: they pass through shared memory.
 #pragma once
 

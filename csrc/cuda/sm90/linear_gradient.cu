@@ -8,7 +8,7 @@
 // are pipeline.cuh's.
 //
 // M is tokens, as in linear_statistics.cu: a thread's 128 accumulators need the coefficients of two
-// tokens only. Results are transposed on the way to shared memory and leave by TMA.
+// tokens only. Results are transposed on the way to shared memory and are stored by TMA.
 //
 // Marks: a tile of 128 classes x 128 tokens counts unless every token's mass in it, sum p, is less
 // than mass_per_class * classes, and no target lies in it. The quad sums a token's mass; the 8

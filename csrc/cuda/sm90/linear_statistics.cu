@@ -11,7 +11,7 @@
 // tokens: their statistics run in its registers and the 4 lanes of a quad meet by shuffles. A tile
 // is folded in two halves of 128 classes, of which each has its own maximum: kept scores need one,
 // and a range ends after any number of halves. Kept scores are transposed on the way to shared
-// memory (stmatrix) and leave by TMA while the next half is computed and the next tile multiplied.
+// memory (stmatrix) and are stored by TMA while the next half is computed and the next tile multiplied.
 //
 // Numerics: fp32 throughout; sums are of fp32 exponentials, not of the rounded E. The exponential's
 // relative error is 2^-22 near the maximum and grows by 2^-24 per unit of z below it, where terms

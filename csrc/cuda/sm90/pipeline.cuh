@@ -186,7 +186,7 @@ MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int 
   return ring;
 }
 
-// Whoever fills the ring's stage: it is free, in all blocks of the cluster.
+// The loading threads wait here until the ring's stage is free in all blocks of the cluster.
 template <int kCluster>
 MEMEFF_DEVICE void wait_until_empty(const Ring<kCluster>& ring) {
   // On a fresh mbarrier parity 1 counts as over: the first round finds every stage empty.

@@ -35,7 +35,7 @@ class ScoresAsA;
 template <class T>
 class ScoresAsA<T, Major::kMn> {
  public:
-  struct Raw {  // 16 k of E as ldmatrix leaves them
+  struct Raw {  // 16 k of E as ldmatrix loads them
     uint32_t e[4];
   };
 

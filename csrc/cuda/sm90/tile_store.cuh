@@ -2,7 +2,7 @@
 //
 // A box is 64 rows of 128 bytes with 128-byte swizzle: 64 x 64 16-bit numbers, or 64 x 32 floats.
 // Each consumer warpgroup owns two: while TMA reads one, the other is filled. TMA needs no
-// registers and nobody's time, so stores overlap with the next box and with the next tile's main
+// registers and no thread's time, so stores overlap with the next box and with the next tile's main
 // loop, and it clips what reaches past the end of the tensor: rows to whole 16 bytes, so that
 // padding behind a row may be written, too (seen on an H100: triton-lang/triton issue 11583).
 //
