@@ -200,25 +200,29 @@ def _top(state: State, k: int) -> tuple[Tensor, Tensor]:
 def total(
     state: State, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    if not state.is_class_axis(dim):
-        return NotImplemented
-    value = _sum(state)
-    if value is None:
-        return NotImplemented
-    value = value.to(dtype or dtype_under_autocast(state, torch.sum))
-    return value.unsqueeze(-1) if keepdim else value
+    return _summed(state, torch.sum, dim, keepdim, dtype)
 
 
 @row("mean")
 def mean(
     state: State, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Any:
-    if not state.is_class_axis(dim):
+    return _summed(state, torch.mean, dim, keepdim, dtype)
+
+
+def _summed(state: State, function: Any, dim: Any, keepdim: bool, dtype: torch.dtype | None) -> Any:
+    """torch.sum or torch.mean over the classes, or over everything."""
+    everything = dim is None and not keepdim
+    if dtype is not None and not dtype.is_floating_point:  # torch rounds each logit before
         return NotImplemented
-    value = _sum(state)
+    value = _sum(state) if everything or state.is_class_axis(dim) else None
     if value is None:
         return NotImplemented
-    value = (value / state.vocab).to(dtype or dtype_under_autocast(state, torch.mean))
+    if function is torch.mean:
+        value = value / state.vocab
+    if everything:
+        value = function(value)
+    value = value.to(dtype or dtype_under_autocast(state, function))
     return value.unsqueeze(-1) if keepdim else value
 
 

@@ -226,7 +226,10 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "sum entropy": entropy_from_logits,
     "sum entropy of log_softmax": entropy_from_log_softmax,
     "sum entropy reversed": lambda z: (z.log_softmax(-1) * z.softmax(-1)).sum(-1),
+    "sum all": lambda z: (z * 0.5).sum(),
+    "sum all of BVT": lambda z: z.log_softmax(-1).transpose(1, 2).sum(),
     "mean": lambda z: z.mean(dim=-1),
+    "mean all": lambda z: z[:2].mean(),
     "mean log_softmax": lambda z: -z.log_softmax(-1).mean(-1),
 }  # fmt: skip
 
