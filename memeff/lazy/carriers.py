@@ -1,6 +1,6 @@
 """What code gets in place of logits, and what happens when it calls a function of it.
 
-Two classes, because neither serves alone:
+Two kinds, because neither serves alone:
 
     LazyObject    where gradients are recorded, and in code that torch.compile traces. No Tensor:
                   the compiler traces objects with __torch_function__, but not the making of tensor
@@ -14,11 +14,12 @@ Both have every method of Tensor, and ``dense()``: the plain logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import fields, make_dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import register_pytree_node, tree_map
 
 import memeff.lazy.losses  # these five fill the table
 import memeff.lazy.metadata
@@ -161,7 +162,9 @@ def _densely(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
     if function is torch.autograd.grad:
         _check_differentiable(args, kwargs)
-    dense_args, dense_kwargs = tree_map(plain, (args, kwargs))
+    dense_args, dense_kwargs = tree_map(
+        plain, (args, kwargs), is_leaf=lambda value: isinstance(value, Carrier)
+    )
     if function is Carrier.dense:
         return dense_args[0]
     result = function(*dense_args, **dense_kwargs)
@@ -261,10 +264,66 @@ class LazyObject(Carrier):
         return call(function, tuple(args), kwargs or {})
 
 
+class LazyOutput(LazyObject):
+    """A LazyObject that DDP and FSDP can look into; made where there is a process group.
+
+    They walk through the dataclasses and pytrees that a module returns, to register hooks on
+    tensors and to search their graphs. This is one: of its node and its `tensors`.
+    """
+
+    __dataclass_fields__: ClassVar = {
+        field.name: field for field in fields(make_dataclass("_", ["_node", "tensors"]))
+    }
+
+    def __init__(self, _node: Node, tensors: list[Tensor] | None = None) -> None:
+        super().__init__(_node)
+        if tensors is not None:
+            self.tensors = tensors
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The hidden states, and a number in whose graph the weights are, too."""
+        inputs = self.node.inputs()
+        used = [*inputs, *self.node.state.source.parameters()]
+        return [*inputs, torch.stack([t[:0].sum(dtype=torch.float32) for t in used]).sum()]
+
+    @tensors.setter
+    def tensors(self, tensors: list[Tensor]) -> None:
+        """What code that maps tensors does to these it does to the logits: a cast, a detach."""
+        if tensors[0].dtype != self.node.inputs()[0].dtype:
+            self._hold(self.to(tensors[0].dtype).node)  # type: ignore[attr-defined]
+        if not tensors[0].requires_grad and self.node.state.grad:
+            self._hold(self.detach().node)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: Any) -> LazyOutput:
+        return LazyOutput(self.node)
+
+
+def _on_inputs(node: Node, tensors: Iterator[Any]) -> Any:
+    """What `node` stands for, made from other inputs than `Node.inputs`."""
+    if node.is_dense:
+        return next(tensors)
+    if node.function is None:
+        return carrier_of(Node(node.state.replace(hidden=next(tensors))))
+    args = [_on_inputs(arg, tensors) if isinstance(arg, Node) else arg for arg in node.args]
+    result = call(node.function, tuple(args), node.kwargs)
+    return result if node.part is None else result[node.part]
+
+
+register_pytree_node(
+    LazyOutput,
+    lambda lazy: (lazy.node.inputs(), lazy.node),
+    lambda tensors, node: _on_inputs(node, iter(tensors)),
+)
+
+
 def carrier_of(node: Node) -> Carrier:
     """The carrier for a node."""
-    if torch.compiler.is_compiling() or node.state.grad:
+    if torch.compiler.is_compiling():
         return LazyObject(node)
+    if node.state.grad:
+        shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return LazyOutput(node) if shared else LazyObject(node)
     return LazyTensor(node)
 
 

@@ -18,7 +18,7 @@ from memeff._linear_map import foreign_hook, plain_forwards
 from memeff.lazy.carriers import carrier_of
 from memeff.lazy.node import Node
 from memeff.lazy.report import Report
-from memeff.lazy.source import Computation, HeadSource
+from memeff.lazy.source import Computation, HeadSource, runs_once
 from memeff.lazy.state import State
 
 
@@ -74,6 +74,8 @@ class LazyHead(nn.Linear):
             return "it runs in a transform of torch.func"
         if getattr(self, "_is_replica", False):
             return "nn.DataParallel gathers tensors"
+        if runs_once(self):
+            return "FSDP1 with mixed_precision loses gradients of a unit that runs twice"
         hook = foreign_hook(self)
         return None if hook is None else f"the hook {hook} may look at its logits"
 

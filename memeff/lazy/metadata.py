@@ -36,6 +36,11 @@ def is_leaf(state: State) -> bool:
     return not state.requires_grad
 
 
+@property_row("grad_fn")
+def grad_fn(state: State) -> Any:
+    return NotImplemented if state.requires_grad else None
+
+
 @property_row("itemsize")
 def itemsize(state: State) -> int:
     return state.dtype.itemsize

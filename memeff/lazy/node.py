@@ -60,6 +60,14 @@ class Node:
         """Whether the logits of this value, or of one that it was made from, exist."""
         return self._dense is not None or any(source.is_dense for source in self.sources)
 
+    def inputs(self) -> list[Tensor]:
+        """What its value is computed from next to weights: hidden states; or logits that exist."""
+        if self.is_dense:
+            return [self.dense()]
+        if self.function is None:
+            return [self.state.hidden]
+        return [tensor for source in self.sources for tensor in source.inputs()]
+
     def dense(self) -> Tensor:
         """The plain logits, computed at the first call."""
         if self._dense is None:

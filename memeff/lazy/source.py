@@ -34,6 +34,10 @@ class Source:
     requires_grad: bool
     has_bias: bool
 
+    def parameters(self) -> list[Tensor]:
+        """The weights as they were when the head was called; perhaps freed since then."""
+        raise NotImplementedError
+
     def run(self, hidden: Tensor, compute: Computation[T]) -> T:
         """compute(hidden, weight, bias) with whole weights of the computation's dtype."""
         raise NotImplementedError
@@ -54,6 +58,9 @@ class HeadSource(Source):
         )
         self.version = version_of(self.weight)
 
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
     def run(self, hidden: Tensor, compute: Computation[T]) -> T:
         def on_whole(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> T:
             whole = _whole(weight).to(self.dtype)
@@ -61,20 +68,33 @@ class HeadSource(Source):
                 hidden.to(self.dtype), whole, None if bias is None else _whole(bias).to(self.dtype)
             )
 
-        if not is_sharded(self.head, self.weight):
-            if self.version is not None and self.version != self.weight._version:
-                raise RuntimeError(
-                    "the weight of a head was modified in place (by an optimizer?) between the "
-                    "call of the head and the first use of its lazy logits, whose values are lost; "
-                    "call .dense() on logits that have to outlive a change of the weight"
-                )
-            return on_whole(hidden, self.weight, self.bias)
-        root = roots.get(self.head)
-        owner: Any = None if root is None else root()
-        if owner is not None and hasattr(owner, "unshard") and not hasattr(self.head, "unshard"):
-            owner.unshard()  # FSDP2 resharded its root after forward; else this does nothing
-        result: T = self.head(hidden, memeff_compute=on_whole)
-        return result
+        head: Any = self.head
+        if head._forward_pre_hooks:  # only those that gather (memeff.lazy.head)
+            if hasattr(head, "unshard"):
+                return _in_fsdp_unit(head, hidden, on_whole)
+            result: T = head(hidden, memeff_compute=on_whole)  # ZeRO-3 replaces what it returns
+            return result
+        weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling():
+            return on_whole(hidden, weight, bias)
+        if hasattr(head.weight, "full_tensor") and not hasattr(weight, "full_tensor"):
+            _unshard_owner(head)
+            weight, bias = head.weight, head.bias
+        elif type(weight) is not nn.Parameter and (unit := _fsdp1_unit(head)) is not None:
+            return _in_fsdp_unit(unit, hidden, on_whole)
+        elif self.version is not None and self.version != weight._version:
+            raise RuntimeError(
+                "the weight of a head was modified in place (by an optimizer?) between the "
+                "call of the head and the first use of its lazy logits, whose values are lost; "
+                "call .dense() on logits that have to outlive a change of the weight"
+            )
+        elif weight.untyped_storage().size() == 0 and self.vocab > 0:
+            raise RuntimeError(
+                "the weight of a head was freed (by FSDP?) between the call of the head and the "
+                "first use of its lazy logits; compute the loss in the forward of the unit that "
+                "has the head, or make the head a unit"
+            )
+        return on_whole(hidden, weight, bias)
 
 
 class BiasedSource(Source):
@@ -85,6 +105,9 @@ class BiasedSource(Source):
         self.dtype, self.report, self.vocab = source.dtype, source.report, source.vocab
         self.requires_grad = source.requires_grad or bias.requires_grad
         self.has_bias = True
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.source.parameters(), self.added]
 
     def run(self, hidden: Tensor, compute: Computation[T]) -> T:
         # In the dtype of the computation: the plain logits are no more exact than that either.
@@ -103,6 +126,9 @@ class SummedSource(Source):
         self.requires_grad = first.requires_grad or second.requires_grad
         self.has_bias = first.has_bias
 
+    def parameters(self) -> list[Tensor]:
+        return [*self.first.parameters(), *self.second.parameters()]
+
     def run(self, hidden: Tensor, compute: Computation[T]) -> T:
         def with_first(hidden: Tensor, first: Tensor, bias: Tensor | None) -> T:
             def with_second(hidden: Tensor, second: Tensor, _: Tensor | None) -> T:
@@ -113,12 +139,65 @@ class SummedSource(Source):
         return self.first.run(hidden, with_first)
 
 
-def is_sharded(head: nn.Module, weight: Tensor) -> bool:
-    """Whether the head's weight is whole only inside its ``__call__``.
+def _in_fsdp_unit(unit: Any, hidden: Tensor, compute: Computation[T]) -> T:
+    """compute(hidden, weight, bias) inside the forward of the FSDP unit that has the head alone.
 
-    Hooks of other kinds keep a head from being lazy (memeff.lazy.head), so any hook gathers.
+    FSDP registers hooks on the results, but may cast what it passes on. It would take the gradient
+    of hidden states that it is passed for the last one of the unit, which may have other modules.
     """
-    return bool(head._forward_pre_hooks) or hasattr(weight, "full_tensor")
+    results: list[T] = []
+
+    def keep(_: None, weight: Tensor, bias: Tensor | None) -> T:
+        results.append(compute(hidden, weight, bias))
+        return results[0]
+
+    unit(None, memeff_compute=keep)
+    return results[0]
+
+
+def runs_once(head: nn.Module) -> bool:
+    """Whether a second run of the head before the backward pass would cost its gradients.
+
+    FSDP1 registers what reduces them on an autograd node, which it replaces when it casts.
+    """
+    if isinstance(head.weight, nn.Parameter):
+        return False
+    unit = _fsdp1_unit(head)
+    return unit is not None and unit.mixed_precision.param_dtype is not None
+
+
+def _unshard_owner(head: nn.Module) -> None:
+    """Gather the weight of a head that FSDP2 resharded after the forward of the unit it is in."""
+    units: list[Any] = [m for m in _modules_above(head) if hasattr(m, "unshard")]
+    if not units:
+        raise RuntimeError(
+            "the weight of a head was sharded between the call of the head and the first use of "
+            "its lazy logits, and no module of the model that was patched can unshard it"
+        )
+    units[-1].unshard()
+
+
+def _fsdp1_unit(head: nn.Module) -> Any:
+    """The FullyShardedDataParallel around a head alone, or None."""
+    parent = [None, *_modules_above(head)][-1]
+    return parent if hasattr(parent, "_fsdp_wrapped_module") else None
+
+
+def _modules_above(head: nn.Module) -> list[nn.Module]:
+    """The modules that contain a head, from the root of its model down to its parent."""
+
+    def path(module: nn.Module) -> list[nn.Module] | None:
+        if module is head:
+            return []
+        for child in module.children():
+            below = path(child)
+            if below is not None:
+                return [module, *below]
+        return None
+
+    reference = roots.get(head)
+    root = None if reference is None else reference()
+    return (None if root is None else path(root)) or []
 
 
 def version_of(tensor: Tensor) -> int | None:

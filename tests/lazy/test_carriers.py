@@ -4,6 +4,7 @@ modes, autocast, and what keeps them from being wrong when something changes und
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from lazy_cases import FEATURES, VOCAB, Comparison
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 import memeff
-from memeff.lazy.carriers import LazyObject, LazyTensor
+from memeff.lazy.carriers import LazyObject, LazyOutput, LazyTensor
 
 V = VOCAB
 pytestmark = pytest.mark.filterwarnings("ignore:.*computed the logits")
@@ -56,6 +58,34 @@ def test_python_protocols() -> None:
     with pytest.raises(RuntimeError, match="deepcopy"):
         copy.deepcopy(z)
     assert "computed" in repr(z) and "not computed" not in repr(z)
+
+
+def test_what_wrappers_of_models_look_into() -> None:
+    """DDP, FSDP and Lightning walk through dataclasses and pytrees; test_stacks.py runs the first
+    two."""
+    c = Comparison()
+    # As in a process group. One head, twice, as LoRA adds two of them.
+    z = c.lazy.head(c.lazy.hidden)
+    z = LazyOutput(((z + c.lazy.head(2 * c.lazy.hidden))[:, 1:] * 3.0).node)
+    assert dataclasses.is_dataclass(z) and len(z.tensors) == 3
+    assert all(t.requires_grad for t in z.tensors)
+
+    leaves, spec = tree_flatten({"logits": z})
+    assert [tuple(leaf.shape) for leaf in leaves] == [(3, 5, FEATURES)] * 2
+    again = tree_unflatten([-leaf for leaf in leaves], spec)["logits"]
+    assert not again.node.is_dense and again.shape == z.shape
+    y = torch.randint(V, (3, 4))
+    plain = -9 * F.linear(c.plain.hidden, c.plain.head.weight)[:, 1:]
+    torch.testing.assert_close(
+        F.cross_entropy(again.flatten(0, 1), y.flatten()),
+        F.cross_entropy(plain.flatten(0, 1), y.flatten()),
+    )
+
+    halved = dataclasses.replace(z, tensors=[t.bfloat16() for t in z.tensors])
+    assert halved.dtype == torch.bfloat16 and halved.requires_grad
+    copied = copy.deepcopy(z)
+    copied.tensors = [t.detach() for t in copied.tensors]
+    assert not copied.requires_grad and z.requires_grad and copied.dtype == torch.float32
 
 
 def test_python_protocols_without_gradients() -> None:
