@@ -95,29 +95,30 @@ def _lazily(row: Row, function: Any, args: tuple[Any, ...], kwargs: dict[str, An
         lazy, *others = args
     else:
         return NotImplemented
-    if not isinstance(lazy, Carrier) or not row.reads((lazy, *others), kwargs):
+    if not isinstance(lazy, Carrier) or not row.reads(args, kwargs):
         return NotImplemented
     node = lazy.node
-    operands = [node]
-    if node.is_dense and not row.silent:
+    if row.silent:
+        return row.rule(node.state, *others, **kwargs)
+    if node.is_dense:
         return NotImplemented
     for position, other in enumerate(others):
         if isinstance(other, Carrier):
             if not row.several or other.node.is_dense:
                 return NotImplemented
-            operands.append(other.node)
             others[position] = other.node.state
-    if any(isinstance(value, Carrier) for value in kwargs.values()):
+    if kwargs and any(isinstance(value, Carrier) for value in kwargs.values()):
         return NotImplemented
 
     result = row.rule(node.state, *others, **kwargs)
     if result is NotImplemented:
         return result
-    if not row.silent:
-        node.state.source.report.ran(row.name)
+    node.state.source.report.ran(row.name)
     if result is node.state:
         return lazy
-    recorded = tuple(arg.node if isinstance(arg, Carrier) else arg for arg in args)
+    if isinstance(result, Tensor):
+        return result
+    recorded = tuple([arg.node if isinstance(arg, Carrier) else arg for arg in args])
     if isinstance(result, State):
         if row.writes is None:
             return _carry(row, node, result, function, recorded, kwargs)
@@ -138,7 +139,8 @@ def _carry(
     if not torch.is_grad_enabled():
         state.grad = False
     storage = None
-    if row.aliases and _share_memory(node.state.hidden, state.hidden):
+    before, after = node.state.hidden, state.hidden
+    if row.aliases and (after is before or _share_memory(before, after)):
         storage = node.storage
     return carrier_of(Node(state, function, args, kwargs, storage=storage, **options))
 
@@ -146,7 +148,7 @@ def _carry(
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_compiling():  # which cannot tell, and traces no late writes
         return True
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
 
 
 def _densely(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

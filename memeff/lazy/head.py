@@ -32,52 +32,54 @@ class LazyHead(nn.Linear):
         """Lazy logits of hidden states [..., D]; or what `memeff_compute` makes of the weights."""
         if memeff_compute is not None:
             return memeff_compute(input, self.weight, self.bias)
-        dtype = self._dtype_of(input)
-        if dtype is None or self._must_be_dense(input):
-            return F.linear(input, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        dtype = _dtype_of(input, weight, bias)
+        if dtype is None or self._must_be_dense(input, weight):
+            return F.linear(input, weight, bias)
         source = HeadSource(self, dtype, self.memeff_report)
         state = State(source, input.to(dtype).contiguous(), dtype, torch.is_grad_enabled())
         return carrier_of(Node(state))
 
-    def _dtype_of(self, hidden: Tensor) -> torch.dtype | None:
-        """That of the plain logits; None where torch would raise an error, or memeff would."""
-        if not isinstance(hidden, Tensor) or hidden.dim() == 0:
-            return None
-        autocast = _arguments.autocast_dtype(hidden.device)
-        dtypes = {t.dtype for t in (hidden, self.weight, self.bias) if t is not None}
-        if autocast is not None and torch.float64 not in dtypes:
-            dtypes = {autocast}
-        fits = hidden.shape[-1] == self.weight.shape[-1] or self.weight.numel() == 0
-        if len(dtypes) > 1 or not fits or not dtypes.issubset(DTYPES):
-            return None
-        return dtypes.pop()
-
-    def _must_be_dense(self, hidden: Tensor) -> bool:
+    def _must_be_dense(self, hidden: Tensor, weight: Tensor) -> bool:
         if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
             return True
         if torch.compiler.is_compiling():
             return not _has_kernels(hidden.device)
-        reason = self._reason(hidden)
+        reason = self._reason(hidden, weight)
         if reason is not None:
             self.memeff_report.stays_dense(self.memeff_name, reason)
         return reason is not None
 
-    def _reason(self, hidden: Tensor) -> str | None:
+    def _reason(self, hidden: Tensor, weight: Tensor) -> str | None:
         """Why this call returns plain logits; None if it need not."""
         if not _has_kernels(hidden.device):
             return f"this build of memeff has no kernels for {hidden.device.type}"
         if type(hidden) is not Tensor and type(hidden) is not nn.Parameter:
             return f"its input is a {type(hidden).__name__}"
-        if hidden.device != self.weight.device and self.weight.numel() > 0:
-            return f"its input is on {hidden.device}, its weight on {self.weight.device}"
+        if hidden.device != weight.device and weight.numel() > 0:
+            return f"its input is on {hidden.device}, its weight on {weight.device}"
         if torch._C._are_functorch_transforms_active():
             return "it runs in a transform of torch.func"
-        if getattr(self, "_is_replica", False):
+        if "_is_replica" in self.__dict__:
             return "nn.DataParallel gathers tensors"
         if runs_once(self):
             return "FSDP1 with mixed_precision loses gradients of a unit that runs twice"
         hook = foreign_hook(self)
         return None if hook is None else f"the hook {hook} may look at its logits"
+
+
+def _dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+    """That of the plain logits; None where torch would raise an error, or memeff would."""
+    if not isinstance(hidden, Tensor) or hidden.dim() == 0:
+        return None
+    autocast = _arguments.autocast_dtype(hidden.device)
+    dtypes = {hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
+    if autocast is not None and torch.float64 not in dtypes:
+        dtypes = {autocast}
+    fits = hidden.shape[-1] == weight.shape[-1] or weight.numel() == 0
+    if len(dtypes) > 1 or not fits or not dtypes.issubset(DTYPES):
+        return None
+    return dtypes.pop()
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memeff.functional import linear_cross_entropy
+from memeff.lazy.source import is_autocast_enabled
 from memeff.lazy.state import LOG_SOFTMAX, LOGITS, State
 from memeff.lazy.table import row
 
@@ -111,7 +112,7 @@ def _loss(state: State, function: Any, target: Tensor, **options: Any) -> Tensor
 def _loss_dtype(state: State, function: Any) -> torch.dtype:
     """The dtype of torch's loss of such logits, which autocast may upcast."""
     device = state.hidden.device
-    if not torch.is_autocast_enabled(device.type):
+    if not is_autocast_enabled(device):
         return state.dtype
     one = state.hidden.new_zeros((1, 1), dtype=state.dtype)
     loss: Tensor = function(one, torch.zeros(1, dtype=torch.int64, device=device))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memeff.lazy.source import grad_mode
+from memeff.lazy.source import grad_mode, is_autocast_enabled
 from memeff.lazy.state import State
 
 
@@ -51,8 +51,7 @@ class Node:
         self.sources = [arg for arg in args if isinstance(arg, Node)]
         self.writes = [source.storage.writes for source in self.sources]
         # Autocast upcasts some functions: replayed under the same.
-        device = state.hidden.device.type
-        self.autocast = torch.is_autocast_enabled(device) if device != "meta" else False
+        self.autocast = function is not None and is_autocast_enabled(state.hidden.device)
         self._dense: Tensor | None = None
 
     @property

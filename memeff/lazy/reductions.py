@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memeff.lazy.source import is_autocast_enabled
 from memeff.lazy.state import (
     LOG_SOFTMAX,
     LOGITS,
@@ -38,7 +39,7 @@ _IGNORES_NOTHING = -(2**63)
 def dtype_under_autocast(state: State, function: Any, dim: int = -1) -> torch.dtype:
     """The dtype of function(logits, dim), which autocast may upcast."""
     device = state.hidden.device
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not is_autocast_enabled(device):
         return state.dtype
     result: Tensor = function(state.hidden.new_zeros((1, 1), dtype=state.dtype), dim)
     return result.dtype

@@ -216,9 +216,18 @@ def grad_mode(enabled: bool) -> Any:
 
 def without_autocast(device: torch.device) -> Any:
     """A context in which dtypes are what they are: the head's call has already cast."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+    if not is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Whether functions of tensors on the device are cast."""
+    return (
+        torch._C._is_any_autocast_enabled()
+        and device.type != "meta"
+        and (torch.is_autocast_enabled(device.type))
+    )
 
 
 def _whole(tensor: Tensor) -> Tensor:

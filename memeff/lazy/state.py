@@ -26,7 +26,7 @@ SOFTMAX_TIMES_LOGITS = "softmax * logits"
 SOFTMAX_TIMES_LOG_SOFTMAX = "softmax * log_softmax"
 
 # What makes other logits, so that statistics of these say nothing about them.
-_OF_THE_LOGITS = ("source", "hidden", "scale", "softcap")
+_OF_THE_LOGITS = frozenset(("source", "hidden", "scale", "softcap"))
 
 
 class State:
@@ -55,14 +55,13 @@ class State:
 
     def replace(self, **changes: Any) -> State:
         """A state with other attributes."""
-        other = State(self.source, self.hidden, self.dtype, self.grad)
-        for name, value in {**self.__dict__, **changes}.items():
-            setattr(other, name, value)
+        other = State.__new__(State)
+        other.__dict__.update(self.__dict__, **changes)
         other.given = []
         if "hidden" in changes:
             self.check_hidden()
             other.version = version_of(other.hidden)
-        if any(name in _OF_THE_LOGITS for name in changes):
+        if not _OF_THE_LOGITS.isdisjoint(changes):
             other.known = {}
         return other
 

@@ -59,6 +59,8 @@ class Row:
 
     def reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the rule has a parameter for every argument, and gets those it needs."""
+        if not kwargs:
+            return self.least_args <= len(args) <= self.most_args
         if len(args) > self.most_args or any(name not in self.names[1:] for name in kwargs):
             return False
         taken = self.names[: len(args)]
