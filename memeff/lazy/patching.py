@@ -52,13 +52,13 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     inner = _unwrap(model)
-    report: Report = inner.__dict__.get("_memeff_report") or Report()
+    linears = [linear for found in _heads(inner, head) for linear in _linears(found)]
+    report = _report_of(inner, linears)
     report.strict = strict
     names = {module: name for name, module in inner.named_modules()}
-    for found in _heads(inner, head):
-        for linear in _linears(found):
-            _patch_linear(linear, names.get(linear, "head") or "the model", report)
-            roots[linear] = weakref.ref(inner)
+    for linear in linears:
+        _patch_linear(linear, names.get(linear, "head") or "the model", report)
+        roots[linear] = weakref.ref(inner)
     inner.__dict__["_memeff_report"] = report
     return report
 
@@ -87,9 +87,17 @@ def unpatch(model: nn.Module) -> None:
     inner.__dict__.pop("_memeff_report", None)
 
 
+def _report_of(model: nn.Module, linears: list[nn.Module]) -> Report:
+    """The model's report; or that of a head that was patched before something wrapped the model, as
+    PEFT does."""
+    reports = [linear.memeff_report for linear in linears if isinstance(linear, LazyHead)]
+    report: Report = model.__dict__.get("_memeff_report") or next(iter(reports), None) or Report()
+    return report
+
+
 def _patch_linear(linear: nn.Module, name: str, report: Report) -> None:
     if isinstance(linear, LazyHead):
-        linear.memeff_report.strict = report.strict
+        linear.__dict__["memeff_report"] = report
         return
     reason = _why_not(linear)
     if reason is not None or not isinstance(linear, nn.Linear):

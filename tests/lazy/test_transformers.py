@@ -1,10 +1,9 @@
-"""transformers' Trainer, generate, saving and loading, and PEFT, with a patched model: nothing of
-the script changes, and nothing computes the logits in training."""
+"""transformers' Trainer, generate, saving and loading, with a patched model: nothing of the script
+changes, and nothing computes the logits in training."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -236,41 +235,3 @@ def test_compiled_model(model_type: str, dynamic: bool) -> None:
         for result in results:
             result.loss.backward()
     assert gradient_error(model, plain) <= 1e-5
-
-
-def lora(model: Any, **options: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "init_lora_weights": False, **options}
-    torch.manual_seed(11)
-    return peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
-
-
-@pytest.mark.parametrize(
-    ("options", "is_lazy"),
-    [
-        ({"target_modules": ["q_proj", "v_proj"]}, True),
-        ({"target_modules": ["q_proj", "lm_head"]}, True),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
-        ({"target_modules": ["lm_head"], "use_rslora": True}, True),
-        ({"target_modules": ["lm_head"], "use_dora": True}, False),
-    ],
-    ids=["body", "head", "modules_to_save", "rslora", "dora"],
-)
-def test_lora(options: dict[str, Any], is_lazy: bool) -> None:
-    """LoRA on the head is one head [W, s B] over [x; A x]; DoRA computes the logits."""
-    plain = lora(make_model("causal", "llama"), **options)
-    model = copy.deepcopy(plain)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        report = memeff.patch(model)
-        batch = make_batch("causal", model)
-        for m in (model, plain):
-            m(**batch).loss.backward()
-    torch.testing.assert_close(model(**batch).loss, plain(**batch).loss, rtol=1e-6, atol=1e-6)
-    assert gradient_error(model, plain) <= 2e-6
-    assert bool(report.without_logits["cross_entropy"]) == is_lazy, str(report)
-    assert bool(report.materialised) != is_lazy, str(report)
-    merged, expected = model.merge_and_unload(), plain.merge_and_unload()
-    torch.testing.assert_close(merged(**batch).loss, expected(**batch).loss, rtol=1e-5, atol=1e-5)
-    memeff.unpatch(merged)
-    assert not any("Lazy" in type(m).__name__ for m in merged.modules())
