@@ -39,6 +39,7 @@ def linear_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
+    logit_sum: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -46,7 +47,8 @@ def linear_loss(
     """The loss ``fn(statistics, *chunks)`` of every token, reduced, without storing the logits.
 
     ``fn`` gets the :class:`memeff.LogitStatistics` of c tokens (``logprob`` [c] or [c, K],
-    ``lse`` [c], ``max_logit`` [c], and ``entropy`` [c] if asked for) and the same c rows of each of
+    ``lse`` [c], ``max_logit`` [c], and if asked for ``entropy`` [c], ``logit_sum`` [c] and
+    ``mean_logit`` [c]) and the same c rows of each of
     ``per_token_tensors``; it returns their losses, [c]. A token's loss must depend on that token
     alone; what goes beyond (sequence-level ratios, say) takes :func:`linear_token_statistics`.
     Gradients flow to ``input``, ``linear_weight``, ``linear_bias``, ``per_token_tensors``, and
@@ -56,7 +58,7 @@ def linear_loss(
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
-            memory_budget, chunk_size, backend: as in :func:`linear_token_statistics`.
+            logit_sum, memory_budget, chunk_size, backend: as in :func:`linear_token_statistics`.
         fn: as above; it is called once per chunk of tokens.
         reduction: "mean": the sum divided by the number of tokens with a target other than
             ``ignore_index`` (by that of all tokens without targets), at least by 1; "sum"; or
@@ -73,8 +75,8 @@ def linear_loss(
     _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
     options: dict[str, Any] = {
         "linear_bias": linear_bias, "ignore_index": ignore_index, "softcap": softcap,
-        "logit_scale": logit_scale, "entropy": entropy, "memory_budget": memory_budget,
-        "chunk_size": chunk_size, "backend": backend,
+        "logit_scale": logit_scale, "entropy": entropy, "logit_sum": logit_sum,
+        "memory_budget": memory_budget, "chunk_size": chunk_size, "backend": backend,
     }  # fmt: skip
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
         _checks.check_tensor(name, tensor)
@@ -115,7 +117,8 @@ def linear_loss(
             return losses.reshape(lead)
         total = losses.sum()
     else:
-        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target, ignore_index, entropy)
+        wanted = entropy, logit_sum
+        call = _Call(statistics_ops.LIBRARIES[resolved], fn, rows, target, ignore_index, *wanted)
         total = torch.compiler.disable(call.run)(x, linear_weight, linear_bias, options)
     if reduction == "sum":
         return total
@@ -168,8 +171,10 @@ class _Call:
         target: Tensor | None,
         ignore_index: int,
         entropy: bool,
+        logit_sum: bool,
     ) -> None:
-        self.library, self.fn, self.rows, self.entropy = library, fn, rows, entropy
+        self.library, self.fn, self.rows = library, fn, rows
+        self.entropy, self.logit_sum, self.vocab = entropy, logit_sum, 0
         self.ignored = None if target is None else _ignored(target, ignore_index)
         self.one_target = target is not None and target.dim() == 1
         self.target = target if target is None or target.dim() == 2 else target.unsqueeze(1)
@@ -191,6 +196,7 @@ class _Call:
             _checks.check_device(x.device, name, tensor)
         softcap = options["softcap"]
         _checks.check_numbers(0.0, softcap, options["logit_scale"], 0.0)
+        self.vocab = len(weight)
         number = next(self._numbers)
         self.running[number] = self
         try:
@@ -204,6 +210,7 @@ class _Call:
                 softcap=0.0 if softcap is None else float(softcap),
                 logit_scale=float(options["logit_scale"]),
                 entropy=options["entropy"],
+                logit_sum=options["logit_sum"],
                 input_grad=x.requires_grad,
                 weight_grad=weight.requires_grad,
                 bias_grad=bias is not None and bias.requires_grad,
@@ -216,7 +223,7 @@ class _Call:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             none = x.new_zeros((0,), dtype=wide)
             targets = 0 if self.target is None else self.target.shape[1]
-            self.differentiate(0, none.new_zeros((0, targets)), none, none, none)
+            self.differentiate(0, none.new_zeros((0, targets)), none, none, none, none)
         assert self.total is not None
         pairs = [
             *zip((x, weight, bias), gradients, strict=True),
@@ -230,7 +237,13 @@ class _Call:
         return total
 
     def differentiate(
-        self, begin: int, logprob: Tensor, lse: Tensor, entropy: Tensor, max_logit: Tensor
+        self,
+        begin: int,
+        logprob: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        logit_sum: Tensor,
+        max_logit: Tensor,
     ) -> list[Tensor]:
         """Upstream gradients of one chunk's statistics; adds its losses to the total."""
         tokens = slice(begin, begin + len(lse))
@@ -238,6 +251,8 @@ class _Call:
         leaves = [logprob.detach(), lse.to(wide)]
         if self.entropy:
             leaves.append(entropy.to(wide))
+        if self.logit_sum:
+            leaves.append(logit_sum.detach())
         with torch.enable_grad():
             leaves = [leaf.requires_grad_() for leaf in leaves]
             number = node_number(lse.device)
@@ -245,9 +260,12 @@ class _Call:
                 logprob=None if self.target is None else
                 leaves[0].squeeze(1) if self.one_target else leaves[0],
                 lse=leaves[1],
-                entropy=leaves[2] if len(leaves) > 2 else None,
+                entropy=leaves[2] if self.entropy else None,
                 max_logit=max_logit,
                 argmax=None,
+                logit_sum=leaves[-1] if self.logit_sum else None,
+                mean_logit=leaves[-1] / self.vocab if self.logit_sum else None,
+                log_sum_sq_probs=None,
                 top_logprobs=None,
                 top_ids=None,
             )  # fmt: skip

@@ -126,6 +126,8 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     entropy: bool = True,
     argmax: bool = True,
+    logit_sum: bool = False,
+    log_sum_sq_probs: bool = False,
     top_k: int = 0,
 ) -> LogitStatistics:
     """Return what :func:`memeff.linear_token_statistics` returns; see there for the arguments."""
@@ -138,12 +140,16 @@ def linear_token_statistics(
         logprob = log_p.gather(-1, several.long().where(counted, 0)).where(counted, 0)
         logprob = logprob.reshape(target.shape)
     top = log_p.detach().topk(top_k) if top_k else None
+    total = logits.sum(-1) if logit_sum else None
     return LogitStatistics(
         logprob=logprob,
         lse=lse,
         entropy=entropy_of(log_p) if entropy else None,
         max_logit=logits.detach().amax(-1),
         argmax=logits.argmax(-1) if argmax else None,
+        logit_sum=total,
+        mean_logit=None if total is None else total / logits.shape[-1],
+        log_sum_sq_probs=(2 * log_p).logsumexp(-1) if log_sum_sq_probs else None,
         top_logprobs=top.values if top else None,
         top_ids=top.indices if top else None,
     )

@@ -40,8 +40,8 @@ class LogitStatistics(NamedTuple):
     """What :func:`memeff.linear_token_statistics` computes of every token's row of logits.
 
     Fields have the leading dimensions of the input and are float32 (float64 for float64 inputs) or
-    int64; those that were not asked for are None. ``logprob``, ``lse`` and ``entropy`` are
-    differentiable. Logits are meant after ``logit_scale`` and ``softcap``; p is their softmax.
+    int64; those that were not asked for are None. All but ``max_logit``, ``argmax`` and the largest
+    ones are differentiable. Logits are meant after ``logit_scale`` and ``softcap``; p is their softmax.
     """
 
     logprob: Tensor | None
@@ -54,6 +54,12 @@ class LogitStatistics(NamedTuple):
     """max_v z_v."""
     argmax: Tensor | None
     """The v with the largest logit."""
+    logit_sum: Tensor | None
+    """sum_v z_v. The mean of log p_v over all classes is ``mean_logit - lse``."""
+    mean_logit: Tensor | None
+    """sum_v z_v / V."""
+    log_sum_sq_probs: Tensor | None
+    """log sum_v p_v^2, minus the Renyi entropy of order 2."""
     top_logprobs: Tensor | None
     """[..., top_k] the largest log p_v, in descending order."""
     top_ids: Tensor | None

@@ -22,6 +22,7 @@ def _forward_fake(
     linear_bias: Tensor | None,
     *,
     entropy: bool,
+    logit_sum: bool,
     argmax: bool,
     top_k: int,
     **_: Any,
@@ -33,6 +34,7 @@ def _forward_fake(
         input.new_empty((tokens, targets), dtype=dtype),
         input.new_empty((tokens,), dtype=torch.float64),
         input.new_empty((tokens if entropy else 0,), dtype=torch.float64),
+        input.new_empty((tokens if logit_sum else 0,), dtype=dtype),
         input.new_empty((tokens,), dtype=dtype),
         input.new_empty((tokens if argmax else 0,), dtype=torch.int64),
         input.new_empty((tokens, top_k), dtype=dtype),
@@ -54,6 +56,7 @@ def _backward_fake(
     grad_logprob: Tensor | None,
     grad_lse: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_logit_sum: Tensor | None,
     lse: Tensor,
     known_entropy: Tensor,
     *operands: Any,
@@ -68,7 +71,7 @@ def _setup_context(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, ...],
 ) -> None:
-    _, lse, entropy, *others = output
+    _, lse, entropy, _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # None for what no gradient reaches
     ctx.options = keyword_only_inputs
@@ -113,7 +116,7 @@ class StatisticsOperators:
         return results
 
     def _backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        upstream = gradients[:3]  # of logprob, lse, entropy
+        upstream = gradients[:4]  # of logprob, lse, entropy, logit_sum
         if all(gradient is None for gradient in upstream):
             return tuple(None for _ in ctx.needs_input_grad)
         positions = ops.differentiable_positions(self._forward)

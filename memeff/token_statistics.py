@@ -25,6 +25,8 @@ def linear_token_statistics(
     logit_scale: float = 1.0,
     entropy: bool = True,
     argmax: bool = True,
+    logit_sum: bool = False,
+    log_sum_sq_probs: bool = False,
     top_k: int = 0,
     shift: bool | int = False,
     memory_budget: int | str | None = None,
@@ -33,8 +35,9 @@ def linear_token_statistics(
 ) -> LogitStatistics:
     """Statistics of every row of ``input @ linear_weight.T + linear_bias``, without those logits.
 
-    Log-probability of the target, log-sum-exp and entropy are differentiable with respect to
-    ``input``, ``linear_weight`` and ``linear_bias``, with any upstream gradients. The forward pass
+    Log-probability of the target, log-sum-exp, entropy, the sum of the logits and that of squared
+    probabilities are differentiable with respect to ``input``, ``linear_weight`` and
+    ``linear_bias``, with any upstream gradients. The forward pass
     keeps a few numbers per token; the backward pass computes the logits again, block by block.
     Tokens without an upstream gradient (masked ones) cost it nothing.
 
@@ -47,6 +50,8 @@ def linear_token_statistics(
         softcap: c > 0 caps the logits: c * tanh(z / c), after ``logit_scale``.
         logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature.
         entropy, argmax: whether to compute these.
+        logit_sum: whether to compute ``logit_sum`` and ``mean_logit``.
+        log_sum_sq_probs: whether to compute this, in a second pass over the logits.
         top_k: number of most probable classes to return, with their log-probabilities (for
             distillation and logging; not differentiable). On the CPU it upcasts bfloat16 rows.
         shift: k > 0 compares input[..., t, :] with target[..., t + k] (True: 1); the results have k
@@ -74,6 +79,8 @@ def linear_token_statistics(
         skip_ignored=False,
         entropy=entropy,
         argmax=argmax,
+        logit_sum=logit_sum,
+        log_sum_sq_probs=log_sum_sq_probs,
         top_k=top_k,
         shift=shift,
         memory_budget=memory_budget,
@@ -153,6 +160,8 @@ def compute_statistics(
     memory_budget: int | str | None,
     chunk_size: int | None,
     backend: str,
+    logit_sum: bool = False,
+    log_sum_sq_probs: bool = False,
 ) -> LogitStatistics:
     tensors = {"linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
     _checks.check_tensor("input", input)
@@ -200,6 +209,8 @@ def compute_statistics(
                 logit_scale=logit_scale,
                 entropy=entropy,
                 argmax=argmax,
+                logit_sum=logit_sum,
+                log_sum_sq_probs=log_sum_sq_probs,
                 top_k=top_k,
             )
         if skip_ignored and target is not None:
@@ -224,7 +235,8 @@ def compute_statistics(
             },
             resolved,
         )
-        fields = _in_shape(rows, lead, target, _Wanted(skip_ignored, entropy, argmax, top_k))
+        wanted = _Wanted(skip_ignored, entropy, argmax, top_k, logit_sum)
+        fields = _in_shape(rows, lead, target, wanted, log_sum_sq_probs)
     if kept is None:
         return fields
     time = input.dim() - 2
@@ -245,6 +257,7 @@ class _Wanted(NamedTuple):
     entropy: bool
     argmax: bool
     top_k: int
+    logit_sum: bool = False
 
 
 class _Rows(NamedTuple):
@@ -272,6 +285,13 @@ class _Rows(NamedTuple):
             bias_grad=grad and bias is not None and bias.requires_grad,
         )
 
+    def doubled(self) -> _Rows:
+        """The same with all logits twice as large: 2 c tanh(2 s u / 2 c) = 2 (c tanh(s u / c))."""
+        options = dict(self.options)
+        options["softcap"] *= 2
+        options["logit_scale"] *= 2
+        return self._replace(options=options)
+
     def call_on_gpu(self, target: Tensor | None, wanted: _Wanted) -> Sequence[Tensor]:
         """The same where the op knows one target and no top_k: one call per further target, and
         plain PyTorch on blocks of logits for the largest ones."""
@@ -285,22 +305,32 @@ class _Rows(NamedTuple):
             results[0] = torch.cat([results[0], *others], 1)
         if wanted.top_k:
             lse = results[1]
-            results[5:] = _top(
+            results[6:] = _top(
                 self.input, self.linear_weight, self.linear_bias, lse, self.options, wanted.top_k
             )
         return results
 
 
 def _in_shape(
-    rows: _Rows, lead: torch.Size, target: Tensor | None, wanted: _Wanted
+    rows: _Rows,
+    lead: torch.Size,
+    target: Tensor | None,
+    wanted: _Wanted,
+    log_sum_sq_probs: bool,
 ) -> LogitStatistics:
     """The op's results in the leading dimensions of the input."""
     several = None
     if target is not None:
         targets = target.shape[len(lead)] if target.dim() > len(lead) else 1
         several = target.reshape(len(rows.input), targets)
-    call = rows.call if rows.backend == "cpu" else rows.call_on_gpu
-    logprob, lse, entropy, max_logit, argmax, top_logprobs, top_ids = call(several, wanted)
+    on_cpu = rows.backend == "cpu"
+    results = rows.call(several, wanted) if on_cpu else rows.call_on_gpu(several, wanted)
+    logprob, lse, entropy, logit_sum, max_logit, argmax, top_logprobs, top_ids = results
+    squares = None
+    if log_sum_sq_probs:
+        # log sum_v exp(2 z_v) - 2 log sum_v exp(z_v), of float64 numbers.
+        lse_of_doubled = rows.doubled().call(None, _Wanted(False, False, False, 0))[1]
+        squares = (lse_of_doubled - 2 * lse).to(logprob.dtype).reshape(lead)
     top = (*lead, wanted.top_k)
     return LogitStatistics(
         logprob=None if target is None else logprob.reshape(target.shape),
@@ -308,6 +338,11 @@ def _in_shape(
         entropy=entropy.to(logprob.dtype).reshape(lead) if wanted.entropy else None,
         max_logit=max_logit.reshape(lead),
         argmax=argmax.reshape(lead) if wanted.argmax else None,
+        logit_sum=logit_sum.reshape(lead) if wanted.logit_sum else None,
+        mean_logit=(
+            (logit_sum / len(rows.linear_weight)).reshape(lead) if wanted.logit_sum else None
+        ),
+        log_sum_sq_probs=squares,
         top_logprobs=top_logprobs.reshape(top) if wanted.top_k else None,
         top_ids=top_ids.reshape(top) if wanted.top_k else None,
     )

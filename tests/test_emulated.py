@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from test_linear_loss import Problem as LossProblem
 from test_linear_loss import check as check_linear_loss
 from test_property import cases as any_case
-from test_token_statistics import DIFFERENTIABLE, Problem
+from test_token_statistics import DIFFERENTIABLE, SUMS, Problem
 from test_token_statistics import check as check_statistics
 from test_token_statistics import plain as plain_statistics
 from tolerances import assert_close_as_plain
@@ -250,6 +250,8 @@ STATISTICS: list[tuple[tuple[str, ...], dict[str, Any], int | None]] = [
     (("entropy",), {"logit_scale": -1.3}, None),
     (DIFFERENTIABLE, {"softcap": 4.0, "top_k": 3}, None),
     (DIFFERENTIABLE, {"softcap": 4.0, "top_k": 3}, 3),
+    ((*DIFFERENTIABLE, *SUMS), {}, None),
+    (SUMS, {"softcap": 4.0, "logit_scale": -1.3}, 3),
 ]
 
 

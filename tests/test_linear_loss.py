@@ -169,6 +169,33 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(loss, leaves)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("chunk_size", [None, 32])
+def test_sum_of_logits(
+    entropy: bool, softcap: float | None, reduction: str, chunk_size: int | None
+) -> None:
+    """Label smoothing that a caller writes, (1 - e) (lse - z_y) + e (lse - mean z)."""
+    p = Problem(torch.float64)
+
+    def smoothed(s: memeff.LogitStatistics) -> Tensor:
+        return -0.8 * s.logprob + 0.2 * (s.lse - s.mean_logit) + 0 * s.logit_sum
+
+    ours = memeff.linear_loss(
+        smoothed, p.x, p.w, p.target, linear_bias=p.b, reduction=reduction, softcap=softcap,
+        logit_sum=True, entropy=entropy, chunk_size=chunk_size,
+    )  # fmt: skip
+    z = F.linear(p.x, p.w, p.b)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    expected = F.cross_entropy(z, p.target, label_smoothing=0.2, reduction=reduction)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(loss, (p.x, p.w, p.b), upstream) for loss in (ours, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_inside_compiled_code(backend: str) -> None:
     """The call breaks the graph; what surrounds it is compiled. The same bits either way."""

@@ -19,6 +19,7 @@ from memeff.bench.memory import PeakMemory
 MIB = 2**20
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DIFFERENTIABLE = ("logprob", "lse", "entropy")
+SUMS = ("logit_sum", "mean_logit", "log_sum_sq_probs")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -80,6 +81,9 @@ def plain(
         "lse": torch.logsumexp(z, -1),
         "entropy": torch.special.entr(log_p.exp()).sum(-1),
         "max_logit": z.amax(-1),
+        "logit_sum": z.sum(-1),
+        "mean_logit": z.mean(-1),
+        "log_sum_sq_probs": log_p.exp().square().sum(-1).log(),
     }
     if top_k:
         result["top_logprobs"], result["top_ids"] = log_p.topk(top_k)
@@ -103,7 +107,8 @@ def upstream_for(p: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 def check(p: Problem, names: tuple[str, ...], planning: Any = None, **options: Any) -> None:
     """Values and gradients by the tolerance rule."""
-    ours = p.ours(**options, **(planning or {}))._asdict()
+    sums = {"logit_sum": "logit_sum" in names, "log_sum_sq_probs": "log_sum_sq_probs" in names}
+    ours = p.ours(**options, **sums, **(planning or {}))._asdict()
     upstream = upstream_for(p, names)
     exact = p.in_float64()
     three = []
@@ -112,7 +117,7 @@ def check(p: Problem, names: tuple[str, ...], planning: Any = None, **options: A
     ):  # fmt: skip
         loss = random_sum(fields, upstream)
         three.append((fields, torch.autograd.grad(loss, problem.leaves)))
-    for name in ("logprob", "lse", "entropy", "max_logit"):
+    for name in dict.fromkeys(("logprob", "lse", "entropy", "max_logit", *names)):
         sides = [fields[name].detach() for fields, _ in three]
         assert_close_as_plain(name, *sides, gradient=False)
     for i, name in enumerate(("dx", "dw", "db")[: len(p.leaves)]):
@@ -122,7 +127,8 @@ def check(p: Problem, names: tuple[str, ...], planning: Any = None, **options: A
 
 COMBINATIONS = [
     ("logprob",), ("lse",), ("entropy",), ("logprob", "lse"), ("logprob", "entropy"),
-    ("lse", "entropy"), DIFFERENTIABLE,
+    ("lse", "entropy"), DIFFERENTIABLE, ("logit_sum",), ("log_sum_sq_probs",),
+    ("logprob", "logit_sum"), (*DIFFERENTIABLE, *SUMS),
 ]  # fmt: skip
 
 
@@ -142,7 +148,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", [("logprob", "lse"), DIFFERENTIABLE], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("logprob", "lse"), DIFFERENTIABLE, (*DIFFERENTIABLE, *SUMS)], ids="-".join
+)
 def test_options(options: dict[str, Any], dtype: torch.dtype, names: tuple[str, ...]) -> None:
     check(Problem(dtype=dtype, targets=2), names, **options)
 
@@ -155,7 +163,7 @@ def test_blocks_and_slices(dtype: torch.dtype, chunk_size: int, bias: bool) -> N
     p = Problem(203, 40, 2500, dtype=dtype, bias=bias, targets=2)
     plan = memeff.plan(203, 40, 2500, dtype, reduction="none", chunk_size=32)
     budget = plan.workspace_bytes + plan.library_bytes
-    check(p, DIFFERENTIABLE, {"chunk_size": chunk_size})
+    check(p, (*DIFFERENTIABLE, *SUMS), {"chunk_size": chunk_size})
     check(p, DIFFERENTIABLE, {"memory_budget": budget + 200_000})
 
 
@@ -203,9 +211,10 @@ def test_gradcheck() -> None:
 
     def function(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         fields = memeff.linear_token_statistics(
-            x, w, p.target, linear_bias=b, softcap=2.0, logit_scale=0.7
-        )
-        return fields.logprob, fields.lse, fields.entropy
+            x, w, p.target, linear_bias=b, softcap=2.0, logit_scale=0.7, logit_sum=True,
+            log_sum_sq_probs=True,
+        )  # fmt: skip
+        return tuple(getattr(fields, name) for name in (*DIFFERENTIABLE, *SUMS))
 
     assert torch.autograd.gradcheck(function, p.leaves)
 
@@ -412,10 +421,11 @@ def test_opcheck(subset: tuple[bool, ...], target: bool) -> None:
     torch.library.opcheck(
         torch.ops.memeff.linear_token_statistics_forward.default,
         (x, w, y, b),
-        {"skip_ignored": False, "entropy": True, "argmax": True, "top_k": 2} | options,
+        {"skip_ignored": False, "entropy": True, "logit_sum": True, "argmax": True, "top_k": 2}
+        | options,
     )
     lse, entropy = torch.randn(4).double(), torch.rand(4)
-    upstream = (torch.randn(4, 2) if target else None, None, torch.randn(4))
+    upstream = (torch.randn(4, 2) if target else None, None, torch.randn(4), torch.randn(4))
     x, w, b = x.detach(), w.detach(), b.detach()
     torch.library.opcheck(
         torch.ops.memeff.linear_token_statistics_backward.default,

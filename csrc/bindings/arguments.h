@@ -31,13 +31,13 @@ enum Operators : unsigned {
 struct Arguments : ProblemOptions, PlanOptions {
   // The backward operators': upstream gradients, and what the forward ones returned.
   at::Tensor grad_loss, lse, known_entropy;
-  OptionalTensor grad_logprob, grad_lse, grad_entropy;
+  OptionalTensor grad_logprob, grad_lse, grad_entropy, grad_logit_sum;
 
   at::Tensor input, linear_weight;
   OptionalTensor target, linear_bias, weight, token_weight, num_items;
 
   // Token statistics': see TokenStatistics.
-  bool skip_ignored = false, entropy = false, argmax = false;
+  bool skip_ignored = false, entropy = false, logit_sum = false, argmax = false;
   int64_t top_k = 0;
 
   int64_t handle = 0;  // of linear_loss_gradients: whose call it is

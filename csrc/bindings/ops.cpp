@@ -45,8 +45,8 @@ std::vector<at::Tensor> statistics_forward(const Device& device, const Arguments
   call.allocate_outputs();
   call.check_backward_budget();
   call.run(false);
-  return {call.logprob, call.lse,          call.entropy, call.max_logit,
-          call.argmax,  call.top_logprobs, call.top_ids};
+  return {call.logprob,   call.lse,    call.entropy,      call.logit_sum,
+          call.max_logit, call.argmax, call.top_logprobs, call.top_ids};
 }
 
 std::vector<at::Tensor> statistics_backward(const Device& device, const Arguments& arguments) {
@@ -62,13 +62,14 @@ std::vector<at::Tensor> custom_loss(const Device& device, const Arguments& argum
   call.allocate_outputs();
   // The operator is implemented in Python; the dispatcher takes care of the interpreter's lock.
   using Chunk = std::vector<at::Tensor>(int64_t, int64_t, const at::Tensor&, const at::Tensor&,
-                                        const at::Tensor&, const at::Tensor&);
+                                        const at::Tensor&, const at::Tensor&, const at::Tensor&);
   static const auto chunk = c10::Dispatcher::singleton()
                                 .findSchemaOrThrow("memeff::differentiate_chunk", "")
                                 .typed<Chunk>();
   call.differentiate_in_forward([&](int64_t begin, const at::Tensor& logprob, const at::Tensor& lse,
-                                    const at::Tensor& entropy, const at::Tensor& max_logit) {
-    return chunk.call(arguments.handle, begin, logprob, lse, entropy, max_logit);
+                                    const at::Tensor& entropy, const at::Tensor& logit_sum,
+                                    const at::Tensor& max_logit) {
+    return chunk.call(arguments.handle, begin, logprob, lse, entropy, logit_sum, max_logit);
   });
   call.allocate_gradients(true);
   call.run(false);

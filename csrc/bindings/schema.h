@@ -22,8 +22,8 @@ inline void define_operators(torch::Library& m) {
          "Tensor grad_weight, Tensor grad_bias)");
   define("linear_cross_entropy_backward", kLossBackward, gradients);
   define("linear_token_statistics_forward", kStatisticsForward,
-         "(Tensor logprob, Tensor lse, Tensor entropy, Tensor max_logit, Tensor argmax, "
-         "Tensor top_logprobs, Tensor top_ids)");
+         "(Tensor logprob, Tensor lse, Tensor entropy, Tensor logit_sum, Tensor max_logit, "
+         "Tensor argmax, Tensor top_logprobs, Tensor top_ids)");
   define("linear_token_statistics_backward", kStatisticsBackward, gradients);
   // Gradients of a sum of per-token losses, in the forward pass: differentiate_chunk (implemented in
   // Python, memeff/fused_loss.py) is called with the statistics of one chunk of tokens after another and
@@ -31,7 +31,7 @@ inline void define_operators(torch::Library& m) {
   define("linear_loss_gradients", kCustomLoss, gradients);
   m.def(
       "differentiate_chunk(int handle, int begin, Tensor logprob, Tensor lse, Tensor entropy, "
-      "Tensor max_logit) -> Tensor[]");
+      "Tensor logit_sum, Tensor max_logit) -> Tensor[]");
   m.def("scale_gradient(Tensor gradient, Tensor scale) -> Tensor");
   m.def("scale_gradient_(Tensor(a!) gradient, Tensor scale) -> ()");
 }

@@ -32,6 +32,8 @@ void StatisticsCall::allocate_outputs() {
   statistics_.max_logit = max_logit.mutable_data_ptr();
   entropy = at::empty({with_entropy ? n : 0}, floating.dtype(at::kDouble));
   if (with_entropy) statistics_.entropy = entropy.mutable_data_ptr<double>();
+  logit_sum = at::empty({arguments_.logit_sum ? n : 0}, floating);
+  if (arguments_.logit_sum) statistics_.logit_sum = logit_sum.mutable_data_ptr();
   argmax = at::empty({with_argmax ? n : 0}, indices);
   if (with_argmax) statistics_.argmax = argmax.mutable_data_ptr<int64_t>();
   // Zeros: tokens that take no part get none of them.
@@ -49,6 +51,8 @@ void StatisticsCall::use_gradients() {
       gradient(arguments_.grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
   statistics_.grad_lse = gradient(arguments_.grad_lse, {n}, "grad_lse", &grad_lse_);
   statistics_.grad_entropy = gradient(arguments_.grad_entropy, {n}, "grad_entropy", &grad_entropy_);
+  statistics_.grad_logit_sum =
+      gradient(arguments_.grad_logit_sum, {n}, "grad_logit_sum", &grad_logit_sum_);
   if (statistics_.grad_entropy == nullptr) return;
   const at::Tensor& known_entropy = arguments_.known_entropy;
   TORCH_CHECK(known_entropy.dim() == 1 && known_entropy.size(0) == n, "entropy has shape ",
@@ -72,6 +76,10 @@ void StatisticsCall::differentiate_in_forward(Differentiate differentiate) {
     statistics_.grad_entropy = grad_entropy_.const_data_ptr<double>();
     statistics_.known_entropy = statistics_.entropy;
   }
+  if (statistics_.logit_sum != nullptr) {
+    grad_logit_sum_ = at::empty({n}, options);
+    statistics_.grad_logit_sum = grad_logit_sum_.const_data_ptr<double>();
+  }
   statistics_.context = this;
   statistics_.differentiate = [](void* context, int64_t begin, int64_t end) {
     static_cast<StatisticsCall*>(context)->differentiate_rows(begin, end);
@@ -83,8 +91,10 @@ void StatisticsCall::differentiate_rows(int64_t begin, int64_t end) {
     return tensor.size(0) == problem_.tokens ? tensor.slice(0, begin, end) : tensor;
   };
   const std::vector<at::Tensor> gradients =
-      differentiate_(begin, rows(logprob), rows(lse), rows(entropy), rows(max_logit));
-  const at::Tensor* targets[] = {&grad_logprob_, &grad_lse_, &grad_entropy_};
+      differentiate_(begin, rows(logprob), rows(lse), rows(entropy), rows(logit_sum), rows(max_logit));
+  std::vector<const at::Tensor*> targets = {&grad_logprob_, &grad_lse_};
+  if (statistics_.entropy != nullptr) targets.push_back(&grad_entropy_);
+  if (statistics_.logit_sum != nullptr) targets.push_back(&grad_logit_sum_);
   for (size_t i = 0; i < gradients.size(); ++i) {
     targets[i]->slice(0, begin, end).copy_(gradients[i]);
   }
@@ -92,10 +102,12 @@ void StatisticsCall::differentiate_rows(int64_t begin, int64_t end) {
 
 void StatisticsCall::check_backward_budget() const {
   if (!arguments_.grad_input && !arguments_.grad_weight && !arguments_.grad_bias) return;
-  // The entropy's gradient may need more than the others'.
+  // Gradients of the entropy and of the sum may need more than the others'.
   TokenStatistics later = statistics_;
   if (later.entropy != nullptr) later.grad_entropy = problem_.lse;
+  if (later.logit_sum != nullptr) later.grad_logit_sum = problem_.lse;
   later.entropy = nullptr;
+  later.logit_sum = nullptr;
   later.argmax = nullptr;
   later.top = 0;
   Problem problem = problem_;

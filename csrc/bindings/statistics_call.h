@@ -18,13 +18,13 @@ class StatisticsCall : public Call {
   void use_gradients();
   void check_backward_budget() const;
   /// Gradients in the forward pass. `differentiate` gets the first row and the statistics of a chunk, and
-  /// returns upstream gradients in the order of logprob, lse and (if it was computed) entropy.
+  /// returns upstream gradients of logprob, lse and, each if it was computed, entropy and logit_sum.
   using Differentiate = std::function<std::vector<at::Tensor>(
       int64_t begin, const at::Tensor& logprob, const at::Tensor& lse, const at::Tensor& entropy,
-      const at::Tensor& max_logit)>;
+      const at::Tensor& logit_sum, const at::Tensor& max_logit)>;
   void differentiate_in_forward(Differentiate differentiate);
 
-  at::Tensor logprob, entropy, max_logit, argmax, top_logprobs, top_ids;
+  at::Tensor logprob, entropy, logit_sum, max_logit, argmax, top_logprobs, top_ids;
 
  private:
   void differentiate_rows(int64_t begin, int64_t end);
@@ -33,7 +33,7 @@ class StatisticsCall : public Call {
 
   TokenStatistics statistics_;
   Differentiate differentiate_;
-  at::Tensor grad_logprob_, grad_lse_, grad_entropy_;
+  at::Tensor grad_logprob_, grad_lse_, grad_entropy_, grad_logit_sum_;
 };
 
 }  // namespace memeff

@@ -25,7 +25,7 @@ enum class Reduction { kNone, kSum, kMean };
 /// Numbers per token from which a caller builds a loss of its own, and their upstream gradients:
 ///
 ///   dz[v] = p_v (grad_lse - sum_k grad_logprob_k - grad_entropy (log p_v + entropy))
-///           + sum_k grad_logprob_k [v == target_k]
+///           + sum_k grad_logprob_k [v == target_k] + grad_logit_sum
 ///
 /// with p the softmax. Null outputs are not requested, null gradients are zero. Other floating outputs are
 /// fp32, or fp64 when the problem is.
@@ -37,15 +37,17 @@ struct TokenStatistics {
   // [N] -sum_v p_v log p_v. fp64 as lse: its rounding would be an error that all classes share.
   double* entropy = nullptr;
   const double* known_entropy = nullptr;  // [N] the same, for grad_entropy
+  void* logit_sum = nullptr;              // [N] sum_v z_v
   void* max_logit = nullptr;              // [N]
   int64_t* argmax = nullptr;              // [N]
   int64_t top = 0;                        // the `top` most probable classes, largest first
   void* top_logprobs = nullptr;           // [N, top]
   int64_t* top_ids = nullptr;             // [N, top]
 
-  const double* grad_logprob = nullptr;  // [N, K]
-  const double* grad_lse = nullptr;      // [N]
-  const double* grad_entropy = nullptr;  // [N]
+  const double* grad_logprob = nullptr;    // [N, K]
+  const double* grad_lse = nullptr;        // [N]
+  const double* grad_entropy = nullptr;    // [N]
+  const double* grad_logit_sum = nullptr;  // [N]
 
   // Gradients in the forward pass: called as soon as the statistics of rows [begin, end) are written, sets
   // their upstream gradients. Rows that skip_ignored leaves out may lie in no such range.
@@ -116,8 +118,19 @@ inline bool skips_tiles(const Problem& p) { return p.skip_mass > 0; }
 inline bool wants_entropy(const Problem& p) {
   return p.statistics || (p.token_statistics != nullptr && p.token_statistics->entropy != nullptr);
 }
+/// sum_v w_v z_v
+inline bool wants_logit_sum(const Problem& p) {
+  return p.label_smoothing > 0 ||
+         (p.token_statistics != nullptr && p.token_statistics->logit_sum != nullptr);
+}
 inline bool wants_argmax(const Problem& p) {
   return p.statistics || (p.token_statistics != nullptr && p.token_statistics->argmax != nullptr);
+}
+
+/// Whether gradients of the logits have a term for every class that does not depend on its score.
+inline bool reaches_all_classes(const Problem& p) {
+  return p.label_smoothing > 0 ||
+         (p.token_statistics != nullptr && p.token_statistics->grad_logit_sum != nullptr);
 }
 
 }  // namespace memeff

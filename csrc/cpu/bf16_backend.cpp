@@ -164,7 +164,8 @@ void Bf16Backend::gradient_task(Range classes, Range tokens, int64_t column,
   tile.scale_p = values.scale_p.data() + column;
   tile.scale_entropy =
       tokens_.has_entropy_gradient() ? values.scale_entropy.data() + column : nullptr;
-  tile.scale_w = problem_.label_smoothing > 0 ? values.scale_w.data() + column : nullptr;
+  const float* scale_w = tokens_.scale_w(values);
+  tile.scale_w = scale_w == nullptr ? nullptr : scale_w + column;
   tile.class_weight = tokens_.class_weight(classes.begin);
   tile.factors = factors;
   tile.bias_sum = add_bias && bias_sum() != nullptr ? bias_sum() + classes.begin : nullptr;

@@ -196,7 +196,7 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
         transform.scale_p_rest = coefficients.scale_p_rest.data();
         transform.scale_entropy = coefficients.scale_entropy.data();
       }
-      transform.scale_w = p.label_smoothing > 0 ? coefficients.scale_w.data() : nullptr;
+      transform.scale_w = this->tokens_.scale_w(coefficients);
       transform.class_weight = this->tokens_.class_weight(rows.begin);
       if (p.probabilities != nullptr) {
         slope.assign(static_cast<size_t>(rows.size() * tokens.size()), T{1});

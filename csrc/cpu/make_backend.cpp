@@ -20,13 +20,13 @@ std::string bf16_products() {
 }
 
 bool bf16_kernels_support(const Problem& problem) {
-  // With a soft cap, label smoothing and the gradient of the entropy need the score itself, which the bf16
+  // With a soft cap, the gradients of smoothing, of sums of logits and of the entropy need the score itself, which the bf16
   // kernels do not keep; the largest scores are picked from whole slices, and probability targets are
   // read element by element anyway.
   const TokenStatistics* statistics = problem.token_statistics;
   const bool entropy_gradient = statistics != nullptr && statistics->grad_entropy != nullptr;
   const bool needs_scores =
-      problem.softcap > 0 && (problem.label_smoothing > 0 || entropy_gradient);
+      problem.softcap > 0 && (reaches_all_classes(problem) || entropy_gradient);
   const bool top = statistics != nullptr && statistics->top > 0;
   return problem.dtype == DType::kBFloat16 && problem.probabilities == nullptr && !needs_scores &&
          !top && problem.features > 0;
@@ -34,7 +34,7 @@ bool bf16_kernels_support(const Problem& problem) {
 
 /// Per-tile partial sums that the problem needs: see Partial in cpu/tokens.h.
 int count_partials(const Problem& problem) {
-  return 2 + (problem.label_smoothing > 0 ? 1 : 0) + (wants_entropy(problem) ? 1 : 0) +
+  return 2 + (wants_logit_sum(problem) ? 1 : 0) + (wants_entropy(problem) ? 1 : 0) +
          (wants_argmax(problem) ? 1 : 0) + (problem.probabilities != nullptr ? 3 : 0);
 }
 

@@ -11,7 +11,7 @@ namespace memeff {
 struct CpuPlanRequest : PlanRequest {
   bool bf16_kernels = false;  // scores come from the fused bf16 kernels (16 bits each)
   bool blas = false;    // a BLAS computes the products; it packs operands in memory of its own
-  int partials = 2;     // per-tile partial sums: max, sum [, smoothing] [, entropy, argmax]
+  int partials = 2;     // per-tile partial sums: max, sum [, of logits] [, entropy, argmax]
   int64_t targets = 1;  // class indices per token
   int threads = 1;
 };

@@ -48,7 +48,7 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
   const auto wanted = [&](Partial which, bool want) {
     partial_offset_[which] = want ? used++ : -1;
   };
-  wanted(kMaximum, true), wanted(kSum, true), wanted(kSmooth, problem_.label_smoothing > 0);
+  wanted(kMaximum, true), wanted(kSum, true), wanted(kSmooth, wants_logit_sum(problem_));
   wanted(kWeighted, wants_entropy(problem_)), wanted(kArgmax, wants_argmax(problem_));
   const bool soft = problem_.probabilities != nullptr;
   wanted(kTargetDot, soft), wanted(kTargetMass, soft), wanted(kTargetPlain, soft);
@@ -62,6 +62,7 @@ bool CpuTokens<T>::takes_part(int64_t n) const {
   if (!backward && !s.skip_ignored) return true;
   if (backward && s.grad_lse != nullptr && s.grad_lse[n] != 0) return true;
   if (backward && s.grad_entropy != nullptr && s.grad_entropy[n] != 0) return true;
+  if (backward && s.grad_logit_sum != nullptr && s.grad_logit_sum[n] != 0) return true;
   for (int64_t k = 0; k < problem_.targets; ++k) {
     const int64_t at = n * problem_.targets + k;
     const bool wanted = !backward || (s.grad_logprob != nullptr && s.grad_logprob[at] != 0);
@@ -231,7 +232,8 @@ void CpuTokens<T>::set_statistics_coefficients(int64_t token) {
   if (entropy != 0) p -= entropy * entropy_[token];
   scale_p_[token] = scale * p;
   scale_entropy_[token] = -scale * entropy;
-  scale_target_[token] = scale_w_[token] = 0;
+  scale_target_[token] = 0;
+  scale_w_[token] = s.grad_logit_sum != nullptr ? -scale * s.grad_logit_sum[n] : 0;
 }
 
 template <class T>
@@ -289,11 +291,13 @@ void CpuTokens<T>::write_token_statistics(Range tokens) {
   const int64_t targets = problem_.targets;
   T* logprob = static_cast<T*>(s.logprob);
   T* max_logit = static_cast<T*>(s.max_logit);
+  T* logit_sum = static_cast<T*>(s.logit_sum);
   T* top = static_cast<T*>(s.top_logprobs);
   for (int64_t token = tokens.begin; token < tokens.end; ++token) {
     const int64_t row = rows_[token];
     problem_.lse[row] = lse_[token];
     if (s.entropy != nullptr) s.entropy[row] = entropy_[token];
+    if (logit_sum != nullptr) logit_sum[row] = static_cast<T>(smooth_[token]);
     if (max_logit != nullptr) max_logit[row] = static_cast<T>(maximum_[token]);
     if (s.argmax != nullptr) s.argmax[row] = argmax_[token];
     for (int64_t k = 0; logprob != nullptr && k < targets; ++k) {
@@ -316,6 +320,7 @@ void CpuTokens<T>::clear_token_statistics() {
   std::fill_n(problem_.lse, n, 0.0);
   if (s.logprob != nullptr) std::fill_n(static_cast<T*>(s.logprob), n * problem_.targets, T{0});
   if (s.entropy != nullptr) std::fill_n(s.entropy, n, 0.0);
+  if (s.logit_sum != nullptr) std::fill_n(static_cast<T*>(s.logit_sum), n, T{0});
   if (s.max_logit != nullptr) std::fill_n(static_cast<T*>(s.max_logit), n, T{0});
   if (s.argmax != nullptr) std::fill_n(s.argmax, n, 0);
 }
@@ -450,6 +455,7 @@ double CpuTokens<T>::target_gradient(int64_t token, int64_t k) const {
         sum += statistics_->grad_logprob[at + j];
     }
     gradient += is_16_bit(problem_.dtype) ? sum : sum * problem_.logit_scale;
+    gradient -= scale_w_[token];
   } else {
     gradient -= scale_target_[token] * target_mass_[token] +
                 scale_w_[token] * (class_weight_ != nullptr ? class_weight_[target_[token]] : 1);

@@ -82,6 +82,10 @@ class CpuTokens {
   }
   /// Value of the gradient of the token's k-th target: exact where the softmax is close to 1.
   double target_gradient(int64_t token, int64_t k) const;
+  /// Coefficients scale_w, or null where all of them are 0.
+  const T* scale_w(const Coefficients& values) const {
+    return reaches_all_classes(problem_) ? values.scale_w.data() : nullptr;
+  }
   const T* class_weight(int64_t first_class) const {
     return class_weight_ == nullptr ? nullptr : class_weight_ + first_class;
   }

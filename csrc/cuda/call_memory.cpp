@@ -31,20 +31,21 @@ void CallMemory::place_token_arrays() {
     *array = reinterpret_cast<std::remove_pointer_t<decltype(array)>>(workspace_ + next);
     next += problem_.tokens * 8;
   };
-  const bool soft = problem_.probabilities != nullptr, smooths = problem_.label_smoothing > 0;
+  const bool soft = problem_.probabilities != nullptr;
   take(&tokens_.target), take(&tokens_.lse), take(&tokens_.target_logit);
   take(&tokens_.target_dot, soft), take(&tokens_.target_mass), take(&tokens_.target_plain, soft);
   const TokenStatistics* wanted = problem_.token_statistics;
   tokens_.for_statistics = wanted != nullptr;
   if (wanted != nullptr) tokens_.wanted = *wanted;
-  take(&tokens_.smooth, smooths), take(&tokens_.entropy, wants_entropy(problem_));
+  take(&tokens_.smooth, wants_logit_sum(problem_));
+  take(&tokens_.entropy, wants_entropy(problem_));
   take(&tokens_.maximum, problem_.statistics || wanted != nullptr);
   take(&tokens_.argmax, wants_argmax(problem_));
   const bool entropy_has_gradient = wanted != nullptr && wanted->grad_entropy != nullptr;
   take(&tokens_.entropy_coefficient, entropy_has_gradient);
   take(&tokens_.centre, entropy_has_gradient);
   take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
-  take(&tokens_.target_rest), take(&tokens_.weighted, smooths);
+  take(&tokens_.target_rest), take(&tokens_.weighted, reaches_all_classes(problem_));
   take(&tokens_.target_gradient, !request_.statistics_known);
   tokens_.weighted_apart = traits_.smoothing_apart;
 }
@@ -104,7 +105,7 @@ PartialStatistics CallMemory::partial_statistics(Range tokens, const ScoreBlock*
   }
   partials.sum = take(bytes);
   if (wants_entropy(problem_)) partials.entropy = take(bytes);
-  if (problem_.label_smoothing > 0) partials.smooth = take(bytes);
+  if (wants_logit_sum(problem_)) partials.smooth = take(bytes);
   if (wants_argmax(problem_)) partials.argmax = static_cast<int32_t*>(take(4));
   if (problem_.probabilities != nullptr) {
     partials.target_dot = take(bytes);

@@ -365,7 +365,7 @@ double rank(const PlanRequest& r, const Plan& plan) {
 PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selection& kernels) {
   PlanTraits traits;
   traits.kernels = kernels;
-  traits.partials = 2 + (p.label_smoothing > 0 ? 1 : 0) + (wants_entropy(p) ? 1 : 0) +
+  traits.partials = 2 + (wants_logit_sum(p) ? 1 : 0) + (wants_entropy(p) ? 1 : 0) +
                     (p.probabilities != nullptr ? 3 : 0);
   traits.argmax = wants_argmax(p);
   traits.skips = skips_tiles(p) && kernels.products.fused();

@@ -101,6 +101,9 @@ __global__ void __launch_bounds__(kStatisticsThreads)
         target == kNoTarget ? A(0) : static_cast<A>(logit - lse);
   }
   if (wanted.entropy != nullptr) wanted.entropy[token] = left_out ? 0.0 : tokens.entropy[token];
+  if (wanted.logit_sum != nullptr)
+    static_cast<A*>(wanted.logit_sum)[token] =
+        left_out ? A(0) : static_cast<A>(tokens.smooth[token]);
   static_cast<A*>(wanted.max_logit)[token] =
       left_out ? A(0) : static_cast<A>(tokens.maximum[token]);
   if (wanted.argmax != nullptr) wanted.argmax[token] = left_out ? 0 : tokens.argmax[token];

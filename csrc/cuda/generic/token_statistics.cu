@@ -140,6 +140,7 @@ MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenA
     factors.expected_logit = lse - wanted.known_entropy[token];
   }
   factors.target = -logprob;
+  if (wanted.grad_logit_sum != nullptr) factors.weighted = -g * wanted.grad_logit_sum[token];
   if (target == kBadTarget) factors.softmax = factors.target = NAN;
   return factors;
 }
