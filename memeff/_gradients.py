@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +37,29 @@ def is_last_backward() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class Unchanged:
+    """Tensors that backward reads again, where autograd's saved tensors do not hold them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        # Inference tensors have no counter, and cannot be changed outside of inference mode.
+        self._versions = [
+            (name, tensor, tensor._version)
+            for name, tensor in tensors.items()
+            if not tensor.is_inference()
+        ]
+
+    def check(self) -> None:
+        """Raise the RuntimeError of a saved tensor if one was modified in place since."""
+        for name, tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"{name} of shape {tuple(tensor.shape)}, which gradient computation needs, has "
+                    f"been modified by an inplace operation: it is at version {tensor._version}, "
+                    f"expected version {version}. Run backward before an optimizer's step, or pass "
+                    "a clone"
+                )
 
 
 def captured_leaves(output: Tensor, own: Iterable[Tensor], before: int) -> list[Tensor]:

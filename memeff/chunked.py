@@ -28,6 +28,7 @@ from memeff import _arguments, _checks
 from memeff._gradient_sums import GradientSum, ReadyGradients
 from memeff._gradients import (
     CapturedResult,
+    Unchanged,
     add_gradient,
     captured_leaves,
     first_derivatives_only,
@@ -85,7 +86,8 @@ def chunked_linear_apply(
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument, or a result of ``fn``, of the wrong type
-            or shape.
+            or shape. Backward raises RuntimeError where it would compute logits again from an
+            argument that was modified in place.
     """
     return apply_to_chunks(
         lambda chunk, *tensors: fn(chunk.logits(), *tensors),
@@ -336,21 +338,24 @@ class _Call:
     # Recompute.
 
     def _recompute_later(self) -> list[Tensor]:
-        shared = _Shared(self.head, self.rows.detach(), self.rows.requires_grad)
+        shared = _Shared(self.head, self.rows.detach(), self.rows.requires_grad, self.tensors)
         token = _Operands.apply(shared, self.rows, self.weight, self.bias)
         sizes = [end - begin for begin, end in self.bounds]
         # One split per tensor: its backward puts the chunks' gradients together once.
         parts = [tensor.split(sizes) for tensor in self.tensors]
 
         def one_chunk(bounds: tuple[int, int], *chunks: Tensor) -> tuple[Tensor, ...]:
+            shared.check_unchanged()
             return self.apply(
                 _RecomputedChunk(token, shared, bounds), chunks, bounds[1] - bounds[0]
             )
 
-        return self._join(
+        joined = self._join(
             checkpoint(one_chunk, bounds, *(part[i] for part in parts), use_reentrant=False)
             for i, bounds in enumerate(self.bounds)
         )
+        shared.forward_ends()
+        return joined
 
 
 def _sum_of_rows(rows: Tensor) -> GradientSum:
@@ -374,10 +379,27 @@ class _Gradients:
 class _Shared:
     """What the chunks of one recompute share: operands, and the gradients they add up."""
 
-    def __init__(self, head: Head, rows: Tensor, rows_grad: bool) -> None:
+    def __init__(
+        self, head: Head, rows: Tensor, rows_grad: bool, per_token: Sequence[Tensor]
+    ) -> None:
         self.head, self.rows, self.rows_grad = head, rows, rows_grad
+        self._per_token = per_token
+        self._unchanged: Unchanged | None = None  # until the forward pass ends
         self._grad_rows: GradientSum | None = None
         self._backward = -1  # the backward pass that the sums belong to
+
+    def forward_ends(self) -> None:
+        """From now on nobody may change what backward computes again from."""
+        tensors = {"input": self.rows, "linear_weight": self.head.weight}
+        tensors |= {f"per_token_tensors[{i}]": tensor for i, tensor in enumerate(self._per_token)}
+        if self.head.bias is not None:
+            tensors["linear_bias"] = self.head.bias
+        self._unchanged = Unchanged(tensors)
+
+    def check_unchanged(self) -> None:
+        """Raise an error where something was changed; for the start of a chunk's computation."""
+        if self._unchanged is not None:
+            self._unchanged.check()
 
     def add_gradients(self, grad_logits: Tensor, begin: int, end: int) -> None:
         self._begin_backward()

@@ -41,7 +41,8 @@ class LogitStatistics(NamedTuple):
 
     Fields have the leading dimensions of the input and are float32 (float64 for float64 inputs) or
     int64; those that were not asked for are None. All but ``max_logit``, ``argmax`` and the largest
-    ones are differentiable. Logits are meant after ``logit_scale`` and ``softcap``; p is their softmax.
+    ones are differentiable. Logits are meant after ``logit_scale`` and ``softcap``; p is their
+    softmax.
     """
 
     logprob: Tensor | None
