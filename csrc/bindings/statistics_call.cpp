@@ -90,8 +90,8 @@ void StatisticsCall::differentiate_rows(int64_t begin, int64_t end) {
   const auto rows = [&](const at::Tensor& tensor) {
     return tensor.size(0) == problem_.tokens ? tensor.slice(0, begin, end) : tensor;
   };
-  const std::vector<at::Tensor> gradients =
-      differentiate_(begin, rows(logprob), rows(lse), rows(entropy), rows(logit_sum), rows(max_logit));
+  const std::vector<at::Tensor> gradients = differentiate_(
+      begin, rows(logprob), rows(lse), rows(entropy), rows(logit_sum), rows(max_logit));
   std::vector<const at::Tensor*> targets = {&grad_logprob_, &grad_lse_};
   if (statistics_.entropy != nullptr) targets.push_back(&grad_entropy_);
   if (statistics_.logit_sum != nullptr) targets.push_back(&grad_logit_sum_);
