@@ -242,7 +242,7 @@ class Candidates {
     finish(r_, t_, &plan);
     visit_(plan);
     if (!t_.kernels.stores_16_bits() || summed_while_kept(r_, t_, plan) == 0) return;
-    plan.input_block = std::max(kTokenTile, plan.input_block / 2);
+    plan.input_block = round_up(plan.input_block / 2, kTokenTile);
     visit_(plan);
   }
 

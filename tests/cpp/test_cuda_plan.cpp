@@ -92,6 +92,13 @@ void check_plan(const Case& c, const Plan& plan) {
   CHECK_EQ(layout(r, c.traits, plan).total, plan.workspace_bytes);
   if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
   CHECK_EQ(plan.library_bytes > 0, r.upcasts && r.tokens > 0);
+  if (r.upcasts && r.tokens > 0) {
+    // Pieces of both operands of each product, whichever is the largest.
+    using cuda::upcast_bytes;
+    CHECK(plan.library_bytes >= upcast_bytes(r.vocab, r.features, r.tokens));
+    if (r.grad_input) CHECK(plan.library_bytes >= upcast_bytes(r.tokens, r.vocab, r.features));
+    if (r.grad_weight) CHECK(plan.library_bytes >= upcast_bytes(r.vocab, r.tokens, r.features));
+  }
   CHECK(plan.token_block > 0 && plan.slice_vocab > 0 && plan.input_block > 0);
   // Tiles of kept scores are counted from the start of a chunk and of a slice.
   for (const int64_t block :
@@ -158,10 +165,17 @@ void names_the_least_budget_that_works(Case c) {
   const size_t at = problem.find(before);
   CHECK(at != std::string::npos);
   if (at == std::string::npos) return;
-  c.request.memory_budget = std::stoll(problem.substr(at + before.size()));
-  CHECK_EQ(make_plan(c.request, c.traits, &plan), "");
-  c.request.memory_budget -= 1;
+  const int64_t least = std::stoll(problem.substr(at + before.size()));
+  c.request.memory_budget = least - 1;
   CHECK(!make_plan(c.request, c.traits, &plan).empty());
+  // From there upward slices are the smallest, and sums have the most terms.
+  for (const int64_t percent :
+       {100, 105, 110, 115, 120, 130, 140, 160, 180, 200, 250, 300, 400, 600}) {
+    c.request.memory_budget = least / 100 * percent + least % 100;
+    test::context() = name_of(c);
+    CHECK_EQ(make_plan(c.request, c.traits, &plan), "");
+    check_plan(c, plan);
+  }
 }
 
 // The memory that design goals ask for, at the FLOPs that they allow, in products that are large
