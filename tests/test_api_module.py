@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +148,37 @@ def test_settings_are_attributes() -> None:
     module = memeff.LinearCrossEntropyLoss(6, 13)
     module.reduction = "none"
     assert module(torch.randn(3, 6), torch.randint(13, (3,))).shape == (3,)
+
+
+SETTINGS: dict[str, Any] = {  # none of them the default
+    "reduction": "sum", "ignore_index": 3, "label_smoothing": 0.2, "options": {}, "softcap": 3.0,
+    "logit_scale": 0.7, "z_loss": 0.1, "shift": 1, "memory_budget": "1GiB", "chunk_size": 64,
+    "accum_dtype": torch.float32, "skip_mass": 1e-4, "backend": "reference",
+}  # fmt: skip
+
+
+def test_every_setting_reaches_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given to the constructor, which has the function's defaults, or set later on."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        memeff.modules, "linear_cross_entropy", lambda *args, **options: seen.update(options)
+    )
+    parameters = inspect.signature(memeff.linear_cross_entropy).parameters
+    of_a_call = {
+        "input", "linear_weight", "target", "linear_bias", "weight", "token_weight", "num_items",
+        "return_statistics",
+    }  # fmt: skip
+    assert parameters.keys() - of_a_call == SETTINGS.keys()
+    constructor = inspect.signature(memeff.LinearCrossEntropyLoss).parameters
+    constructed = memeff.LinearCrossEntropyLoss(6, 13, **SETTINGS)
+    changed = memeff.LinearCrossEntropyLoss(6, 13)
+    for name, value in SETTINGS.items():
+        assert constructor[name].default == parameters[name].default != value, name
+        setattr(changed, name, value)
+    for module in (constructed, changed):
+        seen.clear()
+        module(torch.randn(3, 6), torch.randint(13, (3,)))
+        assert {name: seen[name] for name in SETTINGS} == SETTINGS
 
 
 def test_repr() -> None:

@@ -371,6 +371,44 @@ def test_without_upcast() -> None:
     assert torch.equal(result, F.linear(x, w))
 
 
+class _Breaks(torch.autograd.Function):
+    """The identity, whose backward fails when it has been called often enough."""
+
+    remaining = 0
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        _Breaks.remaining -= 1
+        if _Breaks.remaining == 0:
+            raise RuntimeError("broken")
+        return gradient
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_backward_that_fails_leaves_nothing_behind(per_token: bool) -> None:
+    p = Problem()
+
+    def fn(z: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(_Breaks.apply(z), y, reduction="none")
+        return losses if per_token else losses.sum()
+
+    _Breaks.remaining = 0
+    result = p.apply(fn, p.target, chunk_size=9, recompute=True).sum()
+    leaves = [p.x, p.w, p.b]
+    expected = torch.autograd.grad(result, leaves, retain_graph=True)
+    for fails_at in (2, 3):
+        _Breaks.remaining = fails_at
+        with pytest.raises(RuntimeError, match="broken"):
+            torch.autograd.grad(result, leaves, retain_graph=True)
+        ours = torch.autograd.grad(result, leaves, retain_graph=True)
+        for a, b in zip(ours, expected, strict=True):
+            assert torch.equal(a, b)
+
+
 def test_second_derivatives_are_refused() -> None:
     p = Problem()
     for recompute in (False, True):

@@ -145,6 +145,37 @@ def test_target_is_a_masked_class(reduction: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_target_is_a_masked_class_of_weight_0(dtype: torch.dtype, reduction: str) -> None:
+    """What counts for nothing may be impossible: no 0 * inf."""
+    x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((6, 8), (12, 8), (12,)))
+    b[4] = -math.inf
+    class_weights = torch.rand(12)
+    class_weights[4] = 0
+    y = torch.tensor([0, 4, 1, 4, 2, 11])
+    ours = memeff.linear_cross_entropy(
+        x, w, y, linear_bias=b, weight=class_weights, reduction=reduction
+    )
+    expected = F.cross_entropy(
+        F.linear(x.double(), w.double(), b.double()),
+        y.where(y != 4, -100),
+        class_weights.double(),
+        reduction=reduction,
+    )
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smoothing_of_1_and_a_masked_target(dtype: torch.dtype) -> None:
+    """The target counts for nothing; the masked class does, with 1 / V."""
+    x, w, b = (torch.randn(shape, dtype=dtype) for shape in ((6, 8), (12, 8), (12,)))
+    b[4] = -math.inf
+    y = torch.tensor([0, 4, 1, 4, 2, 11])
+    ours = memeff.linear_cross_entropy(x, w, y, linear_bias=b, label_smoothing=1.0)
+    assert ours == math.inf
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_row_poisons_only_itself(dtype: torch.dtype, bad: float) -> None:
     x, w = torch.randn(200, 16, dtype=dtype), torch.randn(300, 16, dtype=dtype)

@@ -280,6 +280,33 @@ def test_mean_is_that_of_linear_cross_entropy(num_items: int | Tensor | None) ->
     torch.testing.assert_close(lse, F.linear(p.x, p.w).logsumexp(-1).mean())
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_mean_over_two_dimensions(grad: bool) -> None:
+    """Of all B T tokens, or of those with a target."""
+    x, w = torch.randn(3, 5, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)
+    x.requires_grad_(grad)
+    target = torch.randint(20, (3, 5))
+    target[1, 2:] = -100
+    lse = F.linear(x, w).logsumexp(-1)
+    torch.testing.assert_close(memeff.linear_loss(lambda s: s.lse, x, w, None), lse.mean())
+    ours = memeff.linear_loss(lambda s: -s.logprob, x, w, target)
+    expected = F.cross_entropy(F.linear(x, w).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(ours, expected)
+
+
+def test_float16_with_a_loss_scale() -> None:
+    """Gradients that fp16 has no numbers for until the loss is scaled."""
+    p = Problem(torch.float16)
+    gradients = []
+    for q in (p, p.in_float64()):
+        loss = memeff.linear_loss(
+            lambda s: -1e-7 * s.logprob, q.x, q.w, q.target, linear_bias=q.b, reduction="sum"
+        )
+        gradients.append(torch.autograd.grad(loss * 2.0**22, [q.x, q.w, q.b]))
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_losses_per_token(dtype: torch.dtype) -> None:
     p = Problem(dtype)

@@ -155,6 +155,20 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, names: tuple[str, 
     check(Problem(dtype=dtype, targets=2), names, **options)
 
 
+@pytest.mark.parametrize("kernels", ["bf16_portable", "blas"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "vocab"), [(70, 5000), (90, 40)])
+def test_many_targets(
+    tokens: int, vocab: int, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six per token: over several slices of classes, and more of them in all than classes."""
+    monkeypatch.setenv("MEMEFF_CPU_KERNELS", kernels)
+    p = Problem(tokens, 48, vocab, dtype=dtype, targets=6)
+    check(p, DIFFERENTIABLE)
+    if dtype == torch.float32:
+        check_top(p, 5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunk_size", [32, 100])
 @pytest.mark.parametrize("bias", [False, True])
@@ -222,7 +236,10 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("top_k", [1, 7, 301])
 def test_top_k(dtype: torch.dtype, top_k: int) -> None:
-    p = Problem(dtype=dtype)
+    check_top(Problem(dtype=dtype), top_k)
+
+
+def check_top(p: Problem, top_k: int) -> None:
     ours = p.ours(top_k=top_k, chunk_size=32)
     exact = plain(p.in_float64(), top_k=top_k)
     assert_close_as_plain(
@@ -246,6 +263,52 @@ def test_top_k_ties_and_impossible_classes() -> None:
     assert ours.top_ids[0].tolist() == [1, 3, 0, 5, 2, 4]
     torch.testing.assert_close(ours.top_logprobs[0], bias.log_softmax(0)[ours.top_ids[0]])
     assert ours.logprob is None
+
+
+@pytest.mark.parametrize("kernels", ["bf16_portable", "blas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_of_equal_classes(
+    dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest logit several times: in one vector, one tile of classes, and other slices."""
+    monkeypatch.setenv("MEMEFF_CPU_KERNELS", kernels)
+    x, w = torch.randn(40, 16, dtype=dtype), torch.randn(9000, 16, dtype=dtype) / 8
+    equal = [5, 6, 37, 1000, 7000]
+    x[:, 0], w[equal] = 4, torch.eye(16, dtype=dtype)[0] * 8
+    ours = memeff.linear_token_statistics(x, w)
+    assert (ours.argmax == equal[0]).all()
+    assert memeff.linear_token_statistics(x, w, top_k=4).top_ids.tolist() == [equal[:4]] * 40
+    _, statistics = memeff.linear_cross_entropy(
+        x, w, torch.full((40,), equal[1]), return_statistics=True
+    )
+    assert (statistics.argmax == equal[0]).all() and not statistics.correct.any()
+
+
+def test_every_target_is_checked() -> None:
+    target = torch.tensor([[0, 1], [2, 8], [3, 4]])
+    x, w = torch.randn(3, 4), torch.randn(8, 4)
+    with pytest.raises(IndexError, match=r"target\[3\] is 8: expected a class index in \[0, 8\)"):
+        memeff.linear_token_statistics(x, w, target)
+
+
+def test_rows_with_much_in_common() -> None:
+    """Gradients of the logits sum to zero: what they all err by meets the rows' common part.
+
+    Coefficients of float32, rounded once, would err by 2 epsilons of it; the kernels add what
+    rounding takes from them, which leaves the errors of 3000 classes, of 1 / 3000 each.
+    """
+    p = Problem(40, 24, 3000, dtype=torch.float32, ignored=0, bias=False, spread=0.1)
+    common = 1000
+    with torch.no_grad():
+        p.x[:, 0] = 0  # the logits do not have that part
+        p.w[:, 0] += common
+    exact = p.in_float64()
+    ours, expected = (
+        torch.autograd.grad(entropy.sum(), q.x)[0][:, 0].double()
+        for q, entropy in ((p, p.ours().entropy), (exact, plain(exact)["entropy"]))
+    )
+    error = (ours - expected).square().mean().sqrt() / common
+    assert error < 0.5 * torch.finfo(torch.float32).eps
 
 
 def test_impossible_classes_have_no_gradient() -> None:

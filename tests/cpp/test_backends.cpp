@@ -438,19 +438,26 @@ int main() {
   } else {
     std::cout << "portable bf16 kernels only: this processor has no AVX512-BF16" << std::endl;
   }
+  const auto test_all = [&](const Shape& shape, const std::vector<DType>& blas_dtypes,
+                            const Options& some, bool vary_threads) {
+    for (const DType dtype : blas_dtypes) test_case(shape, dtype, false, some, vary_threads);
+    for (const char* kernels : bf16_kernels) {
+      setenv("MEMEFF_CPU_KERNELS", kernels, 1);
+      test_case(shape, DType::kBFloat16, true, some, vary_threads);
+    }
+    unsetenv("MEMEFF_CPU_KERNELS");
+  };
   for (size_t i = 0; i < options.size(); ++i) {
+    const bool vary_threads = i % 6 == 4;  // smoothing, everything
     for (const Shape& shape : {usual, others[i % 3]}) {
-      const bool vary_threads = i % 6 == 4;  // smoothing, everything
-      for (const DType dtype :
-           {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-        test_case(shape, dtype, false, options[i], vary_threads);
-      }
-      for (const char* kernels : bf16_kernels) {
-        setenv("MEMEFF_CPU_KERNELS", kernels, 1);
-        test_case(shape, DType::kBFloat16, true, options[i], vary_threads);
-      }
-      unsetenv("MEMEFF_CPU_KERNELS");
+      test_all(shape, {DType::kFloat64, DType::kFloat32, DType::kFloat16, DType::kBFloat16},
+               options[i], vary_threads);
     }
   }
+  // Several blocks of features: of a task, of the inner dimension, of compact sums. And few classes, each
+  // of which has a large part of the label smoothing.
+  const Options& smoothing = options[4];
+  test_all({70, 1100, 460}, {DType::kBFloat16}, smoothing, false);
+  test_all({40, 33, 3}, {DType::kFloat32}, smoothing, false);
   return test::result();
 }

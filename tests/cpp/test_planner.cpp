@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "core/planning.h"
+#include "cpu/bf16_kernels.h"
 #include "cpu/layout.h"
 #include "cpu/tiling.h"
 
@@ -50,9 +51,20 @@ std::vector<Region> regions_of(const CpuPlanRequest& r, const Plan& plan) {
   const auto add = [&](const char* name, int64_t begin, int64_t bytes, unsigned when) {
     if (bytes > 0) regions.push_back({name, begin, bytes, when});
   };
-  add("token arrays", at.token_arrays, 13 * 8 * r.tokens, kAlways);
+  // Twelve numbers of 8 bytes per token, and three per target (cpu/tokens.cpp).
+  add("token arrays", at.token_arrays, (12 + 3 * std::max<int64_t>(1, r.targets)) * 8 * r.tokens,
+      kAlways);
   add("class arrays", at.class_arrays, 2 * r.vocab * sum_bytes, kAlways);
-  add("thread scratch", at.thread_scratch, r.threads * thread_scratch_bytes(r, plan), kAlways);
+  if (r.bf16_kernels) {
+    // A tile of scores and its weight rows; sums of a task of grad_weight and its rows of gradients.
+    const int64_t tile = kTileVocab * (kTileStride * 4 + copy_stride(kInnerBlock) * 2);
+    const int64_t task = kTaskRows * (sum_stride(kTaskColumns) * 4 +
+                                      copy_stride(std::min(plan.weight_block, r.tokens)) * 2);
+    const int64_t needed = std::max(tile, r.grad_weight ? task : 0);
+    CHECK(thread_scratch_bytes(r, plan) >= needed);
+    add("thread scratch", at.thread_scratch,
+        (r.threads - 1) * thread_scratch_bytes(r, plan) + needed, kAlways);
+  }
   const bool stores = plan.chunk_tokens > 0 && (chunks || plan.stored_chunks > 0) &&
                       plan.stored_in_gradient < r.tokens;
   const int64_t in_gradient = round_up(plan.stored_in_gradient, kPanel);
@@ -144,6 +156,17 @@ void check_plan(const CpuPlanRequest& r, const Plan& plan) {
   CHECK(plan.stored_in_gradient <= std::min(r.tokens, tokens_in_gradient_row(r, score_bytes(r))));
   CHECK(plan.stored_in_gradient == 0 || r.grad_weight);
   CHECK(plan.flops >= plan.floor_flops);
+  // Products: scores, twice where they are made again, three times by two sweeps; gradients.
+  const int64_t kept = plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens;
+  const int64_t fresh = plan.kind != PlanKind::kVocabSlices ? 0
+                        : r.statistics_known                ? r.tokens
+                                                            : std::max<int64_t>(0, r.tokens - kept);
+  const double products =
+      static_cast<double>(r.tokens) *
+          ((r.statistics_known ? 0 : 1) + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0)) +
+      static_cast<double>(fresh) * (plan.separate_sweeps ? 2 : 1);
+  CHECK_NEAR(plan.flops, 2 * products * static_cast<double>(r.features * r.vocab),
+             1e-9 * plan.flops);
   CHECK(plan.token_block > 0 && plan.token_block % kPanel == 0);
   CHECK(plan.slice_vocab > 0 && plan.slice_vocab % kTileVocab == 0);
   const int64_t gradients = (r.grad_input ? r.tokens * r.features : 0) +
@@ -245,6 +268,7 @@ void test_grid() {
           r.grad_bias = (gradients & 4) != 0;
           r.statistics_known = known && gradients != 0;
           r.threads = 1 + gradients, r.partials = 2 + gradients % 4;
+          r.targets = gradients == 7 ? 6 : gradients % 3;
           test_request(r);
           for (const int64_t chunk_size : {1, 100, 1024}) {
             r.chunk_size = chunk_size;

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from loss_cases import B, assert_same, pairs
 
 from memeff import losses
 
 
-def test_kto() -> None:
+@pytest.mark.parametrize("divergence", [-2.0, 2.0])
+def test_kto(divergence: float) -> None:
+    """With an estimate of KL below 0, which counts as 0, and one above."""
     logprobs, ref, kl, ref_kl = pairs(4)
     logprobs.requires_grad_()
-    kl = kl.requires_grad_()
+    kl = (ref_kl + divergence + 0.1 * (kl - ref_kl).tanh()).requires_grad_()
     desirable = torch.tensor([True, False, True, True, False])
     ours = losses.kto_loss(
         logprobs, ref, desirable, kl_logprobs=kl, ref_kl_logprobs=ref_kl, desirable_weight=1.3,

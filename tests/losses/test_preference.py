@@ -62,6 +62,32 @@ def test_pairs_without_reference() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("certain", ["chosen", "rejected"])
+def test_orpo_keeps_its_digits(certain: str, dtype: torch.dtype) -> None:
+    """Of log(1 - p), from p nearly 1 to p nearly 0, on both sides of the switch between forms."""
+    values = [-1e-7, -1e-5, -1e-3, -0.1, -0.69, -0.7, -2.0, -9.0, -30.0]
+    one = torch.tensor(values, dtype=dtype, requires_grad=True)
+    sides = (one, one.detach().flip(0)) if certain == "chosen" else (one.detach().flip(0), one)
+    zero = torch.zeros((), dtype=dtype)
+    loss = losses.orpo_loss(*sides, zero, beta=1.0)
+    terms, slopes = [], []
+    for chosen, rejected in zip(*(side.tolist() for side in sides), strict=True):
+        odds = [p - math.log(-math.expm1(p)) for p in (chosen, rejected)]
+        margin = odds[0] - odds[1]
+        terms.append(math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0))
+        p = chosen if certain == "chosen" else rejected
+        sign = -1 if certain == "chosen" else 1
+        slopes.append(sign / (1 + math.exp(margin)) / -math.expm1(p) / len(values))
+    epsilon = torch.finfo(dtype).eps
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=4 * epsilon)
+    gradient = torch.autograd.grad(loss, one)[0].double()
+    # The margin is a difference of rounded numbers of up to 30.
+    torch.testing.assert_close(
+        gradient, torch.tensor(slopes, dtype=torch.float64), rtol=64 * epsilon, atol=0
+    )
+
+
 def test_orpo_near_certainty() -> None:
     """log(1 - p) keeps its digits and its gradient where p is nearly 1, and nearly 0."""
     chosen = torch.tensor([-1e-12, -800.0], dtype=torch.float64, requires_grad=True)
