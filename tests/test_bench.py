@@ -4,13 +4,16 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
+import memeff
 from buildtools.sources import ROOT
-from memeff.bench import cli, report, variants
+from memeff.bench import cli, report, training_step, variants
 from memeff.bench.environment import command_line, warn_if_busy
+from memeff.bench.isolated import call_isolated
 from memeff.bench.measure import Settings, ShapeResult, VariantResult
 from memeff.bench.problem import make_problem
 from memeff.bench.shapes import Shape
@@ -35,6 +38,65 @@ def test_a_small_run(tmp_path, capsys):
         assert measured[name]["errors"]["dw"] < 1e-5
 
 
+def test_a_training_step():
+    settings = training_step.StepSettings(
+        sizes=training_step.Architecture(64, 4096, 1, 4, 2, 128, True),
+        tokens=512,
+        context=128,
+        dtype="float32",
+        rounds=2,
+        threads=1,
+    )
+    fields = asdict(settings)
+    variants = {}
+    for name in ("plain", "memeff.patch"):
+        variants[name] = call_isolated(
+            training_step.measure_peak, variant=name, sequences=4, settings=fields
+        )
+    plain, patched = variants["plain"], variants["memeff.patch"]
+    logits = 4 * 508 * 4096
+    assert patched["weights"] == plain["weights"] and patched["state"] == 3 * plain["weights"]
+    assert patched["peak"] < plain["peak"] - logits  # plain: logits and their gradient
+    threads = torch.get_num_threads()
+    seconds = training_step.measure_times(fields)
+    torch.set_num_threads(threads)
+    assert all(len(seconds[name]) == 2 for name in training_step.VARIANTS)
+    for name, figures in variants.items():
+        figures["seconds"] = seconds[name]
+    text = training_step.table("llama-3.2-1b", {"variants": variants}, settings)
+    assert "1 of 16 layers" in text and "4 x 128 tokens" in text
+
+
+def test_the_step_is_the_same_with_and_without_memeff():
+    sizes = training_step.Architecture(64, 500, 2, 4, 2, 128, False)
+    ids = torch.randint(500, (2, 16))
+    losses = []
+    for patched in (False, True):
+        torch.manual_seed(0)
+        model = training_step.Decoder(sizes)
+        if patched:
+            memeff.patch(model, strict=True)
+        loss = model(ids)
+        loss.backward()
+        losses.append((loss.item(), model.embedding.weight.grad.norm().item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("memory", [50, 137, 138, 1000, 10_000])
+@pytest.mark.parametrize("first", [1, 4, 64])
+def test_the_largest_batch(memory, first):
+    measured = {}
+
+    def bytes_of(batch):
+        assert batch >= 1 and batch not in measured
+        measured[batch] = 37 + 100 * batch - 30 * (batch % 2)  # not quite a line
+        return measured[batch]
+
+    best, size = training_step.largest_batch(memory, {first: bytes_of(first)}, bytes_of)
+    assert best == 0 or size == measured[best] <= memory
+    assert measured[best + 1] > memory
+
+
 @pytest.mark.parametrize("output", [["--json", "/tmp/r.json"], ["--json=/tmp/r.json"], []])
 def test_a_result_does_not_say_where_it_was_written(output):
     argv = ["/some/where/memeff-bench", "--rounds", "2", *output, "--dtype", "float32"]
@@ -51,6 +113,9 @@ def test_a_result_does_not_say_where_it_was_written(output):
         (["--variants", "memeff@4MiB~0.1"], "is unknown"),
         (["--variants", "memeff=sm90"], "is unknown"),
         (["--shape", "1,2"], "'1,2'"),
+        (["--step", "--model", "gpt2"], "was given --model gpt2"),
+        (["--step", "--tokens", "100"], "--tokens is 100; expected a multiple of 512"),
+        (["--step", "--memory", "much"], "--memory is 'much'"),
     ],
 )
 def test_meaningless_options_are_named(options, message, capsys):

@@ -4,17 +4,21 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from memeff.bench import report
+from memeff._arguments import parse_memory_budget
+from memeff.bench import report, training_step
 from memeff.bench.environment import describe_environment, has_fast_bfloat16, warn_if_busy
 from memeff.bench.measure import Settings, ShapeResult, measure_shape
 from memeff.bench.problem import DTYPES
 from memeff.bench.progress import Progress
 from memeff.bench.shapes import MODELS, Shape, largest_affordable, parse_shape, sweep
 from memeff.bench.timing import matmul_rate
+from memeff.bench.training_step import ARCHITECTURES, StepSettings
 from memeff.bench.variants import DEFAULT_VARIANTS, DESCRIPTIONS, check_names
 
 # A default run makes about 80 passes of the length of the GEMM floor (all variants, warm-up,
@@ -51,6 +55,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, default=_DEFAULT_TOKENS, help="N for --model (default %(default)s)"
+    )
+    parser.add_argument(
+        "--step",
+        action="store_true",
+        help="a whole training step of each --model, plain and under memeff.patch: "
+        + ", ".join(ARCHITECTURES),
+    )
+    parser.add_argument(
+        "--layers", type=int, default=2, help="with --step: layers kept (default %(default)s)"
+    )
+    parser.add_argument(
+        "--context", type=int, default=512, help="with --step: tokens per sequence (default 512)"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help='with --step: largest batch that fits into it, "8GiB"'
     )
     parser.add_argument(
         "--dtype",
@@ -109,7 +128,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         check_names(options.variants)
     except ValueError as error:
         parser.error(str(error))
-    for name in ("tokens", "rounds", "threads"):
+    if options.step:
+        _check_step(parser, options)
+    for name in ("tokens", "rounds", "threads", "layers", "context"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; expected at least 1")
@@ -121,6 +142,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         except ImportError:
             parser.error("--plot needs matplotlib: pip install matplotlib")
     return options
+
+
+def _check_step(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    options.model = options.model or ["llama-3.2-1b"]
+    unknown = [name for name in options.model if name not in ARCHITECTURES]
+    if options.shape or options.forward or options.plot or unknown:
+        given = f"--model {unknown[0]}" if unknown else "--shape, --forward or --plot"
+        parser.error(f"--step is for one of {', '.join(ARCHITECTURES)}, and was given {given}")
+    if options.tokens % options.context:
+        parser.error(f"--tokens is {options.tokens}; expected a multiple of {options.context}")
+    if options.memory is not None:
+        try:
+            options.memory = parse_memory_budget(options.memory)
+        except ValueError:
+            parser.error(f"--memory is {options.memory!r}; expected a size such as 8GiB")
 
 
 def _problems(options: argparse.Namespace, dtype: str) -> list[tuple[Shape, float | None]]:
@@ -162,6 +198,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warn_if_busy()
 
     progress = Progress()
+    if options.step:
+        steps = []
+        for name in options.model:
+            what = StepSettings(
+                sizes=replace(ARCHITECTURES[name], layers=options.layers),
+                tokens=options.tokens,
+                context=options.context,
+                dtype=dtype,
+                rounds=options.rounds,
+                threads=threads,
+                device=options.device,
+                memory=options.memory,
+            )
+            steps.append({"model": name, **training_step.measure_step(what, progress.update)})
+            progress.clear()
+            print("\n" + training_step.table(name, steps[-1], what), flush=True)
+        _write_json(options.json, {**environment, "runs": steps})
+        return 0
     finished: list[tuple[Settings, ShapeResult]] = []
     for shape, softcap in _problems(options, dtype):
         settings = Settings(
@@ -180,15 +234,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finished.append((settings, result))
     print("\n" + report.LEGEND)
 
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps(report.to_json(environment, finished), indent=1) + "\n"
-        )
-        print(f"wrote {options.json}")
+    _write_json(options.json, report.to_json(environment, finished))
     if options.plot:
         report.plot(options.plot, finished[0][0], [result for _, result in finished])
         print(f"wrote {options.plot}")
     return 0
+
+
+def _write_json(path: str | None, figures: dict[str, Any]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":
