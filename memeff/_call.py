@@ -1,34 +1,83 @@
-"""One call of the op that computes the loss of N rows."""
+"""``Call``: the checked tensors and options of one call, and the operators that compute it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memeff import ops
+from memeff._backends import resolve_backend
+from memeff._operands import (
+    check_classes,
+    check_head,
+    check_loss_target,
+    check_statistics_target,
+    check_weights,
+    parse_num_items,
+)
+from memeff._options import Options, check_accum_dtype, merge_torch_options, parse_options
+
+__all__ = ["Call", "RowResults", "call_loss", "denominator_of", "loss_call", "statistics_call"]
 
 
-class Settings(NamedTuple):
-    """The scalar arguments of the op, checked and resolved."""
+class Call(NamedTuple):
+    """One call. Shapes are those of the public functions, or of rows where functions say so:
+    input [N, D], linear_weight [V, D], target [N], [N, V] or [N, K].
+    """
 
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    softcap: float  # 0: none
-    logit_scale: float
-    z_loss: float
-    statistics: bool
-    memory_budget: int  # bytes, -1: none given
-    chunk_size: int  # tokens, 0: the planner's choice
-    accum_dtype: torch.dtype | None
-    skip_mass: float
-    backend: str
+    input: Tensor  # [..., D]
+    linear_weight: Tensor  # [V, d1, ..., dK, D]
+    target: Tensor | None
+    linear_bias: Tensor | None  # [V, d1, ..., dK]
+    options: Options
+    backend: str  # that computes
+    weight: Tensor | None = None  # class weights [V]
+    token_weight: Tensor | None = None
+    num_items: Tensor | None = None  # []
+    probabilities: bool = False  # what target holds
+
+    def keywords(self, names: Sequence[str]) -> dict[str, Any]:
+        """The options that an op has, by their names.
+
+        Ops compute gradients in their forward, so they must know which ones are wanted.
+        """
+        grad, bias = torch.is_grad_enabled(), self.linear_bias
+        wanted = {
+            "input_grad": grad and self.input.requires_grad,
+            "weight_grad": grad and self.linear_weight.requires_grad,
+            "bias_grad": grad and bias is not None and bias.requires_grad,
+        }
+        options = self.options
+        return wanted | {name: getattr(options, name) for name in names}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether plain PyTorch computes it. Without classes there are no logits to avoid, and the
+        kernels need not know the case."""
+        return self.backend == "reference" or 0 in self.linear_weight.shape[:-1]
+
+    def of_reference(self, function: Callable[..., Any]) -> Any:
+        """The result of a function of memeff.reference."""
+        with torch.autocast(self.input.device.type, enabled=False):
+            return function(
+                **{name: getattr(self, name) for name in _parameters(function, Call)},
+                **{name: getattr(self.options, name) for name in _parameters(function, Options)},
+            )
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any], fields: Any) -> tuple[str, ...]:
+    """The parameters of a function that a NamedTuple has."""
+    return tuple(name for name in inspect.signature(function).parameters if name in fields._fields)
 
 
 class RowResults(NamedTuple):
-    """What the op returns apart from the gradients, for N rows."""
+    """What the op of the loss returns apart from the gradients, for N rows."""
 
     loss: Tensor  # [] or, without reduction, [N]
     lse: Tensor  # [N] fp64: exp(z - lse) would inherit the rounding of a large lse
@@ -36,41 +85,132 @@ class RowResults(NamedTuple):
     argmax: Tensor  # [N] or empty
 
 
-def call_op(
+def loss_call(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
     token_weight: Tensor | None,
-    num_items: Tensor | None,
-    settings: Settings,
-) -> RowResults:
-    """One call of the op: input [N, D], linear_weight [V, D], target [N] or [N, V]."""
-    # The op computes gradients in its forward, so it must know which ones are wanted.
-    grad = torch.is_grad_enabled()
-    results = ops.LIBRARIES[settings.backend].linear_cross_entropy_forward(
+    num_items: Any,
+    torch_options: Any,
+    **given: Any,
+) -> Call:
+    """Checks and normalises the arguments of `memeff.linear_cross_entropy`."""
+    input, linear_weight, linear_bias = check_head(
+        input, linear_weight, linear_bias, positions=True
+    )
+    probabilities = check_loss_target(input, linear_weight, target)
+    if weight is not None:
+        check_weights("weight", weight, linear_weight.shape[:1], "class", input)
+    if token_weight is not None:
+        tokens = input.shape[:-1] + linear_weight.shape[1:-1]
+        check_weights("token_weight", token_weight, tokens, "token", input)
+    if probabilities and given["ignore_index"] is not None:
+        raise RuntimeError(
+            f"ignore_index is {given['ignore_index']}, expected None: target holds class "
+            "probabilities, which have no index to ignore"
+        )
+    if torch_options is not None:
+        given = merge_torch_options(given, torch_options, input.dtype)
+    options = parse_options(**given)
+    check_accum_dtype(options.accum_dtype, input.dtype)
+    if options.shift:
+        _check_shift(options.shift, input)
+    if options.return_statistics:
+        check_classes(linear_weight)
+    only_reference = False
+    if torch.is_grad_enabled():
+        only_reference = _needs_reference(target, weight, token_weight, probabilities)
+    return Call(
         input,
         linear_weight,
         target,
         linear_bias,
+        options,
+        resolve_backend(options.backend, input.device, only_reference),
         weight,
         token_weight,
-        num_items,
-        input_grad=grad and input.requires_grad,
-        weight_grad=grad and linear_weight.requires_grad,
-        bias_grad=grad and linear_bias is not None and linear_bias.requires_grad,
-        reduction=settings.reduction,
-        ignore_index=settings.ignore_index,
-        label_smoothing=settings.label_smoothing,
-        softcap=settings.softcap,
-        logit_scale=settings.logit_scale,
-        z_loss=settings.z_loss,
-        statistics=settings.statistics,
-        memory_budget=settings.memory_budget,
-        chunk_size=settings.chunk_size,
-        accum_dtype=settings.accum_dtype,
-        skip_mass=settings.skip_mass,
+        denominator_of(num_items, options.reduction, input.device),
+        probabilities,
+    )
+
+
+def _needs_reference(
+    target: Tensor, weight: Tensor | None, token_weight: Tensor | None, probabilities: bool
+) -> bool:
+    """Whether only the reference computes a wanted gradient; an error where nothing does."""
+    if token_weight is not None and token_weight.requires_grad:
+        raise RuntimeError(
+            "token_weight requires grad, expected one that does not: detach it, or multiply the "
+            'result of reduction="none" by it'
+        )
+    weight_grad = weight is not None and weight.requires_grad
+    if weight_grad and not probabilities:
+        raise RuntimeError(
+            "weight requires grad, expected one that does not: as in torch, the loss of class "
+            "indices is not differentiable with respect to the class weights"
+        )
+    return weight_grad or target.requires_grad
+
+
+def statistics_call(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    linear_bias: Tensor | None,
+    **given: Any,
+) -> Call:
+    """Checks and normalises the arguments of functions of token statistics."""
+    input, linear_weight, linear_bias = check_head(input, linear_weight, linear_bias)
+    if target is not None:
+        check_statistics_target(input, target)
+    check_classes(linear_weight)
+    options = parse_options(**given)
+    if options.top_k > linear_weight.shape[0]:
+        raise ValueError(
+            f"top_k is {options.top_k}, expected a number of classes in "
+            f"[0, {linear_weight.shape[0]}]"
+        )
+    if options.shift:
+        if target is None:
+            raise ValueError(f"shift is {options.shift}, expected 0: there is no target")
+        _check_shift(options.shift, input)
+    backend = resolve_backend(options.backend, input.device)
+    return Call(input, linear_weight, target, linear_bias, options, backend)
+
+
+def _check_shift(shift: int, input: Tensor) -> None:
+    if input.dim() == 1:
+        raise ValueError(
+            f"shift is {shift}, expected 0 for an input of one row: there is no time dimension"
+        )
+
+
+def denominator_of(num_items: Any, reduction: str, device: torch.device) -> Tensor | None:
+    """The denominator of the mean that replaces the number of tokens."""
+    if num_items is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f'num_items is given with reduction={reduction!r}, expected reduction="mean", '
+            "whose denominator it is"
+        )
+    return parse_num_items(num_items, device)
+
+
+def call_loss(call: Call) -> RowResults:
+    """The op of the loss, for rows of one position."""
+    library = ops.LIBRARIES[call.backend]
+    results = library.linear_cross_entropy_forward(
+        call.input,
+        call.linear_weight,
+        call.target,
+        call.linear_bias,
+        call.weight,
+        call.token_weight,
+        call.num_items,
+        **call.keywords(library.loss_options),
     )
     loss, *others = results[:4]
     # The op keeps its own loss for backward, so code that writes into the loss (loss += auxiliary,

@@ -12,74 +12,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memeff._call import RowResults, Settings, call_op
+from memeff._call import Call, RowResults, call_loss
 
 
-def each_position(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: Tensor | None,
-    settings: Settings,
-) -> RowResults:
+def each_position(call: Call) -> RowResults:
     """input [N, D], target [N, d1, ..., dK] or [N, V, d1, ..., dK]; results are [N, P]."""
-    rows = (input, linear_weight, target, linear_bias)
-    if settings.reduction != "mean" or num_items is not None:
-        return _sum_of_positions(*rows, weight, token_weight, num_items, settings)
-    denominator, counted = _denominators(linear_weight, target, weight, settings.ignore_index)
-    if weight is None or not settings.z_loss or denominator is counted:
-        return _mean(rows, weight, token_weight, denominator, settings)
+    options = call.options
+    if options.reduction != "mean" or call.num_items is not None:
+        return _sum_of_positions(call)
+    denominator, counted = _denominators(call)
+    if call.weight is None or not options.z_loss or denominator is counted:
+        return _mean(call, denominator)
     # The terms of the loss have two denominators. Class weights of 0 leave the z-loss.
-    no_z_loss = settings._replace(z_loss=0.0)
-    cross_entropy = _mean(rows, weight, token_weight, denominator, no_z_loss)
-    z_loss = _mean(rows, torch.zeros_like(weight), token_weight, counted, settings)
+    cross_entropy = _mean(call._replace(options=options._replace(z_loss=0.0)), denominator)
+    z_loss = _mean(call._replace(weight=torch.zeros_like(call.weight)), counted)
     statistics = cross_entropy.statistics.clone()
-    if settings.statistics:
+    if options.return_statistics:
         statistics[0] += z_loss.statistics[0]
     return cross_entropy._replace(loss=cross_entropy.loss + z_loss.loss, statistics=statistics)
 
 
-def _mean(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    denominator: Tensor,
-    settings: Settings,
-) -> RowResults:
+def _mean(call: Call, denominator: Tensor) -> RowResults:
     """``_sum_of_positions`` over a denominator that may be 0, which the op would refuse."""
     nothing = denominator == 0
-    num_items = denominator.masked_fill(nothing, 1)
-    results = _sum_of_positions(*rows, weight, token_weight, num_items, settings)
+    results = _sum_of_positions(call._replace(num_items=denominator.masked_fill(nothing, 1)))
     return results._replace(loss=results.loss.masked_fill(nothing, math.nan))
 
 
-def _sum_of_positions(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: Tensor | None,
-    settings: Settings,
-) -> RowResults:
-    weights = linear_weight.movedim(0, -2).flatten(0, -3).unbind(0)
+def _sum_of_positions(call: Call) -> RowResults:
+    assert call.target is not None
+    weights = call.linear_weight.movedim(0, -2).flatten(0, -3).unbind(0)
     # Views again; their gradients are added up by one sum instead of P - 1 rounded additions.
-    inputs = input.expand(len(weights), *input.shape).unbind(0)
-    probabilities = target.dim() == linear_weight.dim()
-    targets = target.flatten(2).unbind(2) if probabilities else target.flatten(1).unbind(1)
-    biases = _columns(linear_bias, len(weights))
-    tokens = _columns(token_weight, len(weights))
+    inputs = call.input.expand(len(weights), *call.input.shape).unbind(0)
+    targets = call.target.flatten(2 if call.probabilities else 1).unbind(-1)
+    biases = _columns(call.linear_bias, len(weights))
+    tokens = _columns(call.token_weight, len(weights))
     results = [
-        call_op(x, w, y, b, weight, t, num_items, settings)
+        call_loss(call._replace(input=x, linear_weight=w, target=y, linear_bias=b, token_weight=t))
         for x, w, y, b, t in zip(inputs, weights, targets, biases, tokens, strict=True)
     ]
     loss = torch.stack([result.loss for result in results], dim=-1)
     return RowResults(
-        loss if settings.reduction == "none" else loss.sum(),
+        loss if call.options.reduction == "none" else loss.sum(),
         *(torch.stack(field, dim=-1) for field in list(zip(*results, strict=True))[1:]),
     )
 
@@ -89,15 +63,15 @@ def _columns(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if tensor is None else tensor.flatten(1).unbind(1)
 
 
-def _denominators(
-    linear_weight: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+def _denominators(call: Call) -> tuple[Tensor, Tensor]:
     """What the mean divides by: (denominator of the cross entropy, number of counted tokens)."""
-    if target.dim() == linear_weight.dim():  # class probabilities
+    target, weight = call.target, call.weight
+    assert target is not None
+    if call.probabilities:
         tokens = target.shape[0] * math.prod(target.shape[2:])
         count = torch.full((), tokens, dtype=torch.int64, device=target.device)
         return count, count
-    counted = target != ignore_index
+    counted = target != call.options.ignore_index
     count = counted.sum()
     if weight is None:
         return count, count

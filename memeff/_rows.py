@@ -9,66 +9,51 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
-from memeff._call import RowResults, Settings, call_op
-from memeff._checks import SMALL_INDEX_DTYPES, Geometry
+from memeff._call import Call, RowResults, call_loss
+from memeff._checks import SMALL_INDEX_DTYPES
 from memeff._positions import each_position
 from memeff.reference import shifted_pairs
 from memeff.statistics import TokenStatistics
 
 
-def compute(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    num_items: Tensor | None,
-    shift: int,
-    geometry: Geometry,
-    settings: Settings,
-) -> tuple[Tensor, TokenStatistics | None]:
-    """Loss and, if asked for, statistics. Shapes as in ``linear_cross_entropy``, all checked."""
-    probabilities = geometry.probabilities
+def compute(call: Call) -> tuple[Tensor, TokenStatistics | None]:
+    """Loss and, if asked for, statistics, of a call of ``linear_cross_entropy``."""
+    input, target, token_weight = call.input, call.target, call.token_weight
+    options, probabilities = call.options, call.probabilities
+    assert target is not None
     if target.dtype in SMALL_INDEX_DTYPES:
         target = target.long()
     kept = None  # positions of the time dimension that have a target
-    if shift:
+    if options.shift:
         time = input.dim() - 2
         if probabilities:
             # There is no index to ignore; next to a target of [N, V] a copy of input costs nothing.
-            input, target, token_weight = shifted_pairs(input, target, token_weight, shift)
+            input, target, token_weight = shifted_pairs(input, target, token_weight, options.shift)
         else:
-            kept = max(input.shape[time] - shift, 0)
-            target = pull_forward(target, time, shift, settings.ignore_index)
+            kept = max(input.shape[time] - options.shift, 0)
+            target = pull_forward(target, time, options.shift, options.ignore_index)
             if token_weight is not None:
-                token_weight = pull_forward(token_weight, time, shift, 0)
+                token_weight = pull_forward(token_weight, time, options.shift, 0)
 
-    leading = input.shape[:-1]
+    leading, positions = input.shape[:-1], call.linear_weight.shape[1:-1]
     if len(leading) != 1:
         input = input.flatten(0, -2) if len(leading) else input.unsqueeze(0)
         target = _flatten_leading(target, len(leading), probabilities)
         if token_weight is not None:
             token_weight = _flatten_leading(token_weight, len(leading), False)
-
-    if geometry.positions:
-        results = each_position(
-            input, linear_weight, target, linear_bias, weight, token_weight, num_items, settings
-        )
-    else:
-        results = call_op(
-            input, linear_weight, target, linear_bias, weight, token_weight, num_items, settings
-        )
+    if input is not call.input or target is not call.target:
+        call = call._replace(input=input, target=target, token_weight=token_weight)
+    results = each_position(call) if positions else call_loss(call)
 
     def in_shape(rows: Tensor) -> Tensor:
-        shaped = rows.reshape(leading + geometry.positions)
+        shaped = rows.reshape(leading + positions)
         return shaped if kept is None else shaped.narrow(len(leading) - 1, 0, kept)
 
-    loss = in_shape(results.loss) if settings.reduction == "none" else results.loss
-    if not settings.statistics:
+    loss = in_shape(results.loss) if options.reduction == "none" else results.loss
+    if not options.return_statistics:
         return loss, None
-    rows = _token_statistics(results, target, probabilities, settings.ignore_index)
-    return loss, TokenStatistics(*(in_shape(value) for value in rows))
+    fields = _token_statistics(results, target, probabilities, options.ignore_index)
+    return loss, TokenStatistics(*(in_shape(value) for value in fields))
 
 
 def pull_forward(tensor: Tensor, dim: int, distance: int, fill: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from memeff import _arguments, _checks
+from memeff._checks import check_callable, check_flag
 from memeff._gradient_sums import GradientSum, ReadyGradients
 from memeff._gradients import (
     CapturedResult,
@@ -35,6 +35,8 @@ from memeff._gradients import (
     node_number,
 )
 from memeff._heads import Chunk, Head, choose_chunk_size
+from memeff._operands import HEAD, check_head, check_per_token
+from memeff._options import parse_options
 
 __all__ = ["chunked_linear_apply"]
 
@@ -89,6 +91,7 @@ def chunked_linear_apply(
             or shape. Backward raises RuntimeError where it would compute logits again from an
             argument that was modified in place.
     """
+    check_callable("fn", fn)
     return apply_to_chunks(
         lambda chunk, *tensors: fn(chunk.logits(), *tensors),
         input,
@@ -113,69 +116,36 @@ def apply_to_chunks(
     memory_budget: int | str | None = None,
     upcast: bool = True,
     recompute: bool | None,
+    names: tuple[str, str, str] = HEAD,
 ) -> Results:
     """As :func:`chunked_linear_apply`, for a function of a chunk: its ``logits()``, and with
     ``recompute=False`` all that :class:`Chunk` has.
 
-    ``per_token``: the tensors by the names that error messages give them.
+    ``per_token``: the tensors by the names that error messages give them; ``names``: those of the
+    hidden states, the weight and the bias.
     """
-    _checks.check_tensor("input", input)
-    _checks.check_tensor("linear_weight", linear_weight)
-    if linear_bias is not None:
-        _checks.check_tensor("linear_bias", linear_bias)
-    for name, tensor in per_token.items():
-        _checks.check_tensor(name, tensor)
-    _check_shapes(input, linear_weight, linear_bias, per_token)
-    cast_to = _arguments.autocast_dtype(input.device)
-    if cast_to is not None:
-        input = _arguments.autocast_to(input, cast_to)
-        linear_weight = _arguments.autocast_to(linear_weight, cast_to)
-        linear_bias = None if linear_bias is None else _arguments.autocast_to(linear_bias, cast_to)
-    _checks.check_dtypes(input, linear_weight, linear_bias, None, None)
-    _checks.check_device(input.device, "linear_weight", linear_weight)
-    _checks.check_device(input.device, "linear_bias", linear_bias)
-
+    rows, linear_weight, linear_bias = check_head(input, linear_weight, linear_bias, names)
+    check_per_token(per_token, input, names[0])
+    check_flag("upcast", upcast)
+    if recompute is not None:
+        check_flag("recompute", recompute)
     lead = input.shape[:-1]
-    rows = input.reshape(-1, input.shape[-1])
-    itemsize = max(4, input.element_size()) if upcast else input.element_size()
+    rows = rows.reshape(-1, input.shape[-1])
+    itemsize = max(4, rows.element_size()) if upcast else rows.element_size()
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(
             f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
         )
+    options = parse_options(chunk_size=chunk_size, memory_budget=memory_budget)
     size = choose_chunk_size(
-        len(rows),
-        linear_weight,
-        itemsize,
-        _arguments.parse_chunk_size(chunk_size),
-        _arguments.parse_memory_budget(memory_budget),
+        len(rows), linear_weight, itemsize, options.chunk_size, options.memory_budget
     )
     tensors = [t.reshape(len(rows), *t.shape[len(lead) :]) for t in per_token.values()]
     call = _Call(fn, rows, linear_weight, linear_bias, tensors, size, upcast)
     # Compiled code breaks its graph here: what runs twice cannot be one graph of it.
     results: list[Tensor] = torch.compiler.disable(call.run)(recompute)
-    shaped = [r if r.dim() == 0 else r.reshape(*lead, *r.shape[1:]) for r in results]
+    shaped = [r if r.dim() == 0 else r.reshape(lead + r.shape[1:]) for r in results]
     return tuple(shaped) if call.returns_tuple else shaped[0]
-
-
-def _check_shapes(
-    input: Tensor, weight: Tensor, bias: Tensor | None, per_token: Mapping[str, Tensor]
-) -> None:
-    if input.dim() < 1 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-        raise RuntimeError(
-            f"input has shape {tuple(input.shape)} and linear_weight {tuple(weight.shape)}, "
-            "expected [..., D] and [V, D]"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(
-            f"linear_bias has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}"
-        )
-    lead = input.shape[:-1]
-    for name, tensor in per_token.items():
-        if tensor.shape[: len(lead)] != lead:
-            raise RuntimeError(
-                f"{name} has shape {tuple(tensor.shape)}, expected one that begins with "
-                f"{tuple(lead)}, the leading dimensions of input"
-            )
 
 
 class _NotPossible(Exception):

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from memeff import _arguments, _checks, _rows, reference
-from memeff._call import Settings
+from memeff import _rows, reference
+from memeff._call import loss_call
 from memeff.statistics import TokenStatistics
 
 if TYPE_CHECKING:
-    from typing import Any
+    from typing_extensions import Unpack
 
-    # torch.nn.LinearCrossEntropyOptions, which torch has only from 2.13 on.
-    TorchOptions = Any
+    from memeff._options import LossOptions, TorchOptions
 
 __all__ = ["linear_cross_entropy"]
 
@@ -28,22 +27,10 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = ...,
     weight: Tensor | None = ...,
-    reduction: str = ...,
-    ignore_index: int | None = ...,
-    label_smoothing: float = ...,
-    options: TorchOptions | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    z_loss: float = ...,
     token_weight: Tensor | None = ...,
-    num_items: int | Tensor | None = ...,
-    shift: bool | int = ...,
+    num_items: int | float | Tensor | None = ...,
     return_statistics: Literal[False] = ...,
-    memory_budget: int | str | None = ...,
-    chunk_size: int | None = ...,
-    accum_dtype: torch.dtype | None = ...,
-    skip_mass: float = ...,
-    backend: str = ...,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
 
@@ -55,22 +42,10 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = ...,
     weight: Tensor | None = ...,
-    reduction: str = ...,
-    ignore_index: int | None = ...,
-    label_smoothing: float = ...,
-    options: TorchOptions | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    z_loss: float = ...,
     token_weight: Tensor | None = ...,
-    num_items: int | Tensor | None = ...,
-    shift: bool | int = ...,
+    num_items: int | float | Tensor | None = ...,
     return_statistics: Literal[True],
-    memory_budget: int | str | None = ...,
-    chunk_size: int | None = ...,
-    accum_dtype: torch.dtype | None = ...,
-    skip_mass: float = ...,
-    backend: str = ...,
+    **options: Unpack[LossOptions],
 ) -> tuple[Tensor, TokenStatistics]: ...
 
 
@@ -89,7 +64,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
-    num_items: int | Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
     shift: bool | int = False,
     return_statistics: bool = False,
     memory_budget: int | str | None = None,
@@ -128,7 +103,8 @@ def linear_cross_entropy(
         token_weight: [..., d1, ..., dK], multiplies each token's loss; it does not change the
             denominator of the mean. With ``shift`` an entry belongs to the target at its position.
         num_items: with "mean", the denominator in place of the count (or of the sum of weights):
-            an int or a 0-d tensor. For gradient accumulation over several calls.
+            a number or a tensor with one. For gradient accumulation over several calls. 0 counts as
+            1, so that a batch in which nothing counts has the loss 0.
         shift: k > 0 compares input[..., t, :] with target[..., t + k] without copying hidden states
             (True: 1, next-token prediction); the last k positions have no target, and per-token
             results have k positions fewer.
@@ -160,93 +136,30 @@ def linear_cross_entropy(
             whose rank, shape, dtype or device does not fit; before anything is computed.
         IndexError: a target outside [0, V) that is not ``ignore_index`` (on the CPU).
     """
-    _checks.check_tensor("input", input)
-    _checks.check_tensor("linear_weight", linear_weight)
-    _checks.check_tensor("target", target)
-    if linear_bias is not None:
-        _checks.check_tensor("linear_bias", linear_bias)
-    if weight is not None:
-        _checks.check_tensor("weight", weight)
-    if token_weight is not None:
-        _checks.check_tensor("token_weight", token_weight)
-    geometry = _checks.check_shapes(input, linear_weight, target, linear_bias, weight, token_weight)
-
-    device = input.device
-    cast_to = _arguments.autocast_dtype(device)
-    if cast_to is not None:
-        input = _arguments.autocast_to(input, cast_to)
-        linear_weight = _arguments.autocast_to(linear_weight, cast_to)
-        if linear_bias is not None:
-            linear_bias = _arguments.autocast_to(linear_bias, cast_to)
-    _checks.check_dtypes(input, linear_weight, linear_bias, weight, token_weight)
-    _checks.check_device(device, "linear_weight", linear_weight)
-    _checks.check_device(device, "target", target)
-    _checks.check_device(device, "linear_bias", linear_bias)
-    _checks.check_device(device, "weight", weight)
-    _checks.check_device(device, "token_weight", token_weight)
-
-    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_ignore_index(ignore_index, geometry.probabilities)
-    _checks.check_numbers(label_smoothing, softcap, logit_scale, z_loss)
-    _checks.check_skip_mass(skip_mass)
-    _checks.check_shift(shift, geometry.leading)
-    denominator = _arguments.parse_num_items(num_items, reduction, device)
-    budget = _arguments.parse_memory_budget(memory_budget)
-    chunk_size, accum_dtype = _arguments.merge_torch_options(
-        options, chunk_size, accum_dtype, input.dtype
-    )
-    chunk = _arguments.parse_chunk_size(chunk_size)
-    _arguments.check_accum_dtype(accum_dtype, input.dtype)
-    needs_reference = _checks.check_differentiability(
-        target, weight, token_weight, geometry.probabilities
-    )
-    resolved = _arguments.resolve_backend(backend, device, needs_reference)
-
-    # Without classes there are no logits to avoid, and the kernels need not know the case.
-    if resolved == "reference" or 0 in linear_weight.shape[:-1]:
-        with torch.autocast(device.type, enabled=False):
-            return reference.linear_cross_entropy(
-                input,
-                linear_weight,
-                target,
-                linear_bias=linear_bias,
-                weight=weight,
-                reduction=reduction,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                z_loss=z_loss,
-                token_weight=token_weight,
-                num_items=denominator,
-                shift=shift,
-                return_statistics=return_statistics,
-            )
-
-    settings = Settings(
-        reduction=reduction,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        label_smoothing=float(label_smoothing),
-        softcap=0.0 if softcap is None else float(softcap),
-        logit_scale=float(logit_scale),
-        z_loss=float(z_loss),
-        statistics=return_statistics,
-        memory_budget=budget,
-        chunk_size=chunk,
-        accum_dtype=accum_dtype,
-        skip_mass=float(skip_mass),
-        backend=resolved,
-    )
-    loss, statistics = _rows.compute(
+    call = loss_call(
         input,
         linear_weight,
         target,
         linear_bias,
         weight,
         token_weight,
-        denominator,
-        int(shift),
-        geometry,
-        settings,
+        num_items,
+        options,
+        return_statistics=return_statistics,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        z_loss=z_loss,
+        shift=shift,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        accum_dtype=accum_dtype,
+        skip_mass=skip_mass,
+        backend=backend,
     )
+    if call.needs_reference:
+        return call.of_reference(reference.linear_cross_entropy)
+    loss, statistics = _rows.compute(call)
     return loss if statistics is None else (loss, statistics)

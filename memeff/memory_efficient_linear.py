@@ -19,8 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memeff import _checks
+from memeff._checks import check_callable, check_choice, check_tensor
 from memeff._heads import Chunk
+from memeff._options import parse_ignore_index
 from memeff.chunked import apply_to_chunks
 
 __all__ = ["MemoryEfficientLinear"]
@@ -72,8 +73,10 @@ class MemoryEfficientLinear:
         chunk_size: int | None = None,
         ignore_index: int = -100,
     ) -> Tensor:
-        _checks.check_choice("reduction", reduction, _REDUCTIONS)
-        _checks.check_tensor("labels", labels)
+        check_choice("reduction", reduction, _REDUCTIONS)
+        check_tensor("labels", labels)
+        check_callable("forward_function", forward_function)
+        ignore_index = parse_ignore_index("ignore_index", ignore_index)
         total = _count(labels, ignore_index) if reduction == "mean" else None
 
         def of_chunk(chunk: Chunk, labels: Tensor) -> Tensor:
@@ -99,6 +102,7 @@ class MemoryEfficientLinear:
             linear_bias=bias,
             chunk_size=chunk_size,
             recompute=False,
+            names=("X", "weight", "bias"),
         )
         assert isinstance(loss, Tensor)
         return loss if total is None or total > 0 else loss + torch.nan

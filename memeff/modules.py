@@ -9,32 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from memeff import _checks
+from memeff._checks import check_tensor
 from memeff._linear_map import LinearMap, read
+from memeff._options import LossOptions, parse_options
 from memeff.functional import linear_cross_entropy
 from memeff.statistics import TokenStatistics
 
 if TYPE_CHECKING:
-    from memeff.functional import TorchOptions
+    from typing_extensions import Unpack
 
 __all__ = ["LinearCrossEntropyLoss"]
 
-# Arguments of linear_cross_entropy that a module keeps, as attributes of the same name.
-_SETTINGS = (
-    "reduction",
-    "ignore_index",
-    "label_smoothing",
-    "options",
-    "softcap",
-    "logit_scale",
-    "z_loss",
-    "shift",
-    "memory_budget",
-    "chunk_size",
-    "accum_dtype",
-    "skip_mass",
-    "backend",
-)
+_PARAMETERS = inspect.signature(linear_cross_entropy).parameters
+# The options of linear_cross_entropy that a module keeps, as attributes, and their defaults.
+OPTIONS = {name: _PARAMETERS[name].default for name in LossOptions.__annotations__}
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -60,9 +48,8 @@ class LinearCrossEntropyLoss(nn.Module):
         linear_weight: the tensor [V, D] to share, where there is no such module.
         linear_bias: the bias [V] that belongs to ``linear_weight``.
         weight: class weights [V], kept as a buffer.
-        reduction, ignore_index, label_smoothing, options, softcap, logit_scale, z_loss, shift,
-            memory_budget, chunk_size, accum_dtype, skip_mass, backend: see
-            :func:`memeff.linear_cross_entropy`.
+        **options: those of `memeff.linear_cross_entropy`, from ``reduction`` to ``backend``. They
+            become attributes of the module.
 
     Under FSDP, wrap this module (or what contains it) so that its forward is where the weight is
     gathered.
@@ -85,20 +72,8 @@ class LinearCrossEntropyLoss(nn.Module):
         linear: nn.Module | None = None,
         linear_weight: Tensor | None = None,
         linear_bias: Tensor | None = None,
-        reduction: str = "mean",
         weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        options: TorchOptions | None = None,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        z_loss: float = 0.0,
-        shift: bool | int = False,
-        memory_budget: int | str | None = None,
-        chunk_size: int | None = None,
-        accum_dtype: torch.dtype | None = None,
-        skip_mass: float = 0.0,
-        backend: str = "auto",
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
         positions = math.prod(out_features)
@@ -142,24 +117,22 @@ class LinearCrossEntropyLoss(nn.Module):
             raise RuntimeError(
                 f"weight has shape {tuple(weight.shape)}, expected ({classes},), a value per class"
             )
-        _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-        _checks.check_numbers(label_smoothing, softcap, logit_scale, z_loss)
         self.num_classes = classes
         self.out_features = tuple(out_features)
         self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.options = options
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.z_loss = z_loss
-        self.shift = shift
-        self.memory_budget = memory_budget
-        self.chunk_size = chunk_size
-        self.accum_dtype = accum_dtype
-        self.skip_mass = skip_mass
-        self.backend = backend
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(
+                    f"LinearCrossEntropyLoss got an unexpected keyword argument {name!r}"
+                )
+        for name, default in OPTIONS.items():
+            setattr(self, name, options.get(name, default))
+        parse_options(
+            **{name: value for name, value in self._options().items() if name != "options"}
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in OPTIONS}
 
     def _share(
         self, linear: nn.Module | None, linear_weight: Tensor | None, linear_bias: Tensor | None
@@ -175,7 +148,7 @@ class LinearCrossEntropyLoss(nn.Module):
             for name, (tensor, dimensions) in tensors.items():
                 if tensor is None:
                     continue
-                _checks.check_tensor(name, tensor)
+                check_tensor(name, tensor)
                 if tensor.dim() != dimensions or len(tensor) != len(linear_weight):
                     raise RuntimeError(
                         f"{name} has shape {tuple(tensor.shape)}, expected linear_weight [V, D] "
@@ -216,7 +189,7 @@ class LinearCrossEntropyLoss(nn.Module):
         target: Tensor,
         *,
         token_weight: Tensor | None = ...,
-        num_items: int | Tensor | None = ...,
+        num_items: int | float | Tensor | None = ...,
         return_statistics: Literal[False] = ...,
     ) -> Tensor: ...
 
@@ -227,7 +200,7 @@ class LinearCrossEntropyLoss(nn.Module):
         target: Tensor,
         *,
         token_weight: Tensor | None = ...,
-        num_items: int | Tensor | None = ...,
+        num_items: int | float | Tensor | None = ...,
         return_statistics: Literal[True],
     ) -> tuple[Tensor, TokenStatistics]: ...
 
@@ -237,7 +210,7 @@ class LinearCrossEntropyLoss(nn.Module):
         target: Tensor,
         *,
         token_weight: Tensor | None = None,
-        num_items: int | Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
         return_statistics: bool = False,
     ) -> Tensor | tuple[Tensor, TokenStatistics]:
         """Loss of input [..., D] against target; arguments and result as in the function."""
@@ -246,9 +219,7 @@ class LinearCrossEntropyLoss(nn.Module):
             classes = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*classes, linear_weight.shape[-1])
             linear_bias = None if linear_bias is None else linear_bias.reshape(classes)
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
-        settings["return_statistics"] = return_statistics
-        result: Tensor | tuple[Tensor, TokenStatistics] = linear_cross_entropy(
+        result: Tensor | tuple[Tensor, TokenStatistics] = linear_cross_entropy(  # type: ignore[call-overload]
             input,
             linear_weight,
             target,
@@ -256,7 +227,8 @@ class LinearCrossEntropyLoss(nn.Module):
             weight=self.weight,
             token_weight=token_weight,
             num_items=num_items,
-            **settings,
+            return_statistics=return_statistics,
+            **self._options(),
         )
         return result
 
@@ -271,9 +243,18 @@ class LinearCrossEntropyLoss(nn.Module):
         shown["bias"] = self.linear_bias is not None
         if self.weight is not None:
             shown["weight"] = tuple(self.weight.shape)
-        defaults = inspect.signature(linear_cross_entropy).parameters
-        for name in _SETTINGS:
-            value = getattr(self, name)
-            if name == "reduction" or value != defaults[name].default:
+        for name, value in self._options().items():
+            if name == "reduction" or value != OPTIONS[name]:
                 shown[name] = value
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+def _show_options(constructor: Any) -> None:
+    """Makes help() and inspect show the options one by one."""
+    signature = inspect.signature(constructor)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    options = [_PARAMETERS[name] for name in OPTIONS]
+    constructor.__signature__ = signature.replace(parameters=[*own, *options])
+
+
+_show_options(LinearCrossEntropyLoss.__init__)

@@ -57,7 +57,7 @@ def _forward_fake(
     linear_bias: Tensor | None,
     *_: Tensor | None,
     reduction: str,
-    statistics: bool,
+    return_statistics: bool,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     tokens = input.shape[0]
@@ -68,8 +68,8 @@ def _forward_fake(
     return (
         input.new_empty((tokens,) if reduction == "none" else (), dtype=dtype),
         input.new_empty((tokens,), dtype=torch.float64),
-        input.new_empty((4, tokens) if statistics else (0,), dtype=dtype),
-        input.new_empty((tokens,) if statistics else (0,), dtype=torch.int64),
+        input.new_empty((4, tokens) if return_statistics else (0,), dtype=dtype),
+        input.new_empty((tokens,) if return_statistics else (0,), dtype=torch.int64),
         *gradients_like(input, linear_weight, linear_bias, wanted),
     )
 
@@ -108,6 +108,7 @@ class Operators:
         self._recompute = operators.linear_cross_entropy_backward.default
         self._scale = operators.scale_gradient.default
         self._scale_in_place = operators.scale_gradient_.default
+        self.loss_options = options_of_calls(self._forward)
         self._recompute_options = option_names(self._recompute)
 
         forward, recompute = self._forward.name(), self._recompute.name()
@@ -166,6 +167,12 @@ class Operators:
 def option_names(op: Any) -> tuple[str, ...]:
     """The keyword-only arguments of an op."""
     return tuple(argument.name for argument in op._schema.arguments if argument.kwarg_only)
+
+
+def options_of_calls(op: Any) -> tuple[str, ...]:
+    """Those of `memeff._options.Options`: apart from the gradients wanted and a handle."""
+    others = ("input_grad", "weight_grad", "bias_grad", "handle")
+    return tuple(name for name in option_names(op) if name not in others)
 
 
 @functools.cache
@@ -268,5 +275,5 @@ def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
 
 _library.load()
 _memeff = Operators("memeff")
-# The library that computes for a backend (memeff/_arguments.py resolves their names).
+# The library that computes for a backend (memeff/_backends.py resolves their names).
 LIBRARIES = {"cpu": _memeff, "cuda": _memeff}

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff import _arguments, _checks, _library
+from memeff import _library
+from memeff._checks import DTYPES, check_choice, check_flag, check_int
+from memeff._options import check_accum_dtype, parse_options
 
 __all__ = ["Plan", "plan"]
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _checks.DTYPES}
-_OPTIONAL_FLAGS = ("input_grad", "weight_grad")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+# What decides about the plan.
+_OPTIONS = (
+    "reduction", "label_smoothing", "softcap", "return_statistics", "memory_budget", "chunk_size",
+    "accum_dtype", "skip_mass",
+)  # fmt: skip
 _OLDEST_CAPABILITY = (7, 5)  # the generic kernels' first
 _KINDS = {
     "statistics": "statistics only, no gradients",
@@ -188,51 +194,40 @@ def plan(
         device = torch.device("cpu")
     sizes: dict[str, Any] = {"tokens": tokens, "features": features, "vocab": vocab}
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {size!r}")
-        if size < 0:
-            raise ValueError(f"{name} is {size}, expected a number >= 0")
+        check_int(name, size, "a number >= 0", least=0)
     if dtype is None:
         raise TypeError(
             f"plan is missing the dtype, expected one as in plan({tokens}, {features}, {vocab}, "
             "torch.bfloat16)"
         )
-    flags = {
-        "input_grad": input_grad, "weight_grad": weight_grad, "bias_grad": bias_grad,
-        "probabilities": probabilities, "return_statistics": return_statistics,
-    }  # fmt: skip
-    for name, flag in flags.items():
-        if not isinstance(flag, bool) and not (flag is None and name in _OPTIONAL_FLAGS):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    wanted = {"input_grad": input_grad, "weight_grad": weight_grad, "bias_grad": bias_grad}
+    for name, flag in wanted.items():
+        if flag is not None or name == "bias_grad":
+            check_flag(name, flag)
+    check_flag("probabilities", probabilities)
     dtype_name = str(dtype).removeprefix("torch.")
-    _checks.check_choice("dtype", dtype_name, tuple(_DTYPES))
-    _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.check_numbers(label_smoothing, softcap, 1.0, 0.0)
-    _checks.check_skip_mass(skip_mass)
-    planned = ("cpu", "cuda")
-    _checks.check_choice("backend", backend, ("auto", *planned, "reference"))
+    check_choice("dtype", dtype_name, tuple(_DTYPES))
+    parsed = parse_options(
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        return_statistics=return_statistics,
+        memory_budget=memory_budget,
+        chunk_size=chunk_size,
+        accum_dtype=accum_dtype,
+        skip_mass=skip_mass,
+        backend=backend,
+    )
+    check_accum_dtype(accum_dtype, _DTYPES[dtype_name])
     _check_capability(compute_capability, backend)
-    if backend == "auto" and compute_capability is not None:
-        backend = "cuda"
-    elif backend == "auto":
-        backend = device.type if device.type in planned else "cpu"
+    if backend == "auto":
+        on_gpu = compute_capability is not None or device.type == "cuda"
+        backend = "cuda" if on_gpu else "cpu"
     if backend == "reference":
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
 
-    _arguments.check_accum_dtype(accum_dtype, _DTYPES[dtype_name])
-    options: dict[str, Any] = {
-        "reduction": reduction,
-        "label_smoothing": float(label_smoothing),
-        "softcap": 0.0 if softcap is None else float(softcap),
-        "statistics": return_statistics,
-        "input_grad": input_grad is not False,
-        "weight_grad": weight_grad is not False,
-        "bias_grad": bias_grad,
-        "memory_budget": _arguments.parse_memory_budget(memory_budget),
-        "chunk_size": _arguments.parse_chunk_size(chunk_size),
-        "accum_dtype": accum_dtype,
-        "skip_mass": float(skip_mass),
-    }
+    options = {name: flag is not False for name, flag in wanted.items()}
+    options |= {name: getattr(parsed, name) for name in _OPTIONS}
     chosen: dict[str, Any] = _library.load().plan(
         **sizes,
         dtype=dtype_name,

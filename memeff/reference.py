@@ -38,7 +38,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
-    num_items: int | Tensor | None = None,
+    num_items: float | Tensor | None = None,
     shift: bool | int = False,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
@@ -92,7 +92,7 @@ def linear_cross_entropy(
     elif reduction == "sum":
         loss = per_token.sum()
     elif num_items is not None:
-        loss = per_token.sum() / num_items
+        loss = (per_token.sum() / num_items).to(per_token.dtype)
     else:
         divisor = counted.sum()
         if weight is not None and not probabilities:
@@ -168,7 +168,7 @@ def compute_logits(
     bias = None if linear_bias is None else linear_bias.movedim(0, -1).flatten().to(dtype)
     logits = linear(input.to(dtype), rows.flatten(0, -2).to(dtype), bias)
     logits = logits.reshape(input.shape[:-1] + rows.shape[:-1]) * logit_scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def entropy_of(log_p: Tensor) -> Tensor:

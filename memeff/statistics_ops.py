@@ -94,6 +94,8 @@ class StatisticsOperators:
         self._recompute = operators.linear_token_statistics_backward.default
         # Called by memeff/fused_loss.py, whose own autograd.Function has its gradients.
         self.linear_loss_gradients = operators.linear_loss_gradients.default
+        self.statistics_options = ops.options_of_calls(self._forward)
+        self.loss_options = ops.options_of_calls(self.linear_loss_gradients)
         self._recompute_options = ops.option_names(self._recompute)
         forward, recompute = self._forward.name(), self._recompute.name()
         torch.library.register_fake(forward, _forward_fake)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from memeff import _arguments, ops, statistics_ops
+from memeff import _backends, ops, statistics_ops
 
 _BUILD = Path(__file__).parent / "kernels" / "torch_backend" / "build.py"
 
@@ -35,7 +35,7 @@ def load() -> ModuleType:
     module: ModuleType = _builder().load()
     ops.LIBRARIES["emulated"] = ops.Operators("memeff_emulated")
     statistics_ops.LIBRARIES["emulated"] = statistics_ops.StatisticsOperators("memeff_emulated")
-    _arguments.DEVICE_TYPES["emulated"] = "cpu"
+    _backends.DEVICE_TYPES["emulated"] = "cpu"
     return module
 
 

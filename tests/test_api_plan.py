@@ -183,7 +183,7 @@ def test_readable() -> None:
         ((10, 10, 10, "float32"), {"backend": "reference"}, ValueError, 'backend is "reference"'),
         ((10, 10, 10, "float32"), {"chunk_size": 0}, ValueError, "chunk_size is 0"),
         ((4096, 512, 32000, "float32"), {"memory_budget": 100}, ValueError, "memory_budget"),
-        ((10, 10, 10, "float32"), {"input_grad": 1}, TypeError, "input_grad must be a bool, got 1"),
+        ((10, 10, 10, "float32"), {"input_grad": 1}, TypeError, "input_grad must be a bool"),
         ((10, 10, 10, "float32"), {"bias_grad": None}, TypeError, "bias_grad must be a bool"),
         ((10, 10, 10, "float32"), {"probabilities": "no"}, TypeError, "probabilities must be"),
         ((10, 10, 10, "float32"), {"compute_capability": "sm_90"}, TypeError, "'sm_90'"),

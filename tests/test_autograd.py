@@ -311,7 +311,7 @@ def test_flags_that_contradict_requires_grad_are_an_error() -> None:
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     results = torch.ops.memeff.linear_cross_entropy_forward(
         x, w, torch.randint(5, (4,)), None, None, None, None,
-        **PLAIN, statistics=False, input_grad=False, weight_grad=False, bias_grad=False,
+        **PLAIN, return_statistics=False, input_grad=False, weight_grad=False, bias_grad=False,
     )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"gradient of input.*requires grad"):
         results[0].backward()

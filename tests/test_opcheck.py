@@ -61,7 +61,7 @@ def test_forward(subset: tuple[bool, bool, bool], reduction: str, statistics: bo
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_forward.default,
         tensors(subset),
-        {"reduction": reduction, "statistics": statistics}
+        {"reduction": reduction, "return_statistics": statistics}
         | OPTIONS["plain"]
         | wanted(subset)
         | PLANNING,
@@ -81,7 +81,7 @@ def test_forward_dtypes_and_options(
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_forward.default,
         arguments,
-        {"reduction": reduction, "statistics": True}
+        {"reduction": reduction, "return_statistics": True}
         | OPTIONS["everything"]
         | wanted(subset)
         | PLANNING,
@@ -96,7 +96,7 @@ def test_forward_shapes(shape: tuple[int, int, int], bias: bool) -> None:
     torch.library.opcheck(
         torch.ops.memeff.linear_cross_entropy_forward.default,
         (x, w, target, b if bias else None, *others),
-        {"reduction": "mean", "statistics": True, "memory_budget": 2**26, "chunk_size": 4,
+        {"reduction": "mean", "return_statistics": True, "memory_budget": 2**26, "chunk_size": 4,
          "accum_dtype": torch.float32, "skip_mass": 0.0}
         | OPTIONS["plain"] | wanted((True, True, bias)),
     )  # fmt: skip

@@ -70,7 +70,7 @@ constexpr Row kTable[] = {
     {"float softcap", kAll, read<&A::softcap>},
     {"float logit_scale", kAll, read<&A::logit_scale>},
     {"float z_loss", kLoss, read<&A::z_loss>},
-    {"bool statistics", kLossForward, read<&A::statistics>},
+    {"bool return_statistics", kLossForward, read<&A::statistics>},
     {"bool skip_ignored", kStatisticsForward, read<&A::skip_ignored>},
     {"bool entropy", kStatisticsForward | kCustomLoss, read<&A::entropy>},
     {"bool logit_sum", kStatisticsForward | kCustomLoss, read<&A::logit_sum>},

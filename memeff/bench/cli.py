@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from memeff._arguments import parse_memory_budget
+from memeff._options import parse_options
 from memeff.bench import report, training_step
 from memeff.bench.environment import describe_environment, has_fast_bfloat16, warn_if_busy
 from memeff.bench.measure import Settings, ShapeResult, measure_shape
@@ -154,7 +154,7 @@ def _check_step(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error(f"--tokens is {options.tokens}; expected a multiple of {options.context}")
     if options.memory is not None:
         try:
-            options.memory = parse_memory_budget(options.memory)
+            options.memory = parse_options(memory_budget=options.memory).memory_budget
         except ValueError:
             parser.error(f"--memory is {options.memory!r}; expected a size such as 8GiB")
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memeff import _arguments
+from memeff._backends import resolve_backend
 from memeff._checks import DTYPES
 from memeff._linear_map import foreign_hook, plain_forwards
+from memeff._operands import autocast_dtype
 from memeff.lazy.carriers import carrier_of
 from memeff.lazy.node import Node
 from memeff.lazy.report import Report
@@ -72,7 +73,7 @@ def _dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtyp
     """That of the plain logits; None where torch would raise an error, or memeff would."""
     if not isinstance(hidden, Tensor) or hidden.dim() == 0:
         return None
-    autocast = _arguments.autocast_dtype(hidden.device)
+    autocast = autocast_dtype(hidden.device)
     dtypes = {hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
     if autocast is not None and torch.float64 not in dtypes:
         dtypes = {autocast}
@@ -84,7 +85,7 @@ def _dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtyp
 
 def _has_kernels(device: torch.device) -> bool:
     try:
-        return device.type != "meta" and bool(_arguments.resolve_backend("auto", device, False))
+        return device.type != "meta" and bool(resolve_backend("auto", device))
     except RuntimeError:
         return False
 

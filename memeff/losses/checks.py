@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memeff import _checks
+from memeff._operands import parse_num_items
 
 
 class Interval(NamedTuple):
@@ -94,34 +95,6 @@ def _reshaped(values: Tensor, like: Tensor) -> str:
     return ""
 
 
-def check_head(
-    names: tuple[str, str, str], input: Tensor, weight: Tensor, bias: Tensor | None
-) -> None:
-    """Hidden states [..., D] and the head that belongs to them, [V, D] and [V], in one dtype."""
-    of_input, of_weight, of_bias = names
-    check_floats(of_input, input)
-    _checks.check_tensor(of_weight, weight)
-    if bias is not None:
-        _checks.check_tensor(of_bias, bias)
-    if input.dim() < 1 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
-        raise RuntimeError(
-            f"{of_input} has shape {tuple(input.shape)} and {of_weight} {tuple(weight.shape)}, "
-            "expected [..., D] and [V, D]"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(
-            f"{of_bias} has shape {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}, one "
-            "value per class"
-        )
-    for name, tensor in ((of_weight, weight), (of_bias, bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise RuntimeError(
-                f"{name} has dtype {tensor.dtype}, expected that of {of_input}, {input.dtype}"
-            )
-        if tensor is not None:
-            check_real(name, tensor, of_input, input)
-
-
 def check_labels(name: str, labels: Tensor, like_name: str, like: Tensor) -> None:
     """Bool: other labels, such as +1 and -1, do not say which ones mean True."""
     check_same_shape(name, labels, like_name, like)
@@ -138,37 +111,9 @@ def check_given(name: str, value: Tensor | None, coefficient: str, number: float
         raise ValueError(f"{name} is None, expected a tensor: {coefficient} is {number}")
 
 
-def divisor_of(num_items: Any, counted: Tensor) -> Tensor | float:
-    """What a sum over tokens is divided by: ``num_items`` or the positions that count.
-
-    0 becomes 1, so that a batch in which nothing counts has the loss 0. A negative number or nan is
-    an error wherever it can be seen without waiting for the device.
-    """
+def divisor_of(num_items: Any, counted: Tensor) -> Tensor:
+    """What a sum over tokens is divided by: ``num_items`` or the positions that count; 0 counts as
+    1."""
     if num_items is None:
         return counted.sum().clamp(min=1)
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1 or num_items.is_complex() or num_items.dtype == torch.bool:
-            raise RuntimeError(
-                f"num_items has shape {tuple(num_items.shape)} and dtype {num_items.dtype}, "
-                "expected one real number"
-            )
-        if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_num_items(num_items.item())
-        items = num_items.detach().reshape(()).to(counted.device)
-        return items.masked_fill(items == 0, 1)
-    if not isinstance(num_items, (int, float, torch.SymInt)) and hasattr(num_items, "item"):
-        num_items = num_items.item()  # a number of numpy
-    if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt)):
-        raise TypeError(
-            f"num_items must be a number or a tensor with one, got {type(num_items).__name__}"
-        )
-    number: Any = num_items
-    _check_num_items(number)
-    return number if number > 0 else 1
-
-
-def _check_num_items(num_items: float) -> None:
-    if not 0 <= num_items < math.inf:
-        raise ValueError(
-            f"num_items is {num_items}, expected the number of items to divide the loss by, >= 0"
-        )
+    return parse_num_items(num_items, counted.device)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from memeff import _arguments, _checks
+from memeff._operands import check_head
+from memeff._options import parse_options
 from memeff.losses import checks
 from memeff.losses.masking import kept, wide
 
@@ -84,14 +85,9 @@ def mean_logit(
 
     There is none with a soft cap, which is not linear.
     """
-    names = ("input", "linear_weight", "linear_bias")
-    checks.check_head(names, input, linear_weight, linear_bias)
-    _checks.check_numbers(0.0, None, logit_scale, 0.0)
-    cast_to = _arguments.autocast_dtype(input.device)
-    if cast_to is not None:  # the logits of the other functions, which round their operands
-        input, linear_weight = (
-            _arguments.autocast_to(tensor, cast_to) for tensor in (input, linear_weight)
-        )
+    # The logits of the other functions, which round their operands under autocast.
+    input, linear_weight, linear_bias = check_head(input, linear_weight, linear_bias)
+    logit_scale = parse_options(logit_scale=logit_scale).logit_scale
     dtype = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
         row = linear_weight.mean(0, dtype=dtype)

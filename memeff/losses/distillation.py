@@ -15,12 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memeff import _arguments, _checks
+from memeff import _checks
+from memeff._operands import check_head
+from memeff._options import parse_options
 from memeff.losses import checks
 from memeff.losses.distillation_op import Distillation, Transform, distill
 from memeff.losses.masking import kept, masked_mean, wide
 
 __all__ = ["linear_distillation_loss", "top_k_distillation_loss"]
+
+_NAMES = [(f"{side}_input", f"{side}_weight", f"{side}_bias") for side in ("student", "teacher")]
 
 
 def linear_distillation_loss(
@@ -78,10 +82,8 @@ def linear_distillation_loss(
     """
     checks.check_coefficient("beta", beta, checks.FRACTION)
     checks.check_coefficient("temperature", temperature, checks.POSITIVE)
-    student = student_input, student_weight, student_bias
-    teacher = teacher_input, teacher_weight, teacher_bias
-    for side, tensors in (("student", student), ("teacher", teacher)):
-        checks.check_head((f"{side}_input", f"{side}_weight", f"{side}_bias"), *tensors)
+    student = check_head(student_input, student_weight, student_bias, _NAMES[0])
+    teacher = check_head(teacher_input, teacher_weight, teacher_bias, _NAMES[1])
     checks.check_real("teacher_input", teacher_input, "student_input", student_input)
     lead = student_input.shape[:-1]
     if teacher_input.shape[:-1] != lead:
@@ -101,13 +103,14 @@ def linear_distillation_loss(
         raise ValueError(
             f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
         )
+    planning = parse_options(chunk_size=chunk_size, memory_budget=memory_budget)
     settings = Distillation(
         beta=float(beta),
         temperature=float(temperature),
         student=_transform("student", student_softcap, student_logit_scale),
         teacher=_transform("teacher", teacher_softcap, teacher_logit_scale),
-        chunk_size=_arguments.parse_chunk_size(chunk_size),
-        memory_budget=_arguments.parse_memory_budget(memory_budget),
+        chunk_size=planning.chunk_size,
+        memory_budget=planning.memory_budget,
     )
     counted = None if mask is None else mask.bool().reshape(-1)
     if num_items is None and counted is None:
@@ -151,13 +154,9 @@ def _transform(side: str, softcap: float | None, logit_scale: float) -> Transfor
 def _rows(
     input: Tensor, weight: Tensor, bias: Tensor | None, classes: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the op takes: rows [N, D], the classes that take part, autocast's dtype."""
+    """What the op takes: rows [N, D] and the classes that take part."""
     if classes < len(weight):
         weight, bias = weight[:classes], None if bias is None else bias[:classes]
-    cast_to = _arguments.autocast_dtype(input.device)
-    if cast_to is not None:
-        input, weight = (_arguments.autocast_to(tensor, cast_to) for tensor in (input, weight))
-        bias = None if bias is None else _arguments.autocast_to(bias, cast_to)
     return input.reshape(-1, input.shape[-1]), weight, bias
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from memeff import _checks
+from memeff._options import REDUCTIONS
 from memeff.losses import checks
-
-REDUCTIONS = _checks.REDUCTIONS
 
 
 def wide(values: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def test_mean_logit_inside_autocast() -> None:
     """Operands are rounded as those of the logits are; the product itself is not."""
     x, w, b = (leaf.detach().float() for leaf in heads())
     x16, w16 = x.bfloat16().double(), w.bfloat16().double()
-    exact = F.linear(x16, w16, b.double()).mean(-1)
+    exact = F.linear(x16, w16, b.bfloat16().double()).mean(-1)
     with torch.autocast("cpu", torch.bfloat16):
         mean = losses.mean_logit(x, w, b)
     assert mean.dtype == torch.float32
