@@ -6,8 +6,11 @@ has a test of its own here, which is skipped where the package is not installed.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,12 @@ WITH_SNIPPETS = {
     "docs/quickstart.md": 3,
     "docs/plans.md": 1,
     "docs/losses.md": 14,
-    "docs/integrations.md": 1,
+    "docs/integrations.md": 4,
 }
 
 
 def snippets(page: Path, needs: str | None = None) -> list[str]:
-    """The snippets of a page that need the package `needs`, or, for None, none."""
+    """The snippets of a page that need `needs`, most often a package, or, for None, nothing."""
     return [m["code"] for m in SNIPPET.finditer(page.read_text()) if m["needs"] == needs]
 
 
@@ -64,8 +67,7 @@ def test_snippets_run(name: str) -> None:
     namespace = run(ROOT / name, codes, {})
     if name == "docs/integrations.md":
         check(namespace, (), ("loss",))
-        assert all(p.grad.isfinite().all() for p in namespace["model"].parameters())
-        assert namespace["report"].without_logits and not namespace["report"].materialised
+        check_report(namespace)
         return
     check(namespace, ("hidden",), ())
     if name == "docs/losses.md":
@@ -97,11 +99,7 @@ def test_readme_trains_a_hugging_face_model(
     """The snippet as it stands, with a tiny random model in place of the download."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    model = tiny_llama(transformers).bfloat16()
     before = model.lm_head.weight.detach().clone()
     monkeypatch.setattr(
         transformers.AutoModelForCausalLM, "from_pretrained", lambda *_args, **_options: model
@@ -117,6 +115,127 @@ def test_readme_trains_a_hugging_face_model(
     run(ROOT / "README.md", [code], namespace)
     assert not torch.equal(model.lm_head.weight, before)
     assert type(model.lm_head) is not torch.nn.Linear  # patched
+
+
+def check_report(namespace: dict[str, Any]) -> None:
+    trained = [p for p in namespace["model"].parameters() if p.requires_grad]
+    assert trained and all(p.grad is None or p.grad.isfinite().all() for p in trained)
+    report = namespace["report"]
+    assert report.without_logits["cross_entropy"] and not report.materialised
+
+
+def tiny_llama(transformers: Any) -> Any:
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("package", ["transformers", "peft", "accelerate", "lightning"])
+def test_snippets_of_integrations(package: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    pytest.importorskip(package)
+    ids = torch.randint(512, (2, 16))
+    namespace = {
+        "torch": torch,
+        "memeff": memeff,
+        "model": tiny_llama(transformers),
+        "ids": ids,
+        "Trainer": transformers.Trainer,
+        "training_args": transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[],
+            use_cpu=True, disable_tqdm=True,
+        ),
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+    }  # fmt: skip
+    page = ROOT / "docs" / "integrations.md"
+    (code,) = snippets(page, needs=package)
+    run(page, [code], namespace)
+    if package == "lightning":
+        lightning = namespace["lightning"]
+        module = namespace["Module"](namespace["model"])
+        trainer = lightning.Trainer(
+            max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_checkpointing=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=2))
+        namespace["report"] = module.report
+    check_report(namespace)
+
+
+def test_snippet_of_trl() -> None:
+    pytest.importorskip("trl")
+    import trl.trainer.utils
+
+    before = trl.trainer.utils._ChunkedLogProbFunction
+    page = ROOT / "docs" / "integrations.md"
+    namespace = run(page, snippets(page, needs="trl"), {})
+    try:
+        assert trl.trainer.utils._ChunkedLogProbFunction is not before
+    finally:
+        namespace["memeff"].integrations.trl.unpatch()
+
+
+# What the snippets of several processes start from, in a process of their own: a group of one.
+PROCESS = """
+import os, sys
+import torch, torch.distributed as dist, torch.nn.functional as F
+import memeff
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+store = f"file://{sys.argv[1]}/rendezvous"
+dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(100, 16)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+        self.head = torch.nn.Linear(16, 100)
+
+    def forward(self, ids, labels=None):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        logits = self.head(x)
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+ds_config = {
+    "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3},
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+}
+if "deepspeed" in sys.argv[2]:
+    import deepspeed
+    # Its own kernels in place of gloo's would be compiled first, which takes minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+for code in sys.argv[2:]:
+    names = {"torch": torch, "F": F, "memeff": memeff, "model": Model(), "ds_config": ds_config}
+    names |= {"ids": torch.randint(100, (2, 8)), "device": torch.device("cpu")}
+    exec(code, names)
+    report = names["report"]
+    assert report.without_logits["cross_entropy"] == 1 and not report.materialised, report
+dist.destroy_process_group()
+print("all ran")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("needs", "count"), [("process_group", 3), ("deepspeed", 1)])
+def test_snippets_of_several_processes(needs: str, count: int, tmp_path: Path) -> None:
+    if needs == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    codes = snippets(ROOT / "docs" / "integrations.md", needs=needs)
+    assert len(codes) == count
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(tmp_path), *codes],
+        capture_output=True, text=True, timeout=240, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0 and "all ran" in done.stdout, done.stderr[-3000:]
 
 
 def measured(file: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """A tiny language model under DDP, FSDP and ZeRO: two processes of this file, patched and plain.
 
     python tests/lazy/stacks.py torch              every case of a launch, one line each
-    python tests/lazy/stacks.py torch "DDP, tied"  one of them
+    python tests/lazy/stacks.py "" "DDP, tied, loss inside"      one of them
+    python tests/lazy/stacks.py --write            the table of docs/integrations.md
 
 `compare` trains one model with the plain head and one with the lazy head under the same stack,
 each process on its own tokens, and returns how far apart they end. Where a stack rounds to bf16
@@ -32,6 +33,8 @@ from torch import Tensor, nn
 
 import memeff
 
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+BEGIN, END = "<!-- stacks: begin -->", "<!-- stacks: end -->"
 PROCESSES = 2
 VOCAB, FEATURES, BATCH, LENGTH, STEPS = 67, 24, 4, 9, 3  # an odd vocabulary: uneven shards
 
@@ -331,6 +334,27 @@ LAUNCHES = {
 }
 
 
+# Where a stack cannot run a head twice, it stays plain, and says so.
+DENSE = {name for name in CASES if name.startswith("FSDP1, head is a unit, bf16")}
+
+
+def table() -> str:
+    """CASES for docs/integrations.md, a row per stack."""
+    rows: dict[str, list[str]] = {}
+    for name in CASES:
+        stack, *what = name.split(", ")
+        *kind, _where = what if what[-1].startswith("loss") else [*what, ""]
+        label = ", ".join(kind) or "default"
+        if name in DENSE:
+            label += " (plain logits)"
+        row = rows.setdefault(stack, [])
+        if label not in row:
+            row.append(label)
+    lines = ["| stack | tested |", "| --- | --- |"]
+    lines += [f"| {stack} | {'; '.join(labels)} |" for stack, labels in rows.items()]
+    return "\n".join(lines)
+
+
 def compare(case: Case) -> dict[str, Any]:
     """Distances of the lazy head's outcome from the plain head's, `plain_*` for those of the plain
     one from float32, and the report of memeff.patch."""
@@ -455,6 +479,10 @@ def _process(folder: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--process":
         _process(sys.argv[2])
+    elif sys.argv[1] == "--write":
+        text = PAGE.read_text()
+        before, rest = text.split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
     else:
         begin = time.monotonic()
         for name, result in launch(sys.argv[2:] or LAUNCHES[sys.argv[1]], 600).items():

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from stacks import CASES, LAUNCHES, launch
+from stacks import BEGIN, CASES, DENSE, END, LAUNCHES, PAGE, launch, table
 
-# Where a stack cannot run a head twice, it stays plain, and says so.
-DENSE = {name for name in CASES if name.startswith("FSDP1, head is a unit, bf16")}
 # In float32, relative. Parameters: after three steps.
 MOST = {"losses": 1e-6, "gradients": 2e-6, "parameters": 2e-6}
 
@@ -52,3 +50,8 @@ def test_stacks(packages: str) -> None:
     results = launch(LAUNCHES[packages], timeout=300)
     found = [fault for name in LAUNCHES[packages] for fault in faults(name, results.get(name))]
     assert not found, "\n".join(found)
+
+
+def test_the_table_of_stacks_is_that_of_the_documentation() -> None:
+    shown = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
+    assert shown == table(), "type: python tests/lazy/stacks.py --write"
