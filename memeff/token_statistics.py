@@ -224,6 +224,9 @@ def _doubled(call: Call) -> Call:
         skip_ignored=False,
         **_NOTHING,
     )
+    if call.backend == "cpu" and call.options.top_k:
+        # It decides which kernels compute the scores, and with what budget.
+        options = options._replace(top_k=1)
     return call._replace(target=None, options=options)
 
 

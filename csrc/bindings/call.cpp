@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "core/planning.h"
+
 namespace memeff {
 
 DType dtype_of(const at::Tensor& tensor, const char* name) {
@@ -121,10 +123,25 @@ void Call::run(bool statistics_known) {
   TORCH_CHECK_VALUE(objection.empty(), objection);
 }
 
-void Call::check_backward_budget() const {
-  if (!arguments_.grad_input && !arguments_.grad_weight && !arguments_.grad_bias) return;
-  const std::string objection = device_.check(problem_, plan_request(true));
-  TORCH_CHECK_VALUE(objection.empty(), objection);
+void Call::check_budget(const std::vector<Problem>& backward) const {
+  if (arguments_.memory_budget < 0) return;
+  Objections objections;
+  Plan plan;
+  PlanRequest request = plan_request(false);
+  request.grad_input = request.grad_weight = request.grad_bias = false;
+  objections.add(device_.plan(problem_, request, &plan), plan);
+  request = plan_request(true);
+  if (request.grad_input || request.grad_weight || request.grad_bias) {
+    for (const Problem& problem : backward)
+      objections.add(device_.plan(problem, request, &plan), plan);
+  }
+  TORCH_CHECK_VALUE(objections.worst().empty(), objections.worst());
+}
+
+void Call::check_budget() const {
+  Problem backward = problem_;
+  backward.statistics = false;
+  check_budget({backward});
 }
 
 PlanRequest Call::plan_request(bool statistics_known) const {

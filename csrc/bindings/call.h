@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/device.h"
@@ -30,13 +31,15 @@ class Call {
   void allocate_gradients(bool wanted);
 
   void run(bool statistics_known);
-  /// A budget that the later backward op could not keep is refused before anything is computed.
-  void check_backward_budget() const;
+  /// A budget that this op or the later backward op could not keep is refused before anything is computed.
+  void check_budget() const;
 
   at::Tensor loss, lse, statistics, argmax, grad_input, grad_weight, grad_bias;
 
  protected:
   void use_lse();
+  /// `backward`: what the later op may turn out to compute.
+  void check_budget(const std::vector<Problem>& backward) const;
   /// For all gradients that are asked for.
   PlanRequest plan_request(bool statistics_known) const;
 

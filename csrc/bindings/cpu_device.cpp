@@ -63,9 +63,11 @@ class CpuDevice : public Device {
 
   bool values_are_at_hand() const override { return true; }
 
-  std::string check(const Problem& problem, const PlanRequest& request) const override {
+  std::string plan(const Problem& problem, const PlanRequest& request, Plan* plan) const override {
     CpuCallPlan call;
-    return plan_call(problem, request, &call);
+    const std::string objection = plan_call(problem, request, &call);
+    *plan = call.plan;
+    return objection;
   }
 
   std::string run(const Problem& problem, const PlanRequest& request,

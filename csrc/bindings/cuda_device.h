@@ -19,9 +19,11 @@ namespace memeff {
 /// What both have in common: selection, plan, workspace from torch's allocator, the driver.
 class CudaLikeDevice : public Device {
  public:
-  std::string check(const Problem& problem, const PlanRequest& request) const override {
+  std::string plan(const Problem& problem, const PlanRequest& request, Plan* plan) const override {
     cuda::CallPlan call;
-    return cuda::plan_call(problem, request, cuda::current_gpu(), &call);
+    const std::string objection = cuda::plan_call(problem, request, cuda::current_gpu(), &call);
+    *plan = call.plan;
+    return objection;
   }
 
  protected:

@@ -18,8 +18,9 @@ class Device {
   /// Whether values of tensors may be looked at. On a GPU that would wait for the device.
   virtual bool values_are_at_hand() const = 0;
 
-  /// Returns "", or why no plan fits.
-  virtual std::string check(const Problem& problem, const PlanRequest& request) const = 0;
+  /// Returns "" and the plan, or why no plan fits and the sizes of the smallest.
+  virtual std::string plan(const Problem& problem, const PlanRequest& request,
+                           Plan* plan) const = 0;
   /// Plans the problem and runs it, in a workspace of its own; or returns why no plan fits. `like` is a
   /// tensor on the device.
   virtual std::string run(const Problem& problem, const PlanRequest& request,

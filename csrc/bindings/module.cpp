@@ -10,6 +10,7 @@
 
 #include "bindings/arguments.h"
 #include "core/plan.h"
+#include "core/planning.h"
 #include "core/problem.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/features.h"
@@ -86,28 +87,27 @@ const char* name_of(Accumulation accumulation) {
 /// Plans a call, as the operators of a backend do.
 using Planner = std::function<std::string(const Problem&, const PlanRequest&, Plan*)>;
 
-Plan plan_or_throw(const Planner& planner, const Problem& problem, const PlanRequest& request) {
-  Plan plan;
-  const std::string objection = planner(problem, request, &plan);
-  if (!objection.empty()) throw py::value_error(objection);
-  return plan;
-}
-
 /// The plan of a whole call, forward and backward. Where backward is an operator of its own
 /// (per-token losses, float16), shape and chunks are its plan's, bytes those of the larger and FLOPs the
 /// sum of the two; token statistics are forward's alone.
 Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
   const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
   if (!wants_gradient || gradient_in_forward(problem.reduction, request.dtype)) {
-    return plan_or_throw(planner, problem, request);
+    Plan plan;
+    const std::string objection = planner(problem, request, &plan);
+    if (!objection.empty()) throw py::value_error(objection);
+    return plan;
   }
 
+  Objections objections;
+  Plan forward, plan;
   PlanRequest forward_request = request;
   forward_request.grad_input = forward_request.grad_weight = forward_request.grad_bias = false;
-  const Plan forward = plan_or_throw(planner, problem, forward_request);
+  objections.add(planner(problem, forward_request, &forward), forward);
   request.statistics_known = true;
   problem.statistics = false;
-  Plan plan = plan_or_throw(planner, problem, request);
+  objections.add(planner(problem, request, &plan), plan);
+  if (!objections.worst().empty()) throw py::value_error(objections.worst());
   const int64_t forward_bytes = forward.workspace_bytes + forward.library_bytes;
   if (forward_bytes > plan.workspace_bytes + plan.library_bytes) {
     plan.workspace_bytes = forward.workspace_bytes;

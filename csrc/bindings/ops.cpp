@@ -24,7 +24,7 @@ std::vector<at::Tensor> loss_forward(const Device& device, const Arguments& argu
   check_one_target(call, arguments);
   call.allocate_statistics();
   const bool in_forward = gradient_in_forward(arguments.reduction, call.problem().dtype);
-  if (!in_forward) call.check_backward_budget();
+  if (!in_forward) call.check_budget();
   call.allocate_gradients(in_forward);
   call.run(false);
   return {call.loss,       call.lse,         call.statistics, call.argmax,
@@ -43,7 +43,7 @@ std::vector<at::Tensor> loss_backward(const Device& device, const Arguments& arg
 std::vector<at::Tensor> statistics_forward(const Device& device, const Arguments& arguments) {
   StatisticsCall call(device, arguments);
   call.allocate_outputs();
-  call.check_backward_budget();
+  call.check_budget();
   call.run(false);
   return {call.logprob,   call.lse,    call.entropy,      call.logit_sum,
           call.max_logit, call.argmax, call.top_logprobs, call.top_ids};

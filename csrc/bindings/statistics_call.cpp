@@ -100,20 +100,29 @@ void StatisticsCall::differentiate_rows(int64_t begin, int64_t end) {
   }
 }
 
-void StatisticsCall::check_backward_budget() const {
-  if (!arguments_.grad_input && !arguments_.grad_weight && !arguments_.grad_bias) return;
-  // Gradients of the entropy and of the sum may need more than the others'.
-  TokenStatistics later = statistics_;
-  if (later.entropy != nullptr) later.grad_entropy = problem_.lse;
-  if (later.logit_sum != nullptr) later.grad_logit_sum = problem_.lse;
-  later.entropy = nullptr;
-  later.logit_sum = nullptr;
-  later.argmax = nullptr;
-  later.top = 0;
-  Problem problem = problem_;
-  problem.token_statistics = &later;
-  const std::string objection = device_.check(problem, plan_request(true));
-  TORCH_CHECK_VALUE(objection.empty(), objection);
+void StatisticsCall::check_budget() const {
+  // Other kernels may compute the gradients if some flow through the entropy or the sum of the logits,
+  // and need more or less.
+  TokenStatistics plain = statistics_;
+  plain.entropy = nullptr;
+  plain.logit_sum = nullptr;
+  plain.argmax = nullptr;
+  plain.top = 0;
+  std::vector<TokenStatistics> later = {plain};
+  if (statistics_.entropy != nullptr) {
+    later.push_back(plain);
+    later.back().grad_entropy = problem_.lse;
+  }
+  if (statistics_.logit_sum != nullptr) {
+    const std::vector<TokenStatistics> without = later;
+    for (TokenStatistics with : without) {
+      with.grad_logit_sum = problem_.lse;
+      later.push_back(with);
+    }
+  }
+  std::vector<Problem> backward(later.size(), problem_);
+  for (size_t i = 0; i < later.size(); ++i) backward[i].token_statistics = &later[i];
+  Call::check_budget(backward);
 }
 
 const double* StatisticsCall::gradient(const OptionalTensor& tensor, at::IntArrayRef shape,

@@ -16,7 +16,7 @@ class StatisticsCall : public Call {
   void allocate_outputs();
   /// For the backward operator: what the forward one returned, and the upstream gradients.
   void use_gradients();
-  void check_backward_budget() const;
+  void check_budget() const;
   /// Gradients in the forward pass. `differentiate` gets the first row and the statistics of a chunk, and
   /// returns upstream gradients of logprob, lse and, each if it was computed, entropy and logit_sum.
   using Differentiate = std::function<std::vector<at::Tensor>(

@@ -84,8 +84,9 @@ struct Plan {
   int64_t input_sweep_slice = 0;
   int64_t num_chunks = 0;
   int64_t num_slices = 0;
+  // What the budget bounds is the sum of these two; where no plan fits it, those of the smallest plan.
   int64_t workspace_bytes = 0;
-  int64_t library_bytes = 0;  // what products take in addition; the budget bounds the sum
+  int64_t library_bytes = 0;  // what products take in addition
   int64_t floor_bytes = 0;    // the gradients themselves
   double flops = 0;
   double floor_flops = 0;  // 2 N D V per product that any implementation needs

@@ -40,10 +40,15 @@ void count_work(const PlanRequest& r, int64_t fresh_tokens, Plan* plan) {
       (plan->stored_in_gradient > 0 ? 1 : 0) + (per_chunk > 0 ? ceil_div(rest, per_chunk) : 0);
 }
 
-std::string budget_error(const PlanRequest& r, const char* where, int64_t minimum) {
-  return "memory_budget=" + megabytes(r.memory_budget) + " is too small for " +
-         std::to_string(r.tokens) + " tokens, " + std::to_string(r.features) + " features and " +
-         std::to_string(r.vocab) + " classes" + where + ": the minimum is " + megabytes(minimum);
+std::string budget_error(const PlanRequest& r, const char* where, const Plan& smallest) {
+  std::string error = "memory_budget=" + megabytes(r.memory_budget) + " is too small for " +
+                      std::to_string(r.tokens) + " tokens, " + std::to_string(r.features) +
+                      " features and " + std::to_string(r.vocab) + " classes" + where +
+                      ": the minimum is " +
+                      megabytes(smallest.workspace_bytes + smallest.library_bytes);
+  if (smallest.library_bytes > 0)
+    error += ", of which torch's matrix products take " + megabytes(smallest.library_bytes);
+  return error;
 }
 
 }  // namespace memeff

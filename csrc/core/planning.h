@@ -71,7 +71,25 @@ class Cursor {
 /// `fresh_tokens`: those whose gradients are computed from scores that are made for them.
 void count_work(const PlanRequest& request, int64_t fresh_tokens, Plan* plan);
 
-/// Why no plan fits the budget. `where`: " on a GPU", or nothing.
-std::string budget_error(const PlanRequest& request, const char* where, int64_t minimum);
+/// Why no plan fits the budget, the smallest of which has these bytes. `where`: " on a GPU", or nothing.
+std::string budget_error(const PlanRequest& request, const char* where, const Plan& smallest);
+
+/// Collects what is wrong with the operators of one call, which share a memory budget, and reports the
+/// one that needs most: the minimum that it names is enough for all of them.
+class Objections {
+ public:
+  /// `plan` is that of the operator, or where there is an objection the smallest one.
+  void add(const std::string& objection, const Plan& plan) {
+    const int64_t bytes = plan.workspace_bytes + plan.library_bytes;
+    if (objection.empty() || (!worst_.empty() && bytes <= bytes_)) return;
+    worst_ = objection;
+    bytes_ = bytes;
+  }
+  const std::string& worst() const { return worst_; }
+
+ private:
+  std::string worst_;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace memeff

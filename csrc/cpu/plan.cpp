@@ -276,8 +276,11 @@ std::string make_plan(const CpuPlanRequest& wanted, Plan* plan) {
   if (request.blas && request.chunk_size > 0)
     request.chunk_size = std::max(request.chunk_size, kLeastBlasChunk);
   Plan chosen;
-  if (!choose(request, chunk_limits(request), &chosen))
-    return budget_error(request, "", least_budget(request));
+  if (!choose(request, chunk_limits(request), &chosen)) {
+    plan->library_bytes = library_bytes(request);
+    plan->workspace_bytes = least_budget(request) - plan->library_bytes;
+    return budget_error(request, "", *plan);
+  }
   chosen.kernels = plan->kernels, chosen.kernels_reason = plan->kernels_reason;
   *plan = chosen;
   plan->score_block = plan->input_block = plan->input_sweep_block = plan->token_block;

@@ -400,8 +400,11 @@ std::string make_plan(const GpuPlanRequest& request, const PlanTraits& traits, P
     }
   };
   Candidates(request, traits, budget, visit).visit_all();
-  if (best == std::numeric_limits<double>::infinity() && request.memory_budget >= 0)
-    return budget_error(request, " on a GPU", minimum + library);
+  if (best == std::numeric_limits<double>::infinity() && request.memory_budget >= 0) {
+    plan->workspace_bytes = minimum;
+    plan->library_bytes = library;
+    return budget_error(request, " on a GPU", *plan);
+  }
   count_work(request, fresh_tokens(request, *plan), plan);
   plan->library_bytes = library;
   return "";
