@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
-from memeff import statistics_ops
+from memeff import ops, statistics_ops
 from memeff._call import Call, denominator_of, statistics_call
 from memeff._checks import check_callable
 from memeff._gradient_sums import ReadyGradients
@@ -169,6 +172,10 @@ class _Run:
         x, weight, bias, target = call.input, call.linear_weight, call.linear_bias, call.target
         if target is not None and target.dim() == 1:
             target = target.unsqueeze(1)
+        if not torch.compiler.is_compiling() and any(
+            t is not None and is_batchedtensor(t) for t in (x, weight, bias, target)
+        ):
+            ops.refuse_vmap()
         self.handle = next(self._numbers)
         self.running[self.handle] = self
         try:
@@ -276,7 +283,16 @@ class _Run:
 
 
 def _differentiate_chunk(handle: int, begin: int, *statistics: Tensor) -> list[Tensor]:
-    return _Run.running[handle].differentiate(begin, *statistics)
+    with _autograd():
+        return _Run.running[handle].differentiate(begin, *statistics)
+
+
+def _autograd() -> Any:
+    """A context with autograd, which a TorchDispatchMode (of a FLOP counter) excludes in ops."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    if torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+        return torch._C._SetExcludeDispatchKeyGuard(key, False)
+    return nullcontext()
 
 
 torch.library.impl("memeff::differentiate_chunk", "CompositeExplicitAutograd")(_differentiate_chunk)

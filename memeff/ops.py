@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff import _library
+from memeff import _flops, _library
 from memeff._gradients import is_last_backward
 
 # Arguments that have gradients, in the order in which the backward ops return these.
@@ -95,6 +95,18 @@ def _scale_in_place_fake(gradient: Tensor, scale: Tensor) -> None:
     return None
 
 
+def recompute_flops(arguments: dict[str, Any]) -> int:
+    """FLOPs of an op that computes the logits and the gradients that are wanted."""
+    products = 1 + _flops.wanted_products(arguments)
+    return products * _flops.product(arguments["input"], arguments["linear_weight"])
+
+
+def _forward_flops(arguments: dict[str, Any]) -> int:
+    if gradients_in_forward(arguments["reduction"], arguments["input"].dtype):
+        return recompute_flops(arguments)
+    return _flops.product(arguments["input"], arguments["linear_weight"])
+
+
 class Operators:
     """The operators of one library, torch.ops.<name>.*, completed by fake kernels and autograd.
 
@@ -121,6 +133,8 @@ class Operators:
         torch.library.register_autograd(recompute, _refuse_second_derivative)
         torch.library.register_autograd(scale, _refuse_second_derivative)
 
+        _flops.register(self._forward, _forward_flops)
+        _flops.register(self._recompute, recompute_flops)
         self._functions = {
             self._forward: function_of(self._forward, _setup_context, self._backward),
             self._recompute: function_of(self._recompute, save_nothing, _refuse_second_derivative),
@@ -239,6 +253,7 @@ def function_of(op: Any, setup_context: Any, backward: Any) -> type[torch.autogr
         "forward": staticmethod(forward),
         "setup_context": staticmethod(setup),
         "backward": staticmethod(backward),
+        "vmap": staticmethod(refuse_vmap),
     }
     return type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
 
@@ -260,6 +275,14 @@ def _setup_context(
         ctx.save_for_backward(loss, *others[-3:])
     else:
         ctx.save_for_backward(lse, *inputs)
+
+
+def refuse_vmap(*_: Any) -> None:
+    raise RuntimeError(
+        "torch.vmap over a function of memeff that records gradients is not implemented; these "
+        "functions take leading dimensions themselves: pass all hidden states [B, ..., D] and "
+        'targets [B, ...] at once, with reduction="none" for a loss per token, or loop over B'
+    )
 
 
 def save_nothing(ctx: Any, inputs: tuple[Any, ...], options: Any, output: Any) -> None:

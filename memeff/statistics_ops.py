@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff import ops
+from memeff import _flops, ops
 
 
 def _forward_fake(
@@ -85,6 +85,10 @@ def _refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
     )
 
 
+def _forward_flops(arguments: dict[str, Any]) -> int:
+    return _flops.product(arguments["input"], arguments["linear_weight"])
+
+
 class StatisticsOperators:
     """The operators of one library, completed; see :class:`memeff.ops.Operators`."""
 
@@ -103,6 +107,9 @@ class StatisticsOperators:
         torch.library.register_fake(self.linear_loss_gradients.name(), _gradients_fake)
         torch.library.register_autograd(forward, self._backward, setup_context=_setup_context)
         torch.library.register_autograd(recompute, _refuse_second_derivative)
+        _flops.register(self._forward, _forward_flops)
+        _flops.register(self._recompute, ops.recompute_flops)
+        _flops.register(self.linear_loss_gradients, ops.recompute_flops)
         self._functions = {
             self._forward: ops.function_of(self._forward, _setup_context, self._backward),
             self._recompute: ops.function_of(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memeff import ops
+from memeff import _flops, ops
 from memeff._gradient_sums import GradientSum, row_slices
 from memeff._gradients import first_derivatives_only, is_last_backward
 from memeff._heads import BLOCKS_PER_CHUNK, Head, choose_chunk_size
@@ -264,6 +264,12 @@ def _setup_context(
         ctx.save_for_backward(loss, *gradients)
 
 
+def _forward_flops(arguments: dict[str, Any]) -> int:
+    student = _flops.product(arguments["student_input"], arguments["student_weight"])
+    teacher = _flops.product(arguments["teacher_input"], arguments["teacher_weight"])
+    return teacher + student * (1 + _flops.wanted_products(arguments))
+
+
 @first_derivatives_only
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
@@ -303,4 +309,5 @@ _LIBRARY.impl("linear_distillation", _linear_distillation, "CompositeExplicitAut
 _OP = torch.ops.memeff.linear_distillation.default
 torch.library.register_fake(_OP.name(), _fake)
 torch.library.register_autograd(_OP.name(), _backward, setup_context=_setup_context)
+_flops.register(_OP, _forward_flops)
 _FUNCTIONS = {_OP: ops.function_of(_OP, _setup_context, _backward)}
