@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff.chunked import chunked_linear_apply
 from memeff.token_statistics import linear_token_statistics
 
 __all__ = ["patch", "unpatch"]
@@ -118,33 +117,21 @@ class _LogProbs:
             logit_scale=scale,
             entropy="entropy" in outputs,
             argmax="is_top1" in outputs,
+            logit_sum="mean_logits" in outputs,
+            log_sum_sq_probs="log_sum_sq_probs" in outputs,
         )
         assert found.logprob is not None
-        log_sum_sq_probs = mean_logits = None
-        if "log_sum_sq_probs" in outputs or "mean_logits" in outputs:
-            log_sum_sq_probs, mean_logits = _more(hidden, weight, bias, softcap, scale)
         return (
             found.logprob,
             found.entropy,
-            log_sum_sq_probs if "log_sum_sq_probs" in outputs else None,
-            mean_logits if "mean_logits" in outputs else None,
+            _number(found.log_sum_sq_probs),
+            _number(found.mean_logit),
             None if found.argmax is None else found.argmax == targets,
         )
 
 
-@torch.no_grad()
-def _more(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float
-) -> Any:
-    """log sum_v p_v^2 and mean_v z_v per token, of a few tokens' logits at a time."""
-
-    def of_logits(u: Tensor) -> tuple[Tensor, Tensor]:
-        z = scale * u
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        return (2 * z).logsumexp(-1) - 2 * z.logsumexp(-1), z.mean(-1)
-
-    return chunked_linear_apply(of_logits, hidden, weight, linear_bias=bias)
+def _number(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach()
 
 
 def _check(original: Any) -> None:

@@ -245,9 +245,9 @@ def _sum(state: State) -> Tensor | None:
 
 
 def _logit_sum(state: State) -> Tensor | None:
-    """sum_v z_v, from the sum of the weight's rows; None with a soft cap, where no such sum is."""
+    """sum_v z_v, without a soft cap from the sum of the weight's rows."""
     if state.softcap is not None:
-        return None
+        return statistics(state, logit_sum=True).logit_sum
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)

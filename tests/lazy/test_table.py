@@ -229,6 +229,8 @@ CASES: dict[str, Callable[[Any], Any]] = {
     "sum all": lambda z: (z * 0.5).sum(),
     "sum all of BVT": lambda z: z.log_softmax(-1).transpose(1, 2).sum(),
     "mean": lambda z: z.mean(dim=-1),
+    "sum capped": lambda z: (torch.tanh(z / 3) * 3).sum(-1),
+    "sum capped log_softmax": lambda z: torch.tanh(z).log_softmax(-1).sum(-1),
     "mean all": lambda z: z[:2].mean(),
     "mean log_softmax": lambda z: -z.log_softmax(-1).mean(-1),
 }  # fmt: skip
