@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memeff import ops
+from memeff import ops, reference
 from memeff._backends import resolve_backend
 from memeff._operands import (
     check_classes,
@@ -63,17 +62,23 @@ class Call(NamedTuple):
 
     def of_reference(self, function: Callable[..., Any]) -> Any:
         """The result of a function of memeff.reference."""
+        of_call, of_options = _PARAMETERS[function]
         with torch.autocast(self.input.device.type, enabled=False):
             return function(
-                **{name: getattr(self, name) for name in _parameters(function, Call)},
-                **{name: getattr(self.options, name) for name in _parameters(function, Options)},
+                **{name: getattr(self, name) for name in of_call},
+                **{name: getattr(self.options, name) for name in of_options},
             )
 
 
-@functools.cache
-def _parameters(function: Callable[..., Any], fields: Any) -> tuple[str, ...]:
-    """The parameters of a function that a NamedTuple has."""
-    return tuple(name for name in inspect.signature(function).parameters if name in fields._fields)
+def _parameters(function: Callable[..., Any], fields: tuple[str, ...]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name in fields]
+
+
+# Which fields of a call and of its options the functions of memeff.reference take.
+_PARAMETERS = {
+    function: (_parameters(function, Call._fields), _parameters(function, Options._fields))
+    for function in (reference.linear_cross_entropy, reference.linear_token_statistics)
+}
 
 
 class RowResults(NamedTuple):

@@ -22,6 +22,8 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
+        if value.layout is not torch.strided or value.is_nested:
+            _refuse_layout(name, value)
         return
     # By name: importing torch.distributed.tensor costs more than the whole check.
     if any(base.__name__ == "DTensor" for base in kind.__mro__):
@@ -32,6 +34,25 @@ def check_tensor(name: str, value: object) -> None:
             "whole inside of its module's forward: call the function there, or use memeff.patch. "
             "A rank's own shard alone gives a wrong loss"
         )
+
+    if value.layout is not torch.strided or value.is_nested:
+        _refuse_layout(name, value)
+    for method in ("dequantize", "to_dense", "to_tensor"):  # of quantised, sparse, masked ones
+        if getattr(kind, method, None) is not getattr(Tensor, method, None):
+            raise TypeError(
+                f"{name} is a {kind.__qualname__}, expected a plain tensor: pass {name}.{method}()"
+            )
+
+
+def _refuse_layout(name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, expected a plain one: pass torch.cat({name}.unbind()), "
+            "the rows of all its parts"
+        )
+    raise TypeError(
+        f"{name} has the layout {value.layout}, expected a dense tensor: pass {name}.to_dense()"
+    )
 
 
 def check_callable(name: str, value: object) -> None:

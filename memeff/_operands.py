@@ -5,7 +5,7 @@ Targets are checked against [0, V) by the operators, which read them anyway.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +43,7 @@ def check_head(
     if input.dtype not in DTYPES:
         raise RuntimeError(
             f"{of_input} has dtype {input.dtype}, expected one of {', '.join(map(str, DTYPES))}"
+            f"{_quantised(of_input, input)}"
         )
     if input.dim() < 1:
         raise RuntimeError(f"{of_input} has 0 dimensions, expected [..., D] with at least 1")
@@ -80,9 +81,18 @@ def check_head(
         if tensor.dtype != input.dtype:
             raise RuntimeError(
                 f"{name} has dtype {tensor.dtype}, expected that of {of_input}, {input.dtype}"
+                f"{_quantised(name, tensor)}"
             )
         check_device(name, tensor, input, of_input)
     return input, linear_weight, linear_bias
+
+
+def _quantised(name: str, tensor: Tensor) -> str:
+    """The way out for what holds numbers in less than 16 bits."""
+    if tensor.is_quantized:
+        return f"; pass {name}.dequantize()"
+    small = tensor.element_size() == 1 and tensor.dtype != torch.bool
+    return "; of a quantised tensor, pass the dequantised one" if small else ""
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -221,12 +231,11 @@ def parse_num_items(num_items: Any, device: torch.device) -> Tensor:
         )
     number: Any = num_items
     _check_num_items(number)
-    dtype = torch.float64 if isinstance(number, float) else torch.int64
-    return torch.full((), number if number > 0 else 1, dtype=dtype, device=device)
+    return torch.full((), float(number) if number > 0 else 1.0, dtype=torch.float64, device=device)
 
 
 def _check_num_items(num_items: float) -> None:
-    if not 0 <= num_items < math.inf:
+    if not 0 <= num_items <= sys.float_info.max:
         raise ValueError(
             f"num_items is {num_items}, expected the number of items to divide the loss by, >= 0"
         )

@@ -76,6 +76,11 @@ class LinearCrossEntropyLoss(nn.Module):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
+        if not isinstance(out_features, (tuple, list)):
+            raise TypeError(
+                f"out_features must be a tuple of ints, got {type(out_features).__name__} "
+                f"{out_features!r}"
+            )
         positions = math.prod(out_features)
         shared = {"linear": linear, "linear_weight": linear_weight}
         given = [name for name, value in shared.items() if value is not None]
@@ -102,6 +107,12 @@ class LinearCrossEntropyLoss(nn.Module):
                     f"together with {given[0]}, which has its own"
                 )
             self._share(linear, linear_weight, linear_bias)
+        if self.linear_weight.dim() != 2:
+            raise RuntimeError(
+                f"{given[0]} has a weight of shape {tuple(self.linear_weight.shape)}, expected "
+                "[V, D]. Where FSDP or ZeRO has sharded it, construct this module before that, or "
+                "inside of FSDP.summon_full_params or deepspeed.zero.GatheredParameters"
+            )
         rows, features = self.linear_weight.shape
         if in_features not in (None, features):
             raise ValueError(
@@ -113,6 +124,8 @@ class LinearCrossEntropyLoss(nn.Module):
                 f"num_classes is {num_classes} with out_features {out_features}, expected their "
                 f"product to be the {rows} rows of the classifier"
             )
+        if weight is not None:
+            check_tensor("weight", weight)
         if weight is not None and weight.shape != (classes,):
             raise RuntimeError(
                 f"weight has shape {tuple(weight.shape)}, expected ({classes},), a value per class"

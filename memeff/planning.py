@@ -195,6 +195,12 @@ def plan(
     sizes: dict[str, Any] = {"tokens": tokens, "features": features, "vocab": vocab}
     for name, size in sizes.items():
         check_int(name, size, "a number >= 0", least=0)
+    largest = sizes["tokens"] + sizes["features"], sizes["features"] + sizes["vocab"]
+    if 8 * largest[0] * largest[1] >= 2**63:
+        raise ValueError(
+            f"{tokens} tokens, {features} features and {vocab} classes, expected matrices whose "
+            "bytes can be counted in 64 bits"
+        )
     if dtype is None:
         raise TypeError(
             f"plan is missing the dtype, expected one as in plan({tokens}, {features}, {vocab}, "
@@ -247,7 +253,7 @@ def _check_capability(capability: Any, backend: str) -> None:
         raise TypeError(
             f"compute_capability must be a tuple of two ints such as (9, 0), got {capability!r}"
         )
-    if capability < _OLDEST_CAPABILITY or capability[1] > 9:
+    if not _OLDEST_CAPABILITY <= capability < (100, 0) or not 0 <= capability[1] <= 9:
         raise ValueError(
             f"compute_capability is {capability}, expected (7, 5) or newer, such as (9, 0)"
         )
