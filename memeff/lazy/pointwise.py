@@ -189,6 +189,16 @@ def to(
     return state.replace() if copy and moved is state else moved
 
 
+@row("type")
+def type_(state: State, dtype: Any = None, non_blocking: bool = False) -> Any:
+    return to_dtype(state, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
+
+
+@row("cpu")
+def cpu(state: State) -> Any:
+    return state if state.hidden.is_cpu else NotImplemented
+
+
 def _is_on(tensor: Tensor, device: torch.device) -> bool:
     if device.index is not None or device.type != tensor.device.type:
         return device == tensor.device

@@ -140,6 +140,11 @@ def gather(state: State, dim: int, index: Tensor) -> Any:
     return _entries(state, index)
 
 
+@row("take_along_dim")
+def take_along_dim(state: State, indices: Tensor, dim: int | None = None) -> Any:
+    return NotImplemented if dim is None else gather(state, dim, indices)
+
+
 @row("logsumexp")
 def logsumexp(state: State, dim: Any, keepdim: bool = False) -> Any:
     if state.kind != LOGITS or not state.is_class_axis(dim):

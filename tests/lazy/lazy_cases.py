@@ -34,7 +34,7 @@ class Uncast(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ in ("float", "double", "half", "bfloat16", "to", "type_as"):
+        if func.__name__ in ("float", "double", "half", "bfloat16", "to", "type", "type_as"):
             return args[0]
         kwargs = {k: v for k, v in (kwargs or {}).items() if not isinstance(v, torch.dtype)}
         return super().__torch_function__(func, types, args, kwargs)
