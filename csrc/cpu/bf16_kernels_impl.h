@@ -68,7 +68,7 @@ void compute_score_tile(const ScoreTile& tile, const StoreHalf& store_half) {
     finish_strip(z + t, kTileStride, tile.classes, count, t, tile.transform, tile.partials,
                  [&](int64_t v, Vec<float> kept, Vec<float> e) {
                    if (tile.exponentials == nullptr) return;
-                   if (softcap > 0) e *= cap_slope_of_kept<float>(kept, softcap);
+                   if (softcap > 0) e *= cap_slope_of_kept<float>(kept);
                    store_half(tile.exponentials + v * tile.exponentials_stride + t, e, count);
                  });
   }

@@ -204,7 +204,7 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
           for (int64_t v = 0; v < rows.size(); ++v) {
             for (int64_t i = 0; i < tokens.size(); ++i) {
               slope[static_cast<size_t>(v * tokens.size() + i)] =
-                  cap_slope(part[v * block.stride + i], static_cast<T>(p.softcap));
+                  cap_slope(part[v * block.stride + i]);
             }
           }
         }

@@ -5,9 +5,12 @@
 //   finish_scores    z <- softcap(scale * (z + bias)); per-token partial sums of the tile
 //   to_gradient      z <- dlogits
 //
-// With a soft cap c, finished scores are kept as their distance to the cap, c - |z|, with the sign of z.
-// Where tanh is saturated the cap's derivative 1 - (z / c)^2 would be a difference of equal numbers;
-// from the distance q it is q / c (2 - q / c), which has all digits.
+// With a soft cap c, what is kept of a finished score has the sign of z and all digits of both t = |z| / c
+// and d = 1 - t. Small scores would lose theirs in d; and where tanh is saturated, the cap's derivative
+// 1 - t^2 would be a difference of equal numbers, which d (2 - d) is not. Hence the magnitude
+//
+//   t                where t <= 1/2
+//   d kDistanceUnit  elsewhere, above 1; or 3/4 if d is 0
 //
 // Compiled once per instruction set (column_kernels_*.cpp) and chosen at run time.
 #pragma once
@@ -19,17 +22,30 @@
 
 namespace memeff {
 
+template <class T>
+constexpr T kDistanceUnit = sizeof(T) == 8 ? static_cast<T>(0x1p1022) : static_cast<T>(0x1p126);
+
+/// d from what is kept of a score under a soft cap.
+template <class T>
+inline T cap_distance(T kept) {
+  const T magnitude = std::abs(kept);
+  if (magnitude <= T(0.5)) return 1 - magnitude;
+  return magnitude < 1 ? 0 : magnitude / kDistanceUnit<T>;
+}
+
 /// A finished score from what a block keeps of it.
 template <class T>
 inline T score_of(T kept, T softcap) {
-  return softcap > 0 ? std::copysign(softcap - std::abs(kept), kept) : kept;
+  if (softcap == 0) return kept;
+  const T magnitude = std::abs(kept);
+  return std::copysign(softcap * (magnitude <= T(0.5) ? magnitude : 1 - cap_distance(kept)), kept);
 }
 
 /// Derivative of the soft cap at a kept score.
 template <class T>
-inline T cap_slope(T kept, T softcap) {
-  const T ratio = std::abs(kept) / softcap;
-  return ratio * (2 - ratio);
+inline T cap_slope(T kept) {
+  const T distance = cap_distance(kept);
+  return distance * (2 - distance);
 }
 
 /// Partial sums of a tile, per token. Null: not requested.

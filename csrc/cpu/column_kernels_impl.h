@@ -46,27 +46,42 @@ inline Vec<T> magnitude_of(Vec<T> value) {
   return with_sign<T>(value, Vec<T>{});
 }
 
-/// What is kept of a score: itself, or its distance to the soft cap. |tanh x| = 1 - 2 e / (1 + e) with
-/// e = exp(-2 |x|).
+/// What is kept of a score: see column_kernels.h. With e = exp(-2 |x|), |tanh x| = (1 - e) / (1 + e).
 template <class T>
 inline Vec<T> transform_score(Vec<T> z, int64_t v, const ScoreTransform<T>& transform) {
   if (transform.bias != nullptr) z += transform.bias[v];
   z *= transform.scale;
   if (transform.softcap == 0) return z;
-  const Vec<T> e = exp_vector<T>(magnitude_of<T>(z) * (-2 / transform.softcap));
-  return with_sign<T>(2 * transform.softcap * e / (1 + e), z);
+  const Vec<T> x = magnitude_of<T>(z) * (-2 / transform.softcap);
+  const Vec<T> e = exp_vector<T>(x);
+  const Vec<T> e_less_1 = expm1_vector<T>(x);  // where it is used, x >= -log 3
+  const Vec<T> distance = 2 * e / (1 + e) * kDistanceUnit<T>;
+  const Vec<T> far = distance == 0 ? broadcast<T>(T(0.75)) : distance;
+  const Vec<T> t = -e_less_1 / (2 + e_less_1);
+  const Vec<T> near = t > T(0.5) ? broadcast<T>(T(0.5)) : t;
+  return with_sign<T>(e >= T(1) / 3 ? near : far, z);
 }
 
-/// As score_of() and cap_slope().
+/// As cap_distance(), score_of() and cap_slope().
+template <class T>
+inline Vec<T> cap_distance_of_kept(Vec<T> kept) {
+  const Vec<T> magnitude = magnitude_of<T>(kept);
+  const Vec<T> far = magnitude < 1 ? Vec<T>{} : magnitude * (1 / kDistanceUnit<T>);
+  return magnitude <= T(0.5) ? 1 - magnitude : far;
+}
+
 template <class T>
 inline Vec<T> score_of_kept(Vec<T> kept, T softcap) {
-  return softcap > 0 ? with_sign<T>(softcap - magnitude_of<T>(kept), kept) : kept;
+  if (softcap == 0) return kept;
+  const Vec<T> magnitude = magnitude_of<T>(kept);
+  const Vec<T> t = magnitude <= T(0.5) ? magnitude : 1 - cap_distance_of_kept<T>(kept);
+  return with_sign<T>(softcap * t, kept);
 }
 
 template <class T>
-inline Vec<T> cap_slope_of_kept(Vec<T> kept, T softcap) {
-  const Vec<T> ratio = magnitude_of<T>(kept) * (1 / softcap);
-  return ratio * (2 - ratio);
+inline Vec<T> cap_slope_of_kept(Vec<T> kept) {
+  const Vec<T> distance = cap_distance_of_kept<T>(kept);
+  return distance * (2 - distance);
 }
 
 /// `finished(v, kept, e)` sees what is kept of every score and its exponential relative to the strip's
@@ -159,7 +174,7 @@ void to_gradient(T* z, int64_t stride, int64_t classes, int64_t tokens,
         gradient = p > 0 ? p * factor : p;  // p log p is 0 where p is, also for a score of -inf
       }
       if (transform.scale_w != nullptr) gradient -= load_strip(transform.scale_w + t, count) * w;
-      if (transform.softcap > 0) gradient *= cap_slope_of_kept<T>(kept, transform.softcap);
+      if (transform.softcap > 0) gradient *= cap_slope_of_kept<T>(kept);
       store_strip(at, gradient, count);
     }
   }

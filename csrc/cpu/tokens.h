@@ -52,7 +52,7 @@ class CpuTokens {
     const int64_t at = token * problem_.targets + k;
     const T softcap = static_cast<T>(problem_.softcap);
     target_logit_[at] = score_of(kept, softcap);
-    target_slope_[at] = softcap > 0 ? cap_slope(kept, softcap) : 1;
+    target_slope_[at] = softcap > 0 ? cap_slope(kept) : 1;
   }
   /// Calls body(row of the class, position of the token, which of its targets) for the targets that lie
   /// in `classes`; a class that is several targets of a token counts as the first of them.
