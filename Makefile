@@ -19,13 +19,14 @@ BUILT_FROM := $(shell find csrc buildtools -type f -not -name '*.pyc') setup.py 
 
 # Two targets at once would be two pip processes in one environment.
 .NOTPARALLEL:
-.PHONY: help bench demo test ctest sanitize emulate ptxas verify-gpu lint format docs clean
+.PHONY: help bench demo test ctest sanitize fuzz emulate ptxas verify-gpu lint format docs clean
 
 help:
 	@echo "make bench      the loss of this library against the standard way, on this machine"
 	@echo "make demo       train a small language model with both"
 	@echo "make test       every test"
 	@echo "make ctest      the C++ tests only;  make sanitize: the same with ASan and UBSan"
+	@echo "make fuzz       random calls of any size, SECONDS=60, BACKEND=cpu or emulated"
 	@echo "make emulate    the CUDA kernels in the emulator (see tests/kernels)"
 	@echo "make ptxas      registers, shared memory and occupancy of the CUDA kernels into docs/ptxas.txt"
 	@echo "make verify-gpu everything that needs a GPU, results into OUT=folder"
@@ -51,6 +52,12 @@ demo: $(STAMP)-bench
 test: $(STAMP)-test
 	@if command -v cmake > /dev/null; then $(MAKE) ctest; else echo "no cmake: C++ tests left out"; fi
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+
+# Other calls each time (tests/fuzz); a failure says how to repeat it.
+SECONDS ?= 60
+BACKEND ?= cpu
+fuzz: $(STAMP)-test
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) --backend $(BACKEND) $(ARGS)
 
 # The CUDA kernels on the CPU, checked; needs the headers of a CUDA toolkit.
 emulate:
