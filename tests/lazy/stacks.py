@@ -482,7 +482,7 @@ if __name__ == "__main__":
     elif sys.argv[1] == "--write":
         text = PAGE.read_text()
         before, rest = text.split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}")
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}")
     else:
         begin = time.monotonic()
         for name, result in launch(sys.argv[2:] or LAUNCHES[sys.argv[1]], 600).items():

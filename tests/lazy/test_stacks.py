@@ -47,7 +47,7 @@ def faults(name: str, result: dict[str, Any] | None) -> list[str]:
 def test_stacks(packages: str) -> None:
     if importlib.util.find_spec(packages) is None:
         pytest.skip(f"{packages} is not installed")
-    results = launch(LAUNCHES[packages], timeout=300)
+    results = launch(LAUNCHES[packages], timeout=500)
     found = [fault for name in LAUNCHES[packages] for fault in faults(name, results.get(name))]
     assert not found, "\n".join(found)
 
