@@ -1,7 +1,7 @@
 """Gradients made chunk by chunk in the forward pass: added up, kept, and scaled in backward.
 
 A gradient in 16 bits would be rounded by every chunk, and once more when an upstream gradient
-multiplies it. Sums in float32 would take twice the gradient's memory. :class:`GradientSum` keeps
+multiplies it. Sums in float32 would take twice the gradient's memory. `GradientSum` keeps
 them in the memory of the gradient itself: 16-bit integers in units that blocks of adjacent elements
 share.
 """

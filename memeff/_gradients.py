@@ -66,7 +66,7 @@ def captured_leaves(output: Tensor, own: Iterable[Tensor], before: int) -> list[
     """Leaves that ``output`` depends on, without ``own``: parameters that a function closes over.
 
     Nodes of the graph are numbered in the order of their creation; ``before`` is what
-    :func:`node_number` gave before the function ran.
+    `node_number` gave before the function ran.
 
     Raises:
         CapturedResult: it depends on a result computed before, whose graph is not ours to consume.

@@ -1,6 +1,6 @@
 """A linear layer applied to one chunk of rows at a time, in plain PyTorch: products and their sums.
 
-Used by :func:`memeff.chunked_linear_apply` and :class:`memeff.MemoryEfficientLinear`, which hand
+Used by `memeff.chunked_linear_apply` and `memeff.MemoryEfficientLinear`, which hand
 whole rows of logits to a user's function and therefore cannot use the kernels.
 
 Nothing but the results is rounded on the CPU: 16-bit factors are multiplied in float32, slice by
@@ -167,7 +167,7 @@ class Chunk:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Whose gradients :meth:`write_gradient` wants to know, where they require any."""
+        """Whose gradients `write_gradient` wants to know, where they require any."""
         return [leaf for leaf in (self.rows, self.token) if leaf.requires_grad]
 
     def logits(self, hidden: Tensor | None = None) -> Tensor:

@@ -118,8 +118,8 @@ def apply_to_chunks(
     recompute: bool | None,
     names: tuple[str, str, str] = HEAD,
 ) -> Results:
-    """As :func:`chunked_linear_apply`, for a function of a chunk: its ``logits()``, and with
-    ``recompute=False`` all that :class:`Chunk` has.
+    """As `chunked_linear_apply`, for a function of a chunk: its ``logits()``, and with
+    ``recompute=False`` all that `Chunk` has.
 
     ``per_token``: the tensors by the names that error messages give them; ``names``: those of the
     hidden states, the weight and the bias.
@@ -398,7 +398,7 @@ class _Shared:
 
 
 class _RecomputedChunk:
-    """Tokens begin..end, whose logits hang on what :class:`_Operands` returns."""
+    """Tokens begin..end, whose logits hang on what `_Operands` returns."""
 
     def __init__(self, token: Tensor, shared: _Shared, bounds: tuple[int, int]) -> None:
         self._arguments = token, shared, *bounds

@@ -75,10 +75,10 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """Cross entropy of ``input @ linear_weight.T + linear_bias`` without storing those logits.
 
-    Takes every call that :func:`torch.nn.functional.linear_cross_entropy` takes and returns the
+    Takes every call that `torch.nn.functional.linear_cross_entropy` takes and returns the
     same loss and gradients, with three differences: for 16-bit inputs the loss is float32; class
     weights may be float32 with 16-bit inputs; the mean of the z-loss divides by the number of
-    counted tokens, also with class weights. :mod:`memeff.reference` is the definition in plain
+    counted tokens, also with class weights. `memeff.reference` is the definition in plain
     PyTorch.
 
     Args:
@@ -108,7 +108,7 @@ def linear_cross_entropy(
         shift: k > 0 compares input[..., t, :] with target[..., t + k] without copying hidden states
             (True: 1, next-token prediction); the last k positions have no target, and per-token
             results have k positions fewer.
-        return_statistics: also return :class:`memeff.TokenStatistics`, computed in the same pass.
+        return_statistics: also return `memeff.TokenStatistics`, computed in the same pass.
         memory_budget: most bytes beyond the gradients, as int or like "64MiB", "1GB": workspace,
             and what torch's matrix products take where these are used.
         chunk_size: tokens per chunk, for those who want to fix what the planner chooses; at least 8

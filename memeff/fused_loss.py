@@ -68,7 +68,7 @@ def linear_loss(
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
-            logit_sum, memory_budget, chunk_size, backend: as in :func:`linear_token_statistics`.
+            logit_sum, memory_budget, chunk_size, backend: as in `linear_token_statistics`.
         fn: as above; it is called once per chunk of tokens.
         reduction: "mean": the sum divided by the number of tokens with a target other than
             ``ignore_index`` (by that of all tokens without targets), at least by 1; "sum"; or

@@ -9,7 +9,7 @@ projects by ``linear(hidden_chunk)``, upcasts with ``.float()`` and returns a sc
         logits = linear(hidden).float()
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
 
-An adapter over :func:`memeff.chunked_linear_apply`, which takes functions of logits.
+An adapter over `memeff.chunked_linear_apply`, which takes functions of logits.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ OPTIONS = {name: _PARAMETERS[name].default for name in LossOptions.__annotations
 class LinearCrossEntropyLoss(nn.Module):
     """Cross entropy of a linear classifier's logits, which are not stored.
 
-    Constructed like :class:`torch.nn.LinearCrossEntropyLoss`, it owns its classifier,
+    Constructed like `torch.nn.LinearCrossEntropyLoss`, it owns its classifier,
     ``self.linear`` (and has the same state dict). Given ``linear`` or ``linear_weight``, it shares
     the classifier of a model instead: its parameters stay those of the model, and appear neither
     among the parameters nor in the state dict of this module.

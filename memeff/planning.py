@@ -150,7 +150,7 @@ def plan(
     backend: str = "auto",
     compute_capability: tuple[int, int] | None = None,
 ) -> Plan:
-    """Plan a call of :func:`memeff.linear_cross_entropy` without running it.
+    """Plan a call of `memeff.linear_cross_entropy` without running it.
 
     The problem is given in numbers, ``plan(tokens, features, vocab, dtype)``, or as the tensors of
     the call, ``plan(input, linear_weight[, target])``, which may be meta tensors.

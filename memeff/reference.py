@@ -42,7 +42,7 @@ def linear_cross_entropy(
     shift: bool | int = False,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
-    """Return what :func:`memeff.linear_cross_entropy` returns; see there for the arguments."""
+    """Return what `memeff.linear_cross_entropy` returns; see there for the arguments."""
     if shift:
         input, target, token_weight = shifted_pairs(input, target, token_weight, int(shift))
 
@@ -130,7 +130,7 @@ def linear_token_statistics(
     log_sum_sq_probs: bool = False,
     top_k: int = 0,
 ) -> LogitStatistics:
-    """Return what :func:`memeff.linear_token_statistics` returns; see there for the arguments."""
+    """Return what `memeff.linear_token_statistics` returns; see there for the arguments."""
     logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
     lse, log_p = logits.logsumexp(-1), logits.log_softmax(-1)
     logprob = None

@@ -37,7 +37,7 @@ class TokenStatistics(NamedTuple):
 
 
 class LogitStatistics(NamedTuple):
-    """What :func:`memeff.linear_token_statistics` computes of every token's row of logits.
+    """What `memeff.linear_token_statistics` computes of every token's row of logits.
 
     Fields have the leading dimensions of the input and are float32 (float64 for float64 inputs) or
     int64; those that were not asked for are None. All but ``max_logit``, ``argmax`` and the largest

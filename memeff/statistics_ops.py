@@ -90,7 +90,7 @@ def _forward_flops(arguments: dict[str, Any]) -> int:
 
 
 class StatisticsOperators:
-    """The operators of one library, completed; see :class:`memeff.ops.Operators`."""
+    """The operators of one library, completed; see `memeff.ops.Operators`."""
 
     def __init__(self, name: str) -> None:
         operators = getattr(torch.ops, name)

@@ -66,7 +66,7 @@ def linear_token_statistics(
         backend: "cpu", "cuda", "reference" (plain PyTorch, stores the logits), or "auto".
 
     Returns:
-        :class:`memeff.LogitStatistics`. Second derivatives raise an error.
+        `memeff.LogitStatistics`. Second derivatives raise an error.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument of the wrong type, with a bad value, or
@@ -112,7 +112,7 @@ def linear_logprobs(
 ) -> Tensor:
     """Differentiable log-probabilities of ``target``, without storing the logits.
 
-    The ``logprob`` of :func:`linear_token_statistics`, and nothing else: tokens whose targets are
+    The ``logprob`` of `linear_token_statistics`, and nothing else: tokens whose targets are
     all ``ignore_index`` are not computed at all. Arguments as there, and
 
     Args:

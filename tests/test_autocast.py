@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -104,3 +105,77 @@ def test_class_and_token_weights_are_not_cast() -> None:
         ):
             weighted = memeff.linear_cross_entropy(x, w, target, reduction="sum", **weights)
             torch.testing.assert_close(weighted, plain * fine, rtol=1e-5, atol=0)
+
+
+def _sum_of_losses(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), target, reduction="sum")
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "linear_cross_entropy": lambda x, w, b, y: memeff.linear_cross_entropy(
+        x, w, y, linear_bias=b, return_statistics=True
+    )[0],
+    "LinearCrossEntropyLoss": lambda x, w, b, y: memeff.LinearCrossEntropyLoss(
+        linear_weight=w, linear_bias=b
+    )(x, y),
+    "linear_token_statistics": lambda x, w, b, y: (
+        memeff.linear_token_statistics(x, w, y, linear_bias=b, logit_sum=True).entropy
+    ),
+    "reference": lambda x, w, b, y: (
+        memeff.linear_token_statistics(x, w, y, linear_bias=b, backend="reference").entropy
+    ),
+    "linear_logprobs": lambda x, w, b, y: memeff.linear_logprobs(x, w, y, linear_bias=b),
+    "linear_loss": lambda x, w, b, y: memeff.linear_loss(
+        lambda s: s.lse - s.logprob, x, w, y, linear_bias=b
+    ),
+    "linear_loss, per token": lambda x, w, b, y: memeff.linear_loss(
+        lambda s: s.lse - s.logprob, x, w, y, linear_bias=b, reduction="none"
+    ),
+    "chunked_linear_apply": lambda x, w, b, y: memeff.chunked_linear_apply(
+        _sum_of_losses, x, w, y, linear_bias=b
+    ),
+    "chunked_linear_apply, recompute": lambda x, w, b, y: memeff.chunked_linear_apply(
+        _sum_of_losses, x, w, y, linear_bias=b, recompute=True
+    ),
+    "MemoryEfficientLinear": lambda x, w, b, y: memeff.MemoryEfficientLinear.apply(
+        x, w, y, lambda x, linear, y: _sum_of_losses(linear(x), y), b, "sum"
+    ),
+    "linear_distillation_loss": lambda x, w, b, y: memeff.losses.linear_distillation_loss(
+        x, w, x.detach().flip(0), w.detach().flip(0), student_bias=b, teacher_bias=b.detach()
+    ),
+    "mean_logit": lambda x, w, b, y: memeff.losses.mean_logit(x, w, b),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16], ids=str)
+def test_every_function_casts_as_a_linear_layer_does(name: str, hidden: torch.dtype) -> None:
+    """float32 or bfloat16 hidden states, float32 weights: the same bits as of explicit casts."""
+    function = FUNCTIONS[name]
+    x = torch.randn(15, 8, dtype=hidden, requires_grad=True)
+    leaves = (x, *problem()[1:])
+    target = torch.randint(21, (15,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.linear(*leaves).dtype == torch.bfloat16
+        ours = function(*leaves, target)
+    expected = function(*(leaf.bfloat16() for leaf in leaves), target)
+    assert torch.equal(ours, expected)
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, leaves, upstream)
+    for a, b, leaf in zip(
+        found, torch.autograd.grad(expected, leaves, upstream), leaves, strict=True
+    ):
+        assert a.dtype == leaf.dtype and torch.equal(a, b)
+
+
+def test_outside_of_the_region_nothing_is_cast() -> None:
+    """Autocast is a state of the code that runs: a call outside of it is in its tensors' dtype."""
+    x, w, b = problem()
+    target = torch.randint(21, (3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = memeff.linear_cross_entropy(x, w, target, linear_bias=b)
+    outside = memeff.linear_cross_entropy(x, w, target, linear_bias=b)
+    assert not torch.equal(inside, outside)
+    torch.testing.assert_close(
+        outside, memeff.reference.linear_cross_entropy(x, w, target, linear_bias=b)
+    )

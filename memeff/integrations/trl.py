@@ -7,8 +7,8 @@ TRL's trainers for SFT, DPO, KTO, GRPO and RLOO call no head. They ask one autog
     H           entropy -sum_v p_v log p_v                 differentiable
     log sum_v p_v^2,  mean_v z_v,  argmax_v z_v == y       only numbers
 
-with z = cap(logit_scale * (hidden W^T + b)) / temperature, p = softmax(z), and :func:`patch` puts
-:func:`memeff.linear_token_statistics` in its place. The losses stay TRL's own. The trainers of
+with z = cap(logit_scale * (hidden W^T + b)) / temperature, p = softmax(z), and `patch` puts
+`memeff.linear_token_statistics` in its place. The losses stay TRL's own. The trainers of
 ``trl.experimental`` that ask the model for logits (ORPO, CPO, ...) want ``memeff.patch(model)``.
 """
 
@@ -56,7 +56,7 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Undo :func:`patch`; without it this does nothing."""
+    """Undo `patch`; without it this does nothing."""
     utils = _utils()
     if getattr(utils, _NAME, None) is _LogProbs:
         setattr(utils, _NAME, _LogProbs.original)

@@ -24,8 +24,8 @@ def patch(
     """Let the head of a model return logits that are not computed until somebody looks at them.
 
     Nothing else of the model or of the code that trains it changes. ``F.cross_entropy`` of such
-    logits runs :func:`memeff.linear_cross_entropy`; log-probabilities of tokens, ``logsumexp``,
-    ``argmax``, ``topk`` and entropies run :func:`memeff.linear_token_statistics`; scaling, soft
+    logits runs `memeff.linear_cross_entropy`; log-probabilities of tokens, ``logsumexp``,
+    ``argmax``, ``topk`` and entropies run `memeff.linear_token_statistics`; scaling, soft
     caps, casts, views and slices are remembered. Anything else computes the logits, once, as the
     plain head would, and continues with them. Shapes, dtypes and devices are those of plain
     logits. While gradients are recorded they are an object that is no torch.Tensor, else a
@@ -39,7 +39,7 @@ def patch(
         strict: raise a RuntimeError where something needs the logits, instead of computing them.
 
     Returns:
-        The model's :class:`memeff.lazy.report.Report`: what ran without logits, and which lines
+        The model's `memeff.lazy.report.Report`: what ran without logits, and which lines
         computed them. A second call returns the same one and adds heads to it. A head that cannot
         be lazy (quantised, another forward, hooks that may look at the logits) is left as it is,
         with a warning and an entry in the report.
@@ -64,7 +64,7 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo :func:`patch`: all heads of the model return plain logits again.
+    """Undo `patch`: all heads of the model return plain logits again.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -6,7 +6,7 @@
 
 Log-probabilities have the shape [B, T], sequences by positions; ``mask`` [B, T] says which
 positions count (completions, not prompts and padding). What masked positions hold does not matter.
-Losses of sequences take one number per sequence: :func:`sequence_logprobs` sums (or averages) them.
+Losses of sequences take one number per sequence: `sequence_logprobs` sums (or averages) them.
 
 Names and defaults are TRL's (version 1.16) where TRL has the loss.
 """

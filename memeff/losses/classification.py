@@ -1,6 +1,6 @@
 """Losses of single tokens other than the plain cross entropy. All return one value per token.
 
-:func:`memeff.linear_cross_entropy` has label smoothing, z-loss and class weights built in, with
+`memeff.linear_cross_entropy` has label smoothing, z-loss and class weights built in, with
 gradients in the forward pass. These are for combinations that it does not know.
 
 Each takes a ``mask``, in the shape of the tokens: whatever stands where it is zero has no effect,
@@ -62,7 +62,7 @@ def label_smoothed_cross_entropy(
 
     Args:
         logprob, lse: [...] of the target, and log sum exp of the logits.
-        mean: [...] the mean of the logits, from :func:`mean_logit`.
+        mean: [...] the mean of the logits, from `mean_logit`.
         label_smoothing: eps, in [0, 1].
         mask: [...], the tokens that count; None: all.
     """

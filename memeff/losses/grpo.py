@@ -90,7 +90,7 @@ def grpo_loss(
         entropy, entropy_coef: [B, T] and the coefficient of its mean, which is subtracted.
         reduction: "mean" (each loss type has its own), or "none": per token, 0 where masked, for
             ``loss = (per_token * grpo_token_weights(mask, ...)).sum()``. This is the form for
-            :func:`memeff.linear_loss`; there it is called with tokens [c] instead of [B, T], which
+            `memeff.linear_loss`; there it is called with tokens [c] instead of [B, T], which
             "sequence" cannot do.
 
     Returns:

@@ -37,7 +37,7 @@ def ppo_loss(
         entropy, entropy_coef: in the same shape, and the coefficient of its mean, which is
             subtracted.
         reduction: "mean" over the positions that count, or "none": per token, 0 where masked; for
-            :func:`memeff.linear_loss`.
+            `memeff.linear_loss`.
 
     Returns:
         The loss, float32 or float64.

@@ -1,6 +1,6 @@
 """Losses of pairs of sequences, one chosen and one rejected: DPO, ORPO, SimPO, CPO.
 
-All take log-probabilities per sequence, [B]; see :func:`memeff.losses.sequence_logprobs`, which
+All take log-probabilities per sequence, [B]; see `memeff.losses.sequence_logprobs`, which
 leaves out what is masked. Results are float32 or float64.
 """
 
