@@ -30,6 +30,7 @@ from memeff.integrations import trl as integration
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TEXT = "the a cat dog bird sat ran flew on under mat tree sky red blue fast slow and then yes"
 WORDS = TEXT.split()
+integration.unpatch()
 PLAIN = trl_utils._ChunkedLogProbFunction
 STEPS = 20
 
@@ -41,7 +42,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def plain_afterwards() -> Iterator[None]:
+def plain_before_and_afterwards() -> Iterator[None]:
+    integration.unpatch()  # after a snippet of the documentation, say
     yield
     integration.unpatch()
     assert trl_utils._ChunkedLogProbFunction is PLAIN
@@ -342,13 +344,11 @@ def test_trainer(make: Any, tmp_path: Path) -> None:
     check_trainer(make, tmp_path, STEPS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [dpo_weighted, kto, rloo])
 def test_other_trainers(make: Any, tmp_path: Path) -> None:
     check_trainer(make, tmp_path, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", [orpo, cpo])
 def test_trainers_with_logits(make: Any, tmp_path: Path) -> None:
     """These ask the model for logits: lazy ones."""
