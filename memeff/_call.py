@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memeff import ops, reference
 from memeff._backends import resolve_backend
+from memeff._gradients import refuse_tangents
 from memeff._operands import (
     check_classes,
     check_head,
@@ -127,13 +128,16 @@ def loss_call(
     only_reference = False
     if torch.is_grad_enabled():
         only_reference = _needs_reference(target, weight, token_weight, probabilities)
+    backend = resolve_backend(options.backend, input.device, only_reference)
+    tensors = {"target": target, "weight": weight, "token_weight": token_weight}
+    _refuse_tangents(backend, input, linear_weight, linear_bias, tensors | {"num_items": num_items})
     return Call(
         input,
         linear_weight,
         target,
         linear_bias,
         options,
-        resolve_backend(options.backend, input.device, only_reference),
+        backend,
         weight,
         token_weight,
         denominator_of(num_items, options.reduction, input.device),
@@ -182,7 +186,20 @@ def statistics_call(
             raise ValueError(f"shift is {options.shift}, expected 0: there is no target")
         _check_shift(options.shift, input)
     backend = resolve_backend(options.backend, input.device)
+    _refuse_tangents(backend, input, linear_weight, linear_bias, {})
     return Call(input, linear_weight, target, linear_bias, options, backend)
+
+
+def _refuse_tangents(
+    backend: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    others: dict[str, Any],
+) -> None:
+    if backend != "reference":
+        head = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+        refuse_tangents(head | others, '; backend="reference" has them')
 
 
 def _check_shift(shift: int, input: Tensor) -> None:

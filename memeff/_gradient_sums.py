@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff._gradients import first_derivatives_only, is_last_backward
+from memeff._gradients import first_derivatives_only, is_batch, is_last_backward
 
 __all__ = [
     "GradientSum",
@@ -148,13 +148,16 @@ def keep_gradients(ctx: Any, output: Tensor, gradients: Sequence[Gradient]) -> N
 def scale_kept_gradients(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
     """In its backward: the gradients times the upstream one, without copies if it is the last."""
     _ = ctx.saved_tensors
-    last = is_last_backward()
+    last = is_last_backward(upstream)
     gradients, ctx.kept_gradients = ctx.kept_gradients, None if last else ctx.kept_gradients
     return [_scaled(gradient, upstream, last) for gradient in gradients]
 
 
 def _scaled(gradient: Gradient, upstream: Tensor, last: bool) -> Tensor | None:
     if isinstance(gradient, GradientSum):
+        if is_batch(upstream):  # nothing in place
+            whole = gradient.times(None, last=False)
+            return (whole.to(upstream.dtype) * upstream).to(whole.dtype)
         return gradient.times(upstream, last=last)
     if gradient is None:
         return None

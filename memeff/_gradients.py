@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+Result = TypeVar("Result")
 Backward = TypeVar("Backward", bound=Callable[..., Any])
 
 
@@ -32,11 +35,30 @@ def first_derivatives_only(backward: Backward) -> Backward:
     return checked  # type: ignore[return-value]
 
 
-def is_last_backward() -> bool:
-    """Whether the saved tensors are freed after this backward: no retain_graph, and no tracing."""
+def is_batch(upstream: Tensor) -> bool:
+    """Whether it stands for several upstream gradients, as with is_grads_batched."""
+    batched = torch._C._functorch.is_batchedtensor(upstream)
+    return batched or torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
+def is_last_backward(upstream: Tensor) -> bool:
+    """Whether the saved tensors are freed after this backward, and may be overwritten: no
+    retain_graph, no tracing, and one upstream gradient."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    keeps = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not keeps and not is_batch(upstream)
+
+
+def outside_of_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, not to be traced by torch.compile: its graph breaks here.
+
+    Without a compiler at work it is the function itself: torch.compiler.disable would import
+    torch._dynamo, which takes seconds and 80 MB.
+    """
+    if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
+        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    return function
 
 
 class Unchanged:
@@ -60,6 +82,25 @@ class Unchanged:
                     f"expected version {version}. Run backward before an optimizer's step, or pass "
                     "a clone"
                 )
+
+
+def has_tangent(value: object) -> bool:
+    """Whether forward-mode AD goes through a tensor (forward_ad.make_dual, torch.func.jvp)."""
+    if forward_ad._current_level < 0 or not isinstance(value, Tensor):
+        return False
+    return forward_ad.unpack_dual(value).tangent is not None
+
+
+def refuse_tangents(tensors: Mapping[str, object], way_out: str = "") -> None:
+    """Raise NotImplementedError where one has a tangent, which would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if has_tangent(tensor):
+            raise NotImplementedError(
+                f"{name} has a tangent of forward-mode AD (torch.autograd.forward_ad, "
+                f"torch.func.jvp), which memeff's kernels do not have, expected none{way_out}"
+            )
 
 
 def captured_leaves(output: Tensor, own: Iterable[Tensor], before: int) -> list[Tensor]:

@@ -32,7 +32,10 @@ from memeff._gradients import (
     add_gradient,
     captured_leaves,
     first_derivatives_only,
+    is_batch,
     node_number,
+    outside_of_graphs,
+    refuse_tangents,
 )
 from memeff._heads import Chunk, Head, choose_chunk_size
 from memeff._operands import HEAD, check_head, check_per_token
@@ -126,6 +129,8 @@ def apply_to_chunks(
     """
     rows, linear_weight, linear_bias = check_head(input, linear_weight, linear_bias, names)
     check_per_token(per_token, input, names[0])
+    tensors_by_name = dict(zip(names, (input, linear_weight, linear_bias), strict=True))
+    refuse_tangents({**tensors_by_name, **per_token})
     check_flag("upcast", upcast)
     if recompute is not None:
         check_flag("recompute", recompute)
@@ -143,7 +148,7 @@ def apply_to_chunks(
     tensors = [t.reshape(len(rows), *t.shape[len(lead) :]) for t in per_token.values()]
     call = _Call(fn, rows, linear_weight, linear_bias, tensors, size, upcast)
     # Compiled code breaks its graph here: what runs twice cannot be one graph of it.
-    results: list[Tensor] = torch.compiler.disable(call.run)(recompute)
+    results: list[Tensor] = outside_of_graphs(call.run)(recompute)
     shaped = [r if r.dim() == 0 else r.reshape(lead + r.shape[1:]) for r in results]
     return tuple(shaped) if call.returns_tuple else shaped[0]
 
@@ -269,6 +274,7 @@ class _Call:
         number = node_number(self.rows.device)
         results = self.apply(chunk, leaves, end - begin)
         position = self._differentiable(results)
+        refuse_tangents({f"result {i} of fn": result for i, result in enumerate(results)})
         detached = tuple(result.detach() for result in results)
         if position is None:
             return detached, None
@@ -372,6 +378,12 @@ class _Shared:
             self._unchanged.check()
 
     def add_gradients(self, grad_logits: Tensor, begin: int, end: int) -> None:
+        if is_batch(grad_logits):
+            raise NotImplementedError(
+                "is_grads_batched (a batch of upstream gradients) is not implemented where logits "
+                "are computed again, expected one upstream gradient at a time, or a scalar result "
+                "and recompute=False"
+            )
         self._begin_backward()
         hidden = self.rows[begin:end]
         gradient = self.head.add_gradients(grad_logits, hidden, self.rows_grad)

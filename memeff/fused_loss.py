@@ -23,7 +23,14 @@ from memeff import ops, statistics_ops
 from memeff._call import Call, denominator_of, statistics_call
 from memeff._checks import check_callable
 from memeff._gradient_sums import ReadyGradients
-from memeff._gradients import CapturedResult, add_gradient, captured_leaves, node_number
+from memeff._gradients import (
+    CapturedResult,
+    add_gradient,
+    captured_leaves,
+    node_number,
+    outside_of_graphs,
+    refuse_tangents,
+)
 from memeff._operands import check_per_token
 from memeff.statistics import LogitStatistics
 from memeff.token_statistics import compute_statistics
@@ -109,7 +116,8 @@ def linear_loss(
 
     ignored = None if target is None else _ignored(target, call.options.ignore_index)
     if _can_stop(call):
-        total = torch.compiler.disable(_Run(call, fn, rows, ignored).run)()
+        refuse_tangents({f"per_token_tensors[{i}]": t for i, t in enumerate(per_token_tensors)})
+        total = outside_of_graphs(_Run(call, fn, rows, ignored).run)()
     else:
         losses = _checked(fn(compute_statistics(call), *rows), tokens)
         if ignored is not None:
@@ -245,6 +253,7 @@ class _Run:
             if self.ignored is not None:
                 losses = losses.masked_fill(self.ignored[tokens], 0)
             loss = losses.sum()
+        refuse_tangents({"result of fn": loss})
         self.total = loss.detach() if self.total is None else self.total + loss.detach()
         if not loss.requires_grad:
             return [torch.zeros_like(leaf) for leaf in leaves]

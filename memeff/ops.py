@@ -171,7 +171,7 @@ class Operators:
             # create_graph: these gradients must not look like constants to a second derivative.
             # Adding the empty sum ties them to this node, so that scale_gradient can refuse.
             grad_loss = grad_loss + loss.reshape(1)[:0].sum()
-        elif is_last_backward():
+        elif is_last_backward(grad_loss):
             for gradient in gradients:
                 self._scale_in_place(gradient, grad_loss)
             return list(gradients)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memeff._backends import resolve_backend
 from memeff._checks import DTYPES
+from memeff._gradients import has_tangent
 from memeff._linear_map import foreign_hook, plain_forwards
 from memeff._operands import autocast_dtype
 from memeff.lazy.carriers import carrier_of
@@ -61,6 +62,8 @@ class LazyHead(nn.Linear):
             return f"its input is on {hidden.device}, its weight on {weight.device}"
         if torch._C._are_functorch_transforms_active():
             return "it runs in a transform of torch.func"
+        if has_tangent(hidden) or has_tangent(weight) or has_tangent(self.bias):
+            return "forward-mode AD goes through it"
         if "_is_replica" in self.__dict__:
             return "nn.DataParallel gathers tensors"
         if runs_once(self):

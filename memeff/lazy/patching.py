@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -134,8 +135,9 @@ def _why_not(linear: nn.Module) -> str | None:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """The module inside of torch.compile and DistributedDataParallel."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # importing it takes seconds
     while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        if dynamo is not None and isinstance(model, dynamo.eval_frame.OptimizedModule):
             model = model._orig_mod
         elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

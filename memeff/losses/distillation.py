@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memeff import _checks
+from memeff._gradients import refuse_tangents
 from memeff._operands import check_head
 from memeff._options import parse_options
 from memeff.losses import checks
@@ -85,6 +86,7 @@ def linear_distillation_loss(
     student = check_head(student_input, student_weight, student_bias, _NAMES[0])
     teacher = check_head(teacher_input, teacher_weight, teacher_bias, _NAMES[1])
     checks.check_real("teacher_input", teacher_input, "student_input", student_input)
+    refuse_tangents(dict(zip((*_NAMES[0], *_NAMES[1]), (*student, *teacher), strict=True)))
     lead = student_input.shape[:-1]
     if teacher_input.shape[:-1] != lead:
         raise RuntimeError(

@@ -286,7 +286,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         gradients = ops.call(_OP, _FUNCTIONS, tuple(tensors), options)[1:]
     else:
         ops.check_flags(_OP.name(), needed, ops.wanted_gradients(ctx.options))
-        last = is_last_backward()
+        last = is_last_backward(grad_loss)
         gradients = [_scaled(gradient, grad_loss, last) for gradient in ctx.saved_tensors[1:]]
     wanted = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
     return *wanted, *nothing
