@@ -57,7 +57,7 @@ def outside_of_graphs(function: Callable[..., Result]) -> Callable[..., Result]:
     torch._dynamo, which takes seconds and 80 MB.
     """
     if torch.compiler.is_compiling() or "torch._dynamo" in sys.modules:
-        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+        return torch.compiler.disable(function)
     return function
 
 

@@ -90,12 +90,14 @@ class EmulatedDevice : public CudaLikeDevice {
       const TokenStatistics& s = *p.token_statistics;
       buffers.output(s.logprob, p.tokens * sum_size, "logprob", sum_size);
       buffers.output(s.entropy, p.tokens * 8, "entropy", 8);
+      buffers.output(s.logit_sum, p.tokens * sum_size, "logit_sum", sum_size);
       if (s.known_entropy != s.entropy) buffers.input(s.known_entropy, p.tokens * 8, "entropy", 8);
       buffers.output(s.max_logit, p.tokens * sum_size, "max_logit", sum_size);
       buffers.output(s.argmax, p.tokens * 8, "argmax", 8);
       buffers.input(s.grad_logprob, p.tokens * 8, "grad_logprob", 8);
       buffers.input(s.grad_lse, p.tokens * 8, "grad_lse", 8);
       buffers.input(s.grad_entropy, p.tokens * 8, "grad_entropy", 8);
+      buffers.input(s.grad_logit_sum, p.tokens * 8, "grad_logit_sum", 8);
     }
     buffers.output(p.statistics_out, 4 * p.tokens * sum_size, "statistics", sum_size);
     buffers.output(p.argmax, p.tokens * 8, "argmax", 8);
