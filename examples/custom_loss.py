@@ -12,7 +12,7 @@ import memeff
 TOKENS, FEATURES, VOCAB = 256, 64, 4000
 
 
-def confident(statistics: memeff.TokenStatistics, weight: torch.Tensor) -> torch.Tensor:
+def confident(statistics: memeff.LogitStatistics, weight: torch.Tensor) -> torch.Tensor:
     """Weighted cross entropy with a penalty on entropy; statistics and weight of c tokens, [c]."""
     return weight * (0.1 * statistics.entropy - statistics.logprob)
 

@@ -1,4 +1,4 @@
-"""A model of your own, with a soft cap and a padded vocabulary: one line, and no logits.
+"""A model of your own, with a soft cap and a tied head: one line, and no logits.
 
 Nothing in the model or in the training loop knows of memeff. What `report` lists as computed are
 the lines that would still need logits: here none.

@@ -260,7 +260,7 @@ def test_the_figures_of_readme_are_committed_results() -> None:
         assert cells.split(" | ") == [*time, over_gradients(figures), *errors], name
     head = measured("cpu-zen4-2core-bf16-2048x2048x128256.json")
     ours, standard = (over_gradients(head[name]) for name in ("memeff", "standard"))
-    assert f"takes {ours} MiB in addition to the gradients" in text
+    assert f"take {ours} MiB in addition to the gradients" in text
     assert f"takes {standard} MiB" in text
 
 
