@@ -175,8 +175,10 @@ def _inputs(call: Call) -> tuple[Inputs, Inputs]:
         counted = inputs.y != call.case.kept_ignore_index
         hit = masked[inputs.y.long().where(counted, 0)] & counted
         inputs.y[hit] = 0
-    if call.bad_token:
+    if call.bad_token:  # one that counts: plain PyTorch looks at those that are ignored
         inputs.x.select(-2, inputs.x.shape[-2] // 2).fill_(math.nan)
+        if not call.case.probabilities:
+            inputs.y.select(-1, inputs.y.shape[-1] // 2).fill_(0)
     ours = replace(inputs, x=inputs.x.clone()) if call.poison_ignored else inputs
     if call.poison_ignored:
         ignored = inputs.y == call.case.kept_ignore_index
