@@ -1,6 +1,12 @@
 #include "bindings/arguments.h"
 
+#include <ATen/ops/ne.h>
 #include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <iterator>
+#include <sstream>
 
 namespace memeff {
 namespace {
@@ -11,10 +17,20 @@ constexpr unsigned kLoss = kLossForward | kLossBackward;
 constexpr unsigned kStatistics = kStatisticsForward | kStatisticsBackward | kCustomLoss;
 constexpr unsigned kAll = kLoss | kStatistics;
 
+/// What ranks that share a vocabulary must have in common of an argument.
+enum class Alike {
+  kFully,       // options; of tensors dtype and shape
+  kAndContent,  // and what integers and numbers a tensor on the CPU holds
+  kAndZeros,    // and where it is 0
+  kButClasses,  // dtype and all of the shape apart from the number of classes
+  kNot,
+};
+
 struct Row {
   std::string_view schema;  // type and name
   unsigned operators;       // those that have it
   void (*read)(const IValue& value, Arguments* arguments);
+  Alike alike = Alike::kFully;
 
   std::string_view name() const { return schema.substr(schema.find(' ') + 1); }
   bool is_tensor() const { return schema.substr(0, 6) == "Tensor"; }
@@ -48,22 +64,26 @@ using A = Arguments;
 
 constexpr Row kTable[] = {
     {"Tensor grad_loss", kLossBackward, read<&A::grad_loss>},
-    {"Tensor? grad_logprob", kStatisticsBackward, read<&A::grad_logprob>},
-    {"Tensor? grad_lse", kStatisticsBackward, read<&A::grad_lse>},
-    {"Tensor? grad_entropy", kStatisticsBackward, read<&A::grad_entropy>},
-    {"Tensor? grad_logit_sum", kStatisticsBackward, read<&A::grad_logit_sum>},
+    // Where these are 0 tokens are left out.
+    {"Tensor? grad_logprob", kStatisticsBackward, read<&A::grad_logprob>, Alike::kAndZeros},
+    {"Tensor? grad_lse", kStatisticsBackward, read<&A::grad_lse>, Alike::kAndZeros},
+    {"Tensor? grad_entropy", kStatisticsBackward, read<&A::grad_entropy>, Alike::kAndZeros},
+    {"Tensor? grad_logit_sum", kStatisticsBackward, read<&A::grad_logit_sum>, Alike::kAndZeros},
     {"Tensor lse", kLossBackward | kStatisticsBackward, read<&A::lse>},
     {"Tensor known_entropy", kStatisticsBackward, read<&A::known_entropy>},
     {"Tensor input", kAll, read<&A::input>},
-    {"Tensor linear_weight", kAll, read<&A::linear_weight>},
-    {"Tensor target", kLoss, read<&A::target>},
-    {"Tensor? target", kStatistics, read<&A::target>},
-    {"Tensor? linear_bias", kAll, read<&A::linear_bias>},
-    {"Tensor? weight", kLoss, read<&A::weight>},
-    {"Tensor? token_weight", kLoss, read<&A::token_weight>},
-    {"Tensor? num_items", kLoss, read<&A::num_items>},
+    {"Tensor linear_weight", kAll, read<&A::linear_weight>, Alike::kButClasses},
+    {"Tensor target", kLoss, read<&A::target>, Alike::kAndContent},
+    {"Tensor? target", kStatistics, read<&A::target>, Alike::kAndContent},
+    {"Tensor? linear_bias", kAll, read<&A::linear_bias>, Alike::kButClasses},
+    {"Tensor? weight", kLoss, read<&A::weight>, Alike::kButClasses},
+    {"Tensor? token_weight", kLoss, read<&A::token_weight>, Alike::kAndContent},
+    {"Tensor? num_items", kLoss, read<&A::num_items>, Alike::kAndContent},
     // Options.
-    {"int handle", kCustomLoss, read<&A::handle>},
+    {"str vocab_group", kAll, read<&A::vocab_group>, Alike::kNot},
+    {"int vocab_start", kAll, read<&A::vocab_start>, Alike::kNot},
+    {"bool reduce_input_grad", kAll, read<&A::reduce_input_grad>},
+    {"int handle", kCustomLoss, read<&A::handle>, Alike::kNot},
     {"str reduction", kLoss, read_reduction},
     {"int ignore_index", kAll, read<&A::ignore_index>},
     {"float label_smoothing", kLoss, read<&A::label_smoothing>},
@@ -79,13 +99,120 @@ constexpr Row kTable[] = {
     {"bool input_grad", kAll, read<&A::grad_input>},
     {"bool weight_grad", kAll, read<&A::grad_weight>},
     {"bool bias_grad", kAll, read<&A::grad_bias>},
-    {"SymInt memory_budget", kAll, read<&A::memory_budget>},
+    {"SymInt memory_budget", kAll, read<&A::memory_budget>, Alike::kNot},
     {"SymInt chunk_size", kAll, read<&A::chunk_size>},
     {"ScalarType? accum_dtype", kLoss, read_accum_dtype},
     {"float skip_mass", kLoss, read<&A::skip_mass>},
 };
 
+static_assert(std::size(kTable) <= kMostArguments, "room for every digest");
+
+// ---- what ranks compare ----
+
+enum DigestKind : int64_t { kNone, kInteger, kReal, kString, kTensor };  // kTensor + its dtype
+
+/// FNV-1a.
+int64_t hash(const void* data, int64_t bytes) {
+  const auto* next = static_cast<const unsigned char*>(data);
+  uint64_t result = 14695981039346656037u;
+  for (int64_t i = 0; i < bytes; ++i) result = (result ^ next[i]) * 1099511628211u;
+  return static_cast<int64_t>(result);
+}
+
+int64_t hash_of_content(const at::Tensor& tensor) {
+  if (!tensor.is_cpu()) return 0;
+  const at::Tensor dense = tensor.contiguous();
+  return hash(dense.const_data_ptr(), static_cast<int64_t>(dense.nbytes()));
+}
+
+ArgumentDigest digest_tensor(const at::Tensor& tensor, Alike alike) {
+  ArgumentDigest digest;
+  digest.kind = kTensor + static_cast<int64_t>(tensor.scalar_type());
+  digest.numbers[0] = tensor.dim() > 0 ? tensor.size(0) : -1;
+  digest.numbers[1] = tensor.dim() > 1 ? tensor.size(1) : -1;
+  const bool probabilities =
+      alike == Alike::kAndContent && tensor.dim() == 2 && at::isFloatingType(tensor.scalar_type());
+  if (alike == Alike::kButClasses) digest.numbers[0] = 0;
+  if (probabilities) {
+    digest.numbers[1] = 0;
+  } else if (alike == Alike::kAndContent) {
+    digest.numbers[2] = hash_of_content(tensor);
+  } else if (alike == Alike::kAndZeros) {
+    digest.numbers[2] = hash_of_content(tensor.ne(0));
+  }
+  return digest;
+}
+
+ArgumentDigest digest_of(const IValue& value, Alike alike) {
+  ArgumentDigest digest;
+  if (value.isTensor()) return digest_tensor(value.toTensor(), alike);
+  if (value.isBool() || value.isInt()) {
+    digest.kind = kInteger;
+    digest.numbers[0] = value.isBool() ? value.toBool() : value.toInt();
+  } else if (value.isDouble()) {
+    digest.kind = kReal;
+    const double real = value.toDouble();
+    std::memcpy(digest.numbers, &real, sizeof real);
+  } else if (value.isString()) {
+    digest.kind = kString;
+    const std::string& text = value.toStringRef();
+    std::memcpy(digest.numbers, text.data(), std::min(text.size(), sizeof digest.numbers - 1));
+  }
+  return digest;
+}
+
+std::string show(const ArgumentDigest& digest) {
+  std::ostringstream text;
+  if (digest.kind == kNone) {
+    text << "None";
+  } else if (digest.kind == kInteger) {
+    text << digest.numbers[0];
+  } else if (digest.kind == kReal) {
+    double real;
+    std::memcpy(&real, digest.numbers, sizeof real);
+    text << real;
+  } else if (digest.kind == kString) {
+    text << "'" << reinterpret_cast<const char*>(digest.numbers) << "'";
+  } else {
+    text << "a " << static_cast<at::ScalarType>(digest.kind - kTensor) << " tensor with sizes ["
+         << digest.numbers[0];
+    if (digest.numbers[1] >= 0) text << ", " << digest.numbers[1];
+    text << "]";
+  }
+  return text.str();
+}
+
 }  // namespace
+
+const char* name_of(Operators op) {
+  switch (op) {
+    case kLossForward: return "linear_cross_entropy_forward";
+    case kLossBackward: return "linear_cross_entropy_backward";
+    case kStatisticsForward: return "linear_token_statistics_forward";
+    case kStatisticsBackward: return "linear_token_statistics_backward";
+    case kCustomLoss: return "linear_loss_gradients";
+  }
+  return "another operator";
+}
+
+std::string describe_difference(Operators op, const ArgumentDigests& first,
+                                const ArgumentDigests& other, size_t rank) {
+  size_t position = 0;
+  for (const Row& row : kTable) {
+    if ((row.operators & op) == 0) continue;
+    const ArgumentDigest &a = first[position], &b = other[position];
+    ++position;
+    if (row.alike == Alike::kNot) continue;
+    const bool same = std::equal(a.numbers, a.numbers + 2, b.numbers) && a.kind == b.kind;
+    const std::string name(row.name());
+    const std::string elsewhere = " on rank " + std::to_string(rank);
+    if (!same) return name + " is " + show(a) + " on rank 0 and " + show(b) + elsewhere;
+    if (a.numbers[2] != b.numbers[2])
+      return name + " holds other " + (row.alike == Alike::kAndZeros ? "zeros" : "values") +
+             elsewhere + " than on rank 0";
+  }
+  return "";
+}
 
 std::string schema_of(Operators op) {
   std::string schema = "(";
@@ -109,6 +236,15 @@ Arguments take_arguments(Operators op, torch::jit::Stack* stack) {
   size_t position = stack->size() - count;
   for (const Row& row : kTable) {
     if ((row.operators & op) != 0) row.read((*stack)[position++], &arguments);
+  }
+  arguments.op = op;
+  if (!arguments.vocab_group.empty()) {
+    position = stack->size() - count;
+    size_t digest = 0;
+    for (const Row& row : kTable) {
+      if ((row.operators & op) == 0) continue;
+      arguments.digests[digest++] = digest_of((*stack)[position++], row.alike);
+    }
   }
   stack->erase(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
   return arguments;

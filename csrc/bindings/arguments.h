@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -28,7 +29,17 @@ enum Operators : unsigned {
   kCustomLoss = 16,  // linear_loss_gradients
 };
 
+/// An argument in a few numbers, for the ranks of a sharded vocabulary to compare.
+struct ArgumentDigest {
+  int64_t kind = 0;  // what the numbers are: kNone, ...
+  int64_t numbers[3] = {};
+};
+constexpr size_t kMostArguments = 40;
+using ArgumentDigests = std::array<ArgumentDigest, kMostArguments>;
+
 struct Arguments : ProblemOptions, PlanOptions {
+  Operators op{};
+
   // The backward operators': upstream gradients, and what the forward ones returned.
   at::Tensor grad_loss, lse, known_entropy;
   OptionalTensor grad_logprob, grad_lse, grad_entropy, grad_logit_sum;
@@ -40,6 +51,13 @@ struct Arguments : ProblemOptions, PlanOptions {
   bool skip_ignored = false, entropy = false, logit_sum = false, argmax = false;
   int64_t top_k = 0;
 
+  // Of a vocabulary that ranks share: torch.distributed's name of their group ("": none), the first class
+  // of this rank (-1: after those of the ranks before it), and VocabShard::reduce_input_grad.
+  std::string vocab_group;
+  int64_t vocab_start = -1;
+  bool reduce_input_grad = true;
+  ArgumentDigests digests;  // of all arguments, where there is a group
+
   int64_t handle = 0;  // of linear_loss_gradients: whose call it is
 };
 
@@ -49,6 +67,13 @@ std::string schema_of(Operators op);
 Arguments take_arguments(Operators op, torch::jit::Stack* stack);
 /// Sets one by name, for callers without an operator. An unknown name is an error.
 void set_argument(Arguments* arguments, std::string_view name, const c10::IValue& value);
+
+/// What an error calls the operator.
+const char* name_of(Operators op);
+/// "name is X on rank 0 and Y on rank R" for the first argument of the operator that must be the same on
+/// every rank and is not, or "".
+std::string describe_difference(Operators op, const ArgumentDigests& first,
+                                const ArgumentDigests& other, size_t rank);
 
 /// Whether the forward op computes gradients: only when the loss is a scalar, whose upstream gradient
 /// is a common factor, and not in fp16, where the scaled gradients could underflow before that factor

@@ -22,12 +22,42 @@ DType dtype_of(const at::Tensor& tensor, const char* name) {
   }
 }
 
+namespace {
+
+/// Where a tensor's data lies. In the shard of a rank that has no classes tensors without elements have
+/// some address, too: null means that there is no such tensor.
+template <class T>
+T* address(T* data, bool sharded) {
+  alignas(64) static char nothing[64];
+  return data != nullptr || !sharded ? data : reinterpret_cast<T*>(nothing);
+}
+
+}  // namespace
+
 Call::Call(const Device& device, const Arguments& arguments)
     : device_(device),
       arguments_(arguments),
       input_(arguments.input),
       weight_(arguments.linear_weight),
       target_(arguments.target.value_or(at::Tensor())) {
+  if (arguments.vocab_group.empty()) {
+    describe();
+  } else {
+    ranks_ = std::make_unique<RankCall>(arguments.vocab_group);
+    try {
+      describe();
+    } catch (const std::exception& error) {
+      ranks_->report_failure(error);
+      throw;
+    }
+    ranks_->agree(device_, arguments, problem_);
+    problem_.shard = &ranks_->shard();
+  }
+  if (problem_.target != nullptr && device_.values_are_at_hand()) check_target_values();
+}
+
+void Call::describe() {
+  const Arguments& arguments = arguments_;
   check_shapes();
   Problem& p = problem_;
   static_cast<ProblemOptions&>(p) = arguments;
@@ -44,7 +74,7 @@ Call::Call(const Device& device, const Arguments& arguments)
   p.weight_stride = weight_.stride(0);
   if (arguments.linear_bias) {
     bias_ = arguments.linear_bias->contiguous();
-    p.bias = bias_.const_data_ptr();
+    p.bias = address(bias_.const_data_ptr(), ranks_ != nullptr);
   }
   p.class_weight = as_double(arguments.weight, p.vocab, "weight", &class_weight_);
   p.token_weight = as_double(arguments.token_weight, p.tokens, "token_weight", &token_weight_);
@@ -102,7 +132,7 @@ void Call::allocate_gradients(bool wanted) {
     const std::vector<int64_t> sizes = want ? like.sizes().vec() : std::vector<int64_t>{0};
     at::Tensor gradient =
         zeros ? at::zeros(sizes, like.options()) : at::empty(sizes, like.options());
-    if (want) *data = gradient.mutable_data_ptr();
+    if (want) *data = address(gradient.mutable_data_ptr(), ranks_ != nullptr);
     return gradient;
   };
   grad_input = allocate(wanted && arguments_.grad_input, input_, &problem_.grad_input);
@@ -152,6 +182,7 @@ PlanRequest Call::plan_request(bool statistics_known) const {
   request.vocab = problem_.vocab;
   request.dtype = problem_.dtype;
   request.statistics_known = statistics_known;
+  if (ranks_ != nullptr) ranks_->complete(&request);
   return request;
 }
 
@@ -173,12 +204,12 @@ void Call::check_shapes() const {
 }
 
 const double* Call::as_double(const OptionalTensor& tensor, int64_t size, const char* name,
-                              at::Tensor* owner) {
+                              at::Tensor* owner) const {
   if (!tensor) return nullptr;
   TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size, name, " has shape ", tensor->sizes(),
               ": expected [", size, "]");
   *owner = tensor->to(at::kDouble).contiguous();
-  return owner->const_data_ptr<double>();
+  return address(owner->const_data_ptr<double>(), ranks_ != nullptr);
 }
 
 void Call::set_target() {
@@ -191,7 +222,7 @@ void Call::set_target() {
     TORCH_CHECK(target_.dim() == 2 && target_.size(0) == p.tokens && target_.size(1) == p.vocab,
                 "target has shape ", target_.sizes(), ": expected probabilities of shape [",
                 p.tokens, ", ", p.vocab, "]");
-    p.probabilities = target_.const_data_ptr();
+    p.probabilities = address(target_.const_data_ptr(), ranks_ != nullptr);
     p.probabilities_dtype = dtype_of(target_, "target");
     p.probabilities_token_stride = target_.stride(0);
     p.probabilities_class_stride = target_.stride(1);
@@ -203,15 +234,15 @@ void Call::set_target() {
   p.targets = target_.dim() == 2 ? target_.size(1) : 1;
   target_ = target_.to(at::kLong).contiguous();
   p.target = target_.const_data_ptr<int64_t>();
-  if (device_.values_are_at_hand()) check_target_values();
 }
 
 void Call::check_target_values() const {
   const Problem& p = problem_;
+  const int64_t vocab = total_vocab(p);
   for (int64_t i = 0; i < p.tokens * p.targets; ++i) {
     const int64_t y = p.target[i];
-    TORCH_CHECK_INDEX(y == p.ignore_index || (y >= 0 && y < p.vocab), "target[", i, "] is ", y,
-                      ": expected a class index in [0, ", p.vocab,
+    TORCH_CHECK_INDEX(y == p.ignore_index || (y >= 0 && y < vocab), "target[", i, "] is ", y,
+                      ": expected a class index in [0, ", vocab,
                       ") or ignore_index=", p.ignore_index);
   }
 }

@@ -4,11 +4,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/device.h"
+#include "bindings/vocab_parallel.h"
 #include "core/plan.h"
 #include "core/problem.h"
 
@@ -49,12 +51,15 @@ class Call {
   at::Tensor input_, weight_, target_, bias_;
 
  private:
+  /// Fills the problem from the arguments.
+  void describe();
   void check_shapes() const;
-  static const double* as_double(const OptionalTensor& tensor, int64_t size, const char* name,
-                                 at::Tensor* owner);
+  const double* as_double(const OptionalTensor& tensor, int64_t size, const char* name,
+                          at::Tensor* owner) const;
   void set_target();
   void check_target_values() const;
 
+  std::unique_ptr<RankCall> ranks_;  // null unless ranks share the vocabulary
   at::Tensor class_weight_, token_weight_, num_items_, grad_loss_;
 };
 

@@ -81,6 +81,13 @@ class CpuDevice : public Device {
     return objection;
   }
 
+  DeviceFacts facts(const Problem& problem) const override {
+    CpuPlanRequest request;
+    const std::string objection = complete_request(problem, &request);
+    TORCH_CHECK_VALUE(objection.empty(), objection);
+    return {request.threads, kernels_of(request)};
+  }
+
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {
     const double factor = scale.item().toDouble();
     if (factor != 1.0 || !from.is_same(to)) scale_elements(from, factor, to);

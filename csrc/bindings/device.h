@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 
 #include <string>
 
@@ -10,6 +11,12 @@
 #include "core/problem.h"
 
 namespace memeff {
+
+/// What a plan depends on in addition to the call.
+struct DeviceFacts {
+  int threads = 0;
+  std::string kernels;  // that compute the products
+};
 
 class Device {
  public:
@@ -25,6 +32,13 @@ class Device {
   /// tensor on the device.
   virtual std::string run(const Problem& problem, const PlanRequest& request,
                           const at::Tensor& like) const = 0;
+
+  /// Of a device that takes sharded vocabularies; an error on others.
+  virtual DeviceFacts facts(const Problem&) const {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "vocab_parallel: expected tensors on the CPU; a vocabulary that "
+                                "ranks share is not implemented on this device yet");
+  }
 
   /// to = from * scale, element by element; contiguous, of one dtype; may be the same tensor.
   /// `scale` has one element.

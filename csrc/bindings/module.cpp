@@ -9,6 +9,7 @@
 #include <string>
 
 #include "bindings/arguments.h"
+#include "bindings/vocab_parallel.h"
 #include "core/plan.h"
 #include "core/planning.h"
 #include "core/problem.h"
@@ -203,6 +204,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Build information and planner of memeff; loading it registers its operators.";
   module.def("build_info", &memeff::build_info,
              "What the extension was compiled with, and what it uses on this processor.");
+  module.def(
+      "report_failure",
+      [](const std::string& group, const std::string& message) {
+        memeff::RankCall(group).report_failure(message);
+      },
+      "In place of a call on a vocabulary that ranks share, by a rank that has found an error.",
+      py::arg("group"), py::arg("message"), py::call_guard<py::gil_scoped_release>());
   module.def("plan", &memeff::plan,
              "The plan of a call, see memeff.plan. Raises ValueError when no plan fits the budget.",
              py::arg("tokens"), py::arg("features"), py::arg("vocab"), py::arg("dtype"),

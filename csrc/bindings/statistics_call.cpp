@@ -18,8 +18,9 @@ void StatisticsCall::allocate_outputs() {
   const bool with_entropy = arguments_.entropy, with_argmax = arguments_.argmax;
   const int64_t top = arguments_.top_k;
   const int64_t n = problem_.tokens;
-  TORCH_CHECK_VALUE(top >= 0 && top <= problem_.vocab, "top_k=", top,
-                    ": expected a number of classes in [0, ", problem_.vocab, "]");
+  const int64_t vocab = total_vocab(problem_);
+  TORCH_CHECK_VALUE(top >= 0 && top <= vocab, "top_k=", top,
+                    ": expected a number of classes in [0, ", vocab, "]");
   const auto floating = input_.options().dtype(
       accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
   const auto indices = input_.options().dtype(at::kLong);

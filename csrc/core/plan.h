@@ -50,11 +50,14 @@ struct PlanOptions {
   GradAccumulation accumulation = GradAccumulation::kAuto;
 };
 
-/// What every planner must know of a call.
+/// What every planner must know of a call. Ranks that share a vocabulary plan the same request: the largest
+/// shard, the smallest budget, the most threads.
 struct PlanRequest : PlanOptions {
   int64_t tokens = 0;
   int64_t features = 0;
   int64_t vocab = 0;
+  int64_t ranks = 1;
+  int most_threads = 0;  // of a rank; 0: those of this process
   DType dtype = DType::kFloat32;
   bool statistics_known = false;  // the backward op: lse is an input
 };

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/vocab_shard.h"
 
 namespace memeff {
 
@@ -72,7 +73,11 @@ struct ProblemOptions {
 struct Problem : ProblemOptions {
   int64_t tokens = 0;    // N
   int64_t features = 0;  // D
-  int64_t vocab = 0;     // V
+  int64_t vocab = 0;     // V, or those of this rank's shard
+
+  // Null: all classes are here. Otherwise everything per class (weight, bias, probabilities, class_weight,
+  // their gradients) is the shard's, and target holds indices among the classes of all ranks.
+  const VocabShard* shard = nullptr;
 
   DType dtype = DType::kFloat32;  // of input, weight, bias and their gradients
   const void* input = nullptr;    // [N, D], rows input_stride elements apart, features adjacent
@@ -111,6 +116,12 @@ struct Problem : ProblemOptions {
   void* grad_weight = nullptr;     // [V, D] contiguous, or null
   void* grad_bias = nullptr;       // [V], or null
 };
+
+/// The classes of all ranks, and the first of them that is here.
+inline int64_t total_vocab(const Problem& p) {
+  return p.shard != nullptr ? p.shard->vocab : p.vocab;
+}
+inline int64_t first_class(const Problem& p) { return p.shard != nullptr ? p.shard->start : 0; }
 
 inline bool skips_tiles(const Problem& p) { return p.skip_mass > 0; }
 

@@ -51,6 +51,14 @@ int64_t CpuBackend<T>::input_sum_stride() const {
 }
 
 template <class T>
+InputSums CpuBackend<T>::input_sums(Range tokens) {
+  T* const sums = input_sum(tokens);
+  const int64_t count = tokens.size() * input_sum_stride();
+  if (problem_.vocab == 0) std::fill_n(sums, count, T{0});
+  return {sums, accumulation_dtype(problem_.dtype), count};
+}
+
+template <class T>
 void CpuBackend<T>::finish_grad_input(Range tokens) {
   if (!is_16_bit(problem_.dtype)) return;
   const T* sums = input_sum(tokens);

@@ -25,6 +25,11 @@ class CpuBackend : public Backend {
   void merge_statistics(Range tokens) override { tokens_.merge(tokens); }
   void differentiate_statistics(Range tokens) override { tokens_.differentiate(tokens); }
   void restore_statistics() override { tokens_.restore(); }
+  SharedNumbers shared_numbers(Shared what, Range tokens) override {
+    return tokens_.shared_numbers(what, tokens);
+  }
+  void merge_ranks(Shared what, Range tokens) override { tokens_.merge_ranks(what, tokens); }
+  InputSums input_sums(Range tokens) override;
   void write_loss() override { tokens_.write_loss(); }
   void finish_grad_input(Range tokens) override;
   void finish_gradients() override;
@@ -73,6 +78,8 @@ std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context);
 ///   blas            torch's products of fp32 numbers; the default on other processors
 /// Returns "", or what is wrong with the variable's value.
 std::string complete_request(const Problem& problem, CpuPlanRequest* request);
+/// What computes the products of a completed request: one of these.
+std::string kernels_of(const CpuPlanRequest& request);
 /// The plan of a call on this machine. Returns "", or why there is none.
 std::string plan_call(const Problem& problem, const PlanRequest& request, CpuCallPlan* call);
 

@@ -66,6 +66,10 @@ CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan) {
   at.score_step.input_block = cursor.take(input_bytes);
   at.score_step.weight_block = cursor.take(upcast_bytes);
   at.score_step.partials = cursor.take(r.partials * tiles * block * sum_bytes);
+  if (r.shared_numbers > 0) {
+    at.score_step.own_numbers = cursor.take(r.shared_numbers * block * 8);
+    at.score_step.all_numbers = cursor.take(r.ranks * r.shared_numbers * block * 8);
+  }
 
   const int64_t sweeps = cursor.offset();
   if (r.grad_input) {

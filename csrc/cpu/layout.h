@@ -23,6 +23,8 @@ struct CpuLayout {
     int64_t input_block = 0;   // packed (bf16 kernels) or gathered hidden states of a token block
     int64_t weight_block = 0;  // upcast rows of the classifier
     int64_t partials = 0;      // per-tile partial sums [partials, tiles, token_block]
+    int64_t own_numbers = 0;   // what ranks exchange of a block [shared_numbers, token_block], and
+    int64_t all_numbers = 0;   // [ranks, shared_numbers, token_block], in fp64
   } score_step;
   struct {
     int64_t sum = 0;             // fp32 sums, when grad_input itself has 16 bits

@@ -1,4 +1,5 @@
 // Chooses the CPU backend, and reports it to the planner.
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -55,15 +56,21 @@ std::string complete_request(const Problem& problem, CpuPlanRequest* request) {
   request->blas = !request->bf16_kernels;
   request->targets = problem.targets;
   request->partials = count_partials(problem);
-  request->threads = max_threads();
+  request->threads = std::max(max_threads(), request->most_threads);
+  request->shared_numbers =
+      problem.shard == nullptr ? 0 : RankNumbers(problem, request->statistics_known).count;
   return "";
+}
+
+std::string kernels_of(const CpuPlanRequest& request) {
+  return request.bf16_kernels ? bf16_products() : kBlas;
 }
 
 std::string plan_call(const Problem& problem, const PlanRequest& request, CpuCallPlan* call) {
   call->request = CpuPlanRequest{request};
   const std::string error = complete_request(problem, &call->request);
   if (!error.empty()) return error;
-  call->plan.kernels = call->request.bf16_kernels ? bf16_products() : kBlas;
+  call->plan.kernels = kernels_of(call->request);
   call->plan.kernels_reason =
       std::getenv("MEMEFF_CPU_KERNELS") != nullptr ? "MEMEFF_CPU_KERNELS" : "default";
   return make_plan(call->request, &call->plan);

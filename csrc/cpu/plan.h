@@ -13,6 +13,7 @@ struct CpuPlanRequest : PlanRequest {
   bool blas = false;    // a BLAS computes the products; it packs operands in memory of its own
   int partials = 2;     // per-tile partial sums: max, sum [, of logits] [, entropy, argmax]
   int64_t targets = 1;  // class indices per token
+  int64_t shared_numbers = 0;  // of a token, which ranks exchange: see RankNumbers in cpu/tokens.h
   int threads = 1;
 };
 

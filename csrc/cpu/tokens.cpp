@@ -12,6 +12,7 @@ namespace memeff {
 namespace {
 
 constexpr int64_t kTokenGrain = 16;
+constexpr int64_t kNoClass = -1 - (int64_t{1} << 62);  // also of no other rank
 
 }  // namespace
 
@@ -22,7 +23,10 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
       statistics_known_(context.request->statistics_known),
       token_block_(context.plan->token_block),
       tiles_(ceil_div(problem_.vocab, kTileVocab)),
-      partials_(reinterpret_cast<T*>(context.workspace + layout.score_step.partials)) {
+      partials_(reinterpret_cast<T*>(context.workspace + layout.score_step.partials)),
+      rank_numbers_(problem_, statistics_known_),
+      own_numbers_(reinterpret_cast<double*>(context.workspace + layout.score_step.own_numbers)),
+      all_numbers_(reinterpret_cast<double*>(context.workspace + layout.score_step.all_numbers)) {
   char* next = context.workspace + layout.token_arrays;
   const auto take = [&](auto** array, int64_t per_token = 1) {
     *array = reinterpret_cast<std::remove_pointer_t<decltype(array)>>(next);
@@ -35,7 +39,7 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
   take(&target_mass_), take(&smooth_), take(&entropy_), take(&maximum_), take(&argmax_);
   take(&scale_p_), take(&scale_target_), take(&scale_w_);
 
-  class_weight_total_ = static_cast<double>(problem_.vocab);
+  class_weight_total_ = static_cast<double>(total_vocab(problem_));
   if (problem_.class_weight != nullptr) {
     class_weight_ = reinterpret_cast<T*>(context.workspace + layout.class_arrays);
     class_weight_total_ = 0;
@@ -78,8 +82,10 @@ void CpuTokens<T>::list_token(int64_t n) {
   for (int64_t k = 0; k < problem_.targets; ++k) {
     const int64_t y = problem_.target == nullptr ? problem_.ignore_index
                                                  : problem_.target[n * problem_.targets + k];
-    const bool seen = std::find(classes, classes + k, y) != classes + k;
-    classes[k] = problem_.target == nullptr || y == problem_.ignore_index || seen ? -1 : y;
+    const bool seen = std::find(classes, classes + k, y - first_class(problem_)) != classes + k;
+    classes[k] = problem_.target == nullptr || y == problem_.ignore_index || seen
+                     ? kNoClass
+                     : y - first_class(problem_);
   }
   ++count_;
 }
@@ -95,20 +101,27 @@ int64_t CpuTokens<T>::select() {
     if (!statistics_known_) clear_token_statistics();
     return count_;
   }
-  double weight = 0;
+  target_weight_total_ = 0;
   for (int64_t n = 0; n < problem_.tokens; ++n) {
     const bool ignored = problem_.target != nullptr && problem_.target[n] == problem_.ignore_index;
     if (ignored) continue;
-    if (problem_.target != nullptr && problem_.class_weight != nullptr) {
-      weight += problem_.class_weight[problem_.target[n]];
-    } else {
-      weight += 1;
-    }
     list_token(n);
+    const int64_t y = target_[count_ - 1];
+    if (problem_.target == nullptr || problem_.class_weight == nullptr) {
+      target_weight_total_ += 1;
+    } else if (is_here(y)) {
+      target_weight_total_ += problem_.class_weight[y];
+    }
   }
+  set_denominators();
+  return count_;
+}
+
+template <class T>
+void CpuTokens<T>::set_denominators() {
   if (problem_.reduction == Reduction::kMean) {
     const double* num_items = problem_.num_items;
-    denominator_ = num_items != nullptr ? *num_items : weight;
+    denominator_ = num_items != nullptr ? *num_items : target_weight_total_;
     z_denominator_ = num_items != nullptr ? *num_items : static_cast<double>(count_);
   }
   if (is_16_bit(problem_.dtype)) {
@@ -118,7 +131,6 @@ int64_t CpuTokens<T>::select() {
       output_scale_ *= problem_.grad_loss[0];
     }
   }
-  return count_;
 }
 
 template <class T>
@@ -191,7 +203,7 @@ void CpuTokens<T>::merge(Range tokens) {
         target_mass_[token] = mass;
         target_plain_[token] = plain;
       }
-      set_coefficients(token);
+      if (!is_sharded()) set_coefficients(token);
     }
   });
 }
@@ -213,7 +225,8 @@ void CpuTokens<T>::restore() {
         }
         target_mass_[token] = mass;
       }
-      set_coefficients(token);
+      // In a shard it may be a part of it, or unknown.
+      if (!is_sharded() || rank_numbers_.target_weight < 0) set_coefficients(token);
     }
   });
 }
@@ -243,8 +256,8 @@ void CpuTokens<T>::set_coefficients(int64_t token) {
     return;
   }
   scale_entropy_[token] = 0;
-  const int64_t y = target_[token];
-  if (y >= 0) target_mass_[token] = class_weight_ != nullptr ? class_weight_[y] : 1;
+  if (problem_.probabilities == nullptr && !(is_sharded() && class_weight_ != nullptr))
+    target_mass_[token] = class_weight_ != nullptr ? class_weight_[target_[token]] : 1;
   const bool scales_sums = is_16_bit(problem_.dtype);
   const double weight =
       problem_.token_weight == nullptr ? 1.0 : problem_.token_weight[rows_[token]];
@@ -257,7 +270,7 @@ void CpuTokens<T>::set_coefficients(int64_t token) {
   if (!scales_sums) g *= problem_.logit_scale / denominator_;
   const double z_share = denominator_ / z_denominator_;
   const double eps = problem_.label_smoothing;
-  const double per_class = eps / static_cast<double>(problem_.vocab);
+  const double per_class = eps / static_cast<double>(total_vocab(problem_));
   const double cross_entropy = (1 - eps) * target_mass_[token] + per_class * class_weight_total_;
   scale_p_[token] = g * (cross_entropy + 2 * problem_.z_loss * lse_[token] * z_share);
   scale_target_[token] = g * (1 - eps);
@@ -278,8 +291,8 @@ double CpuTokens<T>::token_loss(int64_t token, double* z_term) const {
   // A class of weight 0 contributes nothing, even at a target logit of -inf.
   double loss = eps == 1 || (!soft && mass == 0) ? 0.0 : (1 - eps) * (mass * lse - dot);
   if (eps > 0) {
-    loss +=
-        eps / static_cast<double>(problem_.vocab) * (class_weight_total_ * lse - smooth_[token]);
+    loss += eps / static_cast<double>(total_vocab(problem_)) *
+            (class_weight_total_ * lse - smooth_[token]);
   }
   if (problem_.z_loss != 0) *z_term = weight * problem_.z_loss * lse * lse;
   return weight * loss;
@@ -304,7 +317,7 @@ void CpuTokens<T>::write_token_statistics(Range tokens) {
       const int64_t y = problem_.target[row * targets + k];
       if (y == problem_.ignore_index) continue;
       const int64_t* classes = target_ + token * targets;
-      const int64_t first = std::find(classes, classes + k, y) - classes;
+      const int64_t first = std::find(classes, classes + k, y - first_class(problem_)) - classes;
       logprob[row * targets + k] = static_cast<T>(target_logit(token, first) - lse_[token]);
     }
     for (int64_t j = 0; j < s.top; ++j) {

@@ -19,6 +19,19 @@ namespace memeff {
 enum Partial { kMaximum, kSum, kSmooth, kWeighted, kArgmax, kTargetDot, kTargetMass, kTargetPlain };
 constexpr int kPartials = 8;
 
+/// Places of a token's numbers among those that the ranks of a sharded vocabulary exchange; -1: not
+/// exchanged.
+struct RankNumbers {
+  RankNumbers(const Problem& problem, bool statistics_known);
+
+  int64_t lse = -1, smooth = -1, entropy = -1, maximum = -1, argmax = -1;
+  int64_t target_weight = -1;  // target_mass_
+  int64_t target_plain = -1;
+  int64_t target_logit = -1;  // and of further targets
+  int64_t top = -1;           // scores of the largest ones, then their classes
+  int64_t count = 0;
+};
+
 /// Tokens are numbered by their place among those that take part, rows() has
 /// their rows of the input.
 template <class T>
@@ -33,6 +46,8 @@ class CpuTokens {
   void differentiate(Range tokens);
   void restore();
   void write_loss();
+  SharedNumbers shared_numbers(Shared what, Range tokens);
+  void merge_ranks(Shared what, Range tokens);
 
   // ---- what the products' backends read and fill ----
 
@@ -95,6 +110,17 @@ class CpuTokens {
 
  private:
   bool takes_part(int64_t n) const;
+  bool is_sharded() const { return problem_.shard != nullptr; }
+  /// Whether class y of this rank's numbering is in its shard.
+  bool is_here(int64_t y) const { return y >= 0 && y < problem_.vocab; }
+  void set_denominators();
+  void merge_totals();
+  void merge_token_of_ranks(Range tokens, int64_t i);
+  void merge_top_of_ranks(Range tokens, int64_t i);
+  /// What a rank has said of a token of the block.
+  double said(int64_t rank, int64_t number, Range tokens, int64_t i) const {
+    return all_numbers_[(rank * rank_numbers_.count + number) * tokens.size() + i];
+  }
   void list_token(int64_t n);
   void set_coefficients(int64_t token);
   void set_statistics_coefficients(int64_t token);
@@ -108,10 +134,15 @@ class CpuTokens {
   const int64_t token_block_, tiles_;
   T* const partials_;
   int partial_offset_[kPartials];
+  const RankNumbers rank_numbers_;
+  double* const own_numbers_;
+  double* const all_numbers_;
 
   int64_t count_ = 0;
   int64_t* rows_;
-  int64_t* target_;  // [targets] class indices, -1: none (left out, probabilities, seen before)
+  // [targets] class indices, counted from this rank's first class and anything outside of its shard for
+  // those of other ranks and for none (left out, probabilities, seen before)
+  int64_t* target_;
   double* lse_;
   double* target_logit_;  // [targets]
   double* target_slope_;  // [targets] derivative of the soft cap there
@@ -128,8 +159,9 @@ class CpuTokens {
 
   T* class_weight_ = nullptr;
   double class_weight_total_ = 0;
-  double denominator_ = 1;    // of the cross entropy terms
-  double z_denominator_ = 1;  // of the z-loss
+  double target_weight_total_ = 0;  // of the tokens that take part
+  double denominator_ = 1;          // of the cross entropy terms
+  double z_denominator_ = 1;        // of the z-loss
   double output_scale_ = 1;
   Range cached_ = {-1, -1};
   Coefficients coefficients_;

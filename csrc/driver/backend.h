@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/dtype.h"
 #include "core/weight_update.h"
 
 namespace memeff {
@@ -28,6 +29,27 @@ struct ScoreBlock {
   int64_t tiles_stride = 0;
 };
 
+/// What the ranks of a sharded vocabulary tell each other.
+enum class Shared {
+  kTotals,         // sums of class weights, before anything else
+  kStatistics,     // of a block of tokens, after merge_statistics()
+  kTargetWeights,  // of a block of tokens, after restore_statistics()
+};
+
+/// `count` numbers of this rank, and room for those of all ranks.
+struct SharedNumbers {
+  const double* own = nullptr;
+  double* all = nullptr;
+  int64_t count = 0;  // 0: there is nothing to exchange
+};
+
+/// Sums of grad_input that are not rounded yet.
+struct InputSums {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t count = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -38,13 +60,23 @@ class Backend {
   /// Computes the scores of all classes and their partial statistics; keeps the scores in `block` unless
   /// it is null.
   virtual void scores(Range tokens, const ScoreBlock* block) = 0;
-  /// Turns partial statistics into lse and the other token statistics, and those into coefficients.
+  /// Turns partial statistics into lse and the other token statistics, and those into coefficients; of a
+  /// sharded vocabulary, into those of this rank's classes.
   virtual void merge_statistics(Range tokens) = 0;
   /// Token statistics with gradients in the forward pass: has the caller set the upstream gradients of
   /// these tokens, and turns them into coefficients.
   virtual void differentiate_statistics(Range) {}
   /// Takes lse from the problem instead, for all tokens.
   virtual void restore_statistics() = 0;
+
+  /// Sharded vocabulary: what this rank has to say, and what follows from what all ranks have said (after
+  /// the exchange): statistics of all classes, coefficients.
+  virtual SharedNumbers shared_numbers(Shared, Range) { return {}; }
+  virtual void merge_ranks(Shared, Range) {}
+  /// Sharded vocabulary: the tokens' sums, zeros on a rank without classes, before finish_grad_input()
+  /// rounds them.
+  virtual InputSums input_sums(Range) { return {}; }
+
   /// Loss (and token statistics, when asked for) from the statistics of all tokens.
   virtual void write_loss() = 0;
 

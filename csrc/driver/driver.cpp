@@ -25,12 +25,13 @@ class Run {
   Run(const Problem& problem, const Plan& plan, Backend& backend)
       : problem_(problem), plan_(plan), backend_(backend), all_classes_{0, problem.vocab} {
     tokens_ = backend.select_tokens();
+    exchange(Shared::kTotals, {0, tokens_});
   }
 
   void statistics() {
     for_each_block({0, tokens_}, plan_.token_block, [&](Range tokens) {
       backend_.scores(tokens, nullptr);
-      backend_.merge_statistics(tokens);
+      merge_statistics(tokens);
     });
     backend_.write_loss();
   }
@@ -59,6 +60,8 @@ class Run {
     const std::vector<Chunk> chunks = split_tokens(/*keep_all=*/false);
     if (statistics_known) {
       backend_.restore_statistics();
+      for_each_block({0, tokens_}, plan_.token_block,
+                     [&](Range tokens) { exchange(Shared::kTargetWeights, tokens); });
     } else {
       for (const Chunk& chunk : chunks) score_chunk(chunk);
       backend_.write_loss();
@@ -102,6 +105,29 @@ class Run {
     return backend_.part(chunk.block, classes.begin, tokens.begin - chunk.tokens.begin);
   }
 
+  /// Lets the ranks of a sharded vocabulary know what each of them does.
+  void exchange(Shared what, Range tokens) {
+    if (problem_.shard == nullptr) return;
+    const SharedNumbers numbers = backend_.shared_numbers(what, tokens);
+    if (numbers.count == 0) return;
+    problem_.shard->group->all_gather(numbers.own, numbers.all, numbers.count);
+    backend_.merge_ranks(what, tokens);
+  }
+
+  void merge_statistics(Range tokens) {
+    backend_.merge_statistics(tokens);
+    exchange(Shared::kStatistics, tokens);
+  }
+
+  void finish_grad_input(Range tokens) {
+    if (problem_.shard != nullptr) {
+      const InputSums sums = backend_.input_sums(tokens);
+      if (problem_.shard->reduce_input_grad)
+        problem_.shard->group->all_reduce(sums.data, sums.dtype, sums.count);
+    }
+    backend_.finish_grad_input(tokens);
+  }
+
   void score_chunk(const Chunk& chunk) {
     for_each_block(chunk.tokens, plan_.score_block, [&](Range tokens) {
       if (chunk.kept) {
@@ -110,7 +136,7 @@ class Run {
       } else {
         backend_.scores(tokens, nullptr);
       }
-      backend_.merge_statistics(tokens);
+      merge_statistics(tokens);
     });
     backend_.differentiate_statistics(chunk.tokens);
   }
@@ -122,7 +148,7 @@ class Run {
         backend_.to_gradient(classes, tokens, block, true);
         backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
       });
-      backend_.finish_grad_input(tokens);
+      finish_grad_input(tokens);
     });
   }
 
@@ -183,7 +209,7 @@ class Run {
     for (const Chunk& chunk : chunks) {
       if (chunk.kept) continue;
       for_each_block(chunk.tokens, plan_.token_block,
-                     [&](Range tokens) { backend_.finish_grad_input(tokens); });
+                     [&](Range tokens) { finish_grad_input(tokens); });
     }
   }
 
@@ -196,7 +222,7 @@ class Run {
           backend_.fresh_gradient(classes, tokens, block, add_bias);
           backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
         });
-        backend_.finish_grad_input(tokens);
+        finish_grad_input(tokens);
       });
     }
   }

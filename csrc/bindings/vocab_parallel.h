@@ -1,0 +1,53 @@
+// A call whose vocabulary the ranks of a process group share: the group, and what its ranks agree on.
+//
+// Before anything is computed every rank says in one all-gather what it is about to compute. Where they
+// differ, and where one of them has found an error, all ranks raise the same error instead of waiting
+// for each other; where they do not, they know the shards and make the same plan.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/device.h"
+#include "core/plan.h"
+#include "core/problem.h"
+#include "core/vocab_shard.h"
+
+namespace memeff {
+
+class RankCall {
+ public:
+  /// Finds torch.distributed's group of that name.
+  explicit RankCall(const std::string& group);
+  ~RankCall();
+
+  /// In place of agree(), by a rank that cannot go on.
+  void report_failure(const std::string& message);
+  void report_failure(const std::exception& error);
+  /// Exchanges what the ranks are about to compute; raises an error if they differ.
+  void agree(const Device& device, const Arguments& arguments, const Problem& problem);
+
+  const VocabShard& shard() const { return shard_; }
+  /// What all ranks plan: the largest shard, the smallest budget, the most threads.
+  void complete(PlanRequest* request) const;
+
+ private:
+  class Group;
+  struct Record;
+
+  /// Exchanges the records; raises an error if a rank has failed.
+  std::vector<Record> gather(const Record& own);
+  void place_shards(const std::vector<Record>& records);
+
+  const std::string name_;
+  std::unique_ptr<Group> group_;
+  VocabShard shard_;
+  int64_t largest_shard_ = 0, memory_budget_ = -1;
+  int most_threads_ = 0;
+};
+
+}  // namespace memeff
