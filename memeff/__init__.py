@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from memeff.statistics import TokenStatistics as TokenStatistics
     from memeff.token_statistics import linear_logprobs as linear_logprobs
     from memeff.token_statistics import linear_token_statistics as linear_token_statistics
+    from memeff.vocab_parallel import VocabParallel as VocabParallel
 
 # Public name -> module that defines it. No module here is called like a public name of another
 # kind: importing memeff.x would put the module in its place. Hence "planning".
@@ -35,6 +36,7 @@ _HOMES = {
     "MemoryEfficientLinear": "memeff.memory_efficient_linear",
     "Plan": "memeff.planning",
     "TokenStatistics": "memeff.statistics",
+    "VocabParallel": "memeff.vocab_parallel",
     "chunked_linear_apply": "memeff.chunked",
     "linear_cross_entropy": "memeff.functional",
     "linear_loss": "memeff.fused_loss",
@@ -51,6 +53,7 @@ __all__ = [
     "MemoryEfficientLinear",
     "Plan",
     "TokenStatistics",
+    "VocabParallel",
     "chunked_linear_apply",
     "linear_cross_entropy",
     "linear_logprobs",

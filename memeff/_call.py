@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from memeff import ops, reference
 from memeff._backends import resolve_backend
+from memeff._dtensor import is_dtensor, local_operands
 from memeff._gradients import refuse_tangents
 from memeff._operands import (
     check_classes,
@@ -21,6 +23,7 @@ from memeff._operands import (
     parse_num_items,
 )
 from memeff._options import Options, check_accum_dtype, merge_torch_options, parse_options
+from memeff.vocab_parallel import parse_vocab_parallel
 
 __all__ = ["Call", "RowResults", "call_loss", "denominator_of", "loss_call", "statistics_call"]
 
@@ -58,8 +61,9 @@ class Call(NamedTuple):
     @property
     def needs_reference(self) -> bool:
         """Whether plain PyTorch computes it. Without classes there are no logits to avoid, and the
-        kernels need not know the case."""
-        return self.backend == "reference" or 0 in self.linear_weight.shape[:-1]
+        kernels need not know the case, unless other ranks have the classes."""
+        no_classes = 0 in self.linear_weight.shape[:-1] and self.options.vocab_parallel is None
+        return self.backend == "reference" or no_classes
 
     def of_reference(self, function: Callable[..., Any]) -> Any:
         """The result of a function of memeff.reference."""
@@ -91,6 +95,64 @@ class RowResults(NamedTuple):
     argmax: Tensor  # [N] or empty
 
 
+@functools.cache
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _sharing(make: Callable[..., Call]) -> Callable[..., Call]:
+    """Makes calls on a vocabulary that ranks share: DTensors become local tensors, and an error of
+    one rank ends the call of all, which would otherwise wait for it."""
+
+    @functools.wraps(make)
+    def make_shared(*tensors: Any, **given: Any) -> Call:
+        shared = given.get("vocab_parallel")
+        sharded = is_dtensor(tensors[1])
+        if shared is None and not sharded:
+            return make(*tensors, **given)
+        parse_vocab_parallel("vocab_parallel", shared)
+        if sharded:
+            operands, shared = local_operands(
+                dict(zip(_names(make), tensors, strict=False)), shared
+            )
+            tensors, given = tuple(operands.values()), {**given, "vocab_parallel": shared}
+        assert shared is not None
+        try:
+            call = make(*tensors, **given)
+            _check_sharded(call)
+        except Exception as error:
+            shared.report_failure(error)
+            raise
+        return call
+
+    return make_shared
+
+
+def _check_sharded(call: Call) -> None:
+    """What is not there for a vocabulary that ranks share."""
+    if call.backend == "reference":
+        raise NotImplementedError(
+            'backend is "reference" (or a gradient is wanted that only the reference computes), '
+            "expected another one with vocab_parallel: the reference knows one process"
+        )
+    if call.probabilities and call.options.return_statistics:
+        raise NotImplementedError(
+            "return_statistics is True, expected False for class probabilities with "
+            "vocab_parallel: whether the most probable class is the target's is not known to a rank"
+        )
+    if call.options.logit_sum:
+        raise NotImplementedError(
+            "logit_sum is True, expected False with vocab_parallel: a rank does not know the "
+            "number of classes, by which mean_logit divides"
+        )
+    if call.linear_weight.dim() > 2:
+        raise NotImplementedError(
+            f"linear_weight has shape {tuple(call.linear_weight.shape)}, expected [V, D] with "
+            "vocab_parallel"
+        )
+
+
+@_sharing
 def loss_call(
     input: Tensor,
     linear_weight: Tensor,
@@ -123,7 +185,7 @@ def loss_call(
     check_accum_dtype(options.accum_dtype, input.dtype)
     if options.shift:
         _check_shift(options.shift, input)
-    if options.return_statistics:
+    if options.return_statistics and options.vocab_parallel is None:
         check_classes(linear_weight)
     only_reference = False
     if torch.is_grad_enabled():
@@ -163,6 +225,7 @@ def _needs_reference(
     return weight_grad or target.requires_grad
 
 
+@_sharing
 def statistics_call(
     input: Tensor,
     linear_weight: Tensor,
@@ -174,9 +237,12 @@ def statistics_call(
     input, linear_weight, linear_bias = check_head(input, linear_weight, linear_bias)
     if target is not None:
         check_statistics_target(input, target)
-    check_classes(linear_weight)
     options = parse_options(**given)
-    if options.top_k > linear_weight.shape[0]:
+    # Other ranks may have the classes; then the operator, which knows them, checks top_k.
+    sharded = options.vocab_parallel is not None
+    if not sharded:
+        check_classes(linear_weight)
+    if options.top_k > linear_weight.shape[0] and not sharded:
         raise ValueError(
             f"top_k is {options.top_k}, expected a number of classes in "
             f"[0, {linear_weight.shape[0]}]"

@@ -29,10 +29,11 @@ def check_tensor(name: str, value: object) -> None:
     if any(base.__name__ == "DTensor" for base in kind.__mro__):
         raise TypeError(
             f"{name} is a DTensor, expected a plain tensor with all of its rows. A vocabulary that "
-            "tensor parallelism distributes (Shard(0)) is not supported by this function: pass "
-            f"{name}.full_tensor(), through which gradients flow. A parameter that FSDP shards is "
-            "whole inside of its module's forward: call the function there, or use memeff.patch. "
-            "A rank's own shard alone gives a wrong loss"
+            "tensor parallelism distributes (a linear_weight that is Shard(0)) is taken by "
+            "linear_cross_entropy, linear_token_statistics, linear_logprobs and linear_loss only: "
+            f"pass {name}.full_tensor(), through which gradients flow. A parameter that FSDP "
+            "shards is whole inside of its module's forward: call the function there, or use "
+            "memeff.patch. A rank's own shard alone gives a wrong loss"
         )
 
     if value.layout is not torch.strided or value.is_nested:

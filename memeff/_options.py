@@ -17,6 +17,7 @@ import torch
 
 from memeff._backends import check_backend
 from memeff._checks import check_choice, check_flag, check_int, check_number
+from memeff.vocab_parallel import VocabParallel, parse_vocab_parallel
 
 if TYPE_CHECKING:
     # torch.nn.LinearCrossEntropyOptions, which torch has only from 2.13 on.
@@ -58,6 +59,7 @@ class LossOptions(TypedDict, total=False):
     chunk_size: int | None
     accum_dtype: torch.dtype | None
     skip_mass: float
+    vocab_parallel: VocabParallel | None
     backend: str
 
 
@@ -167,6 +169,7 @@ class Options(NamedTuple):
     chunk_size: Annotated[int, _parse_chunk_size] = 0  # tokens, 0: the planner's choice
     accum_dtype: Annotated[torch.dtype | None, _parse_accum_dtype] = None
     skip_mass: Annotated[float, _parse_probability] = 0.0
+    vocab_parallel: Annotated[VocabParallel | None, parse_vocab_parallel] = None
     backend: Annotated[str, _parse_backend] = "auto"
     # Of statistics.
     entropy: Annotated[bool, _parse_flag] = False
@@ -175,6 +178,21 @@ class Options(NamedTuple):
     log_sum_sq_probs: Annotated[bool, _parse_flag] = False
     top_k: Annotated[int, _parse_top_k] = 0
     skip_ignored: Annotated[bool, _parse_flag] = False
+
+    # What operators take of vocab_parallel.
+
+    @property
+    def vocab_group(self) -> str:
+        return "" if self.vocab_parallel is None else self.vocab_parallel.group_name
+
+    @property
+    def vocab_start(self) -> int:
+        shared = self.vocab_parallel
+        return -1 if shared is None or shared.start is None else shared.start
+
+    @property
+    def reduce_input_grad(self) -> bool:
+        return self.vocab_parallel is None or self.vocab_parallel.reduce_input_grad
 
 
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from memeff._options import LossOptions, TorchOptions
+    from memeff.vocab_parallel import VocabParallel
 
 __all__ = ["linear_cross_entropy"]
 
@@ -71,6 +72,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     accum_dtype: torch.dtype | None = None,
     skip_mass: float = 0.0,
+    vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """Cross entropy of ``input @ linear_weight.T + linear_bias`` without storing those logits.
@@ -122,6 +124,9 @@ def linear_cross_entropy(
             less than e per token in all, so that the error of a token's input gradient is less than
             e * max_v ||linear_weight[v]|| times its share of the loss. Saves time on GPUs where the
             kernels can skip (16-bit inputs, sm_80 and newer); elsewhere nothing is left out.
+        vocab_parallel: `memeff.VocabParallel` where the ranks of a process group share the
+            vocabulary: what has a row or an entry per class is then this rank's shard, and V the
+            classes of all ranks. On the CPU.
         backend: "cpu", "cuda", "reference" (plain PyTorch, stores the logits, any device), or
             "auto": the one that fits the tensors. Gradients for ``weight`` or for class
             probabilities exist only in the reference; "auto" takes it when those require grad.
@@ -157,6 +162,7 @@ def linear_cross_entropy(
         chunk_size=chunk_size,
         accum_dtype=accum_dtype,
         skip_mass=skip_mass,
+        vocab_parallel=vocab_parallel,
         backend=backend,
     )
     if call.needs_reference:

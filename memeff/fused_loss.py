@@ -34,6 +34,7 @@ from memeff._gradients import (
 from memeff._operands import check_per_token
 from memeff.statistics import LogitStatistics
 from memeff.token_statistics import compute_statistics
+from memeff.vocab_parallel import VocabParallel
 
 __all__ = ["linear_loss"]
 
@@ -54,6 +55,7 @@ def linear_loss(
     logit_sum: bool = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The loss ``fn(statistics, *chunks)`` of every token, reduced, without storing the logits.
@@ -75,7 +77,8 @@ def linear_loss(
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
-            logit_sum, memory_budget, chunk_size, backend: as in `linear_token_statistics`.
+            logit_sum, memory_budget, chunk_size, vocab_parallel, backend: as in
+            `linear_token_statistics`.
         fn: as above; it is called once per chunk of tokens.
         reduction: "mean": the sum divided by the number of tokens with a target other than
             ``ignore_index`` (by that of all tokens without targets), at least by 1; "sum"; or
@@ -102,6 +105,7 @@ def linear_loss(
         skip_ignored=target is not None,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        vocab_parallel=vocab_parallel,
         backend=backend,
     )
     named = {f"per_token_tensors[{i}]": tensor for i, tensor in enumerate(per_token_tensors)}
@@ -142,7 +146,8 @@ def _can_stop(call: Call) -> bool:
     """Whether gradients are wanted that the backend can compute while it has a chunk's scores."""
     if call.options.reduction == "none" or not any(call.keywords(()).values()):
         return False
-    if call.input.numel() == 0 or call.linear_weight.numel() == 0:
+    sharded = call.options.vocab_parallel is not None  # of several ranks, all or none can
+    if call.input.numel() == 0 or (call.linear_weight.numel() == 0 and not sharded):
         return False
     if call.input.dtype == torch.float16:
         return False  # gradients could underflow before a loss scale is applied

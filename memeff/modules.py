@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memeff._checks import check_tensor
+from memeff._dtensor import is_dtensor
 from memeff._linear_map import LinearMap, read
 from memeff._options import LossOptions, parse_options
 from memeff.functional import linear_cross_entropy
@@ -161,7 +162,8 @@ class LinearCrossEntropyLoss(nn.Module):
             for name, (tensor, dimensions) in tensors.items():
                 if tensor is None:
                     continue
-                check_tensor(name, tensor)
+                if not is_dtensor(tensor):  # a vocabulary that ranks share
+                    check_tensor(name, tensor)
                 if tensor.dim() != dimensions or len(tensor) != len(linear_weight):
                     raise RuntimeError(
                         f"{name} has shape {tuple(tensor.shape)}, expected linear_weight [V, D] "

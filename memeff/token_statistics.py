@@ -12,6 +12,7 @@ from memeff import _rows, reference, statistics_ops
 from memeff._call import Call, statistics_call
 from memeff._checks import check_number, check_tensor
 from memeff.statistics import LogitStatistics
+from memeff.vocab_parallel import VocabParallel
 
 __all__ = ["linear_logprobs", "linear_token_statistics"]
 
@@ -36,6 +37,7 @@ def linear_token_statistics(
     shift: bool | int = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
 ) -> LogitStatistics:
     """Statistics of every row of ``input @ linear_weight.T + linear_bias``, without those logits.
@@ -63,6 +65,7 @@ def linear_token_statistics(
             positions fewer.
         memory_budget: most bytes of workspace beyond results and gradients, as int or like "64MiB".
         chunk_size: tokens that pass through together, for those who want to fix it.
+        vocab_parallel: as in `linear_cross_entropy`; classes are numbered among all ranks'.
         backend: "cpu", "cuda", "reference" (plain PyTorch, stores the logits), or "auto".
 
     Returns:
@@ -90,6 +93,7 @@ def linear_token_statistics(
             shift=shift,
             memory_budget=memory_budget,
             chunk_size=chunk_size,
+            vocab_parallel=vocab_parallel,
             backend=backend,
         )
     )
@@ -108,6 +112,7 @@ def linear_logprobs(
     shift: bool | int = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
+    vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Differentiable log-probabilities of ``target``, without storing the logits.
@@ -138,6 +143,7 @@ def linear_logprobs(
         shift=shift,
         memory_budget=memory_budget,
         chunk_size=chunk_size,
+        vocab_parallel=vocab_parallel,
         backend=backend,
     )
     # (c / T) tanh((z / T) / (c / T)) = c tanh(z / c) / T

@@ -150,10 +150,18 @@ def test_settings_are_attributes() -> None:
     assert module(torch.randn(3, 6), torch.randint(13, (3,))).shape == (3,)
 
 
+def vocab_parallel() -> memeff.VocabParallel:
+    """As if there were a process group."""
+    shared = object.__new__(memeff.VocabParallel)
+    object.__setattr__(shared, "group_name", "ranks")
+    return shared
+
+
 SETTINGS: dict[str, Any] = {  # none of them the default
     "reduction": "sum", "ignore_index": 3, "label_smoothing": 0.2, "options": {}, "softcap": 3.0,
     "logit_scale": 0.7, "z_loss": 0.1, "shift": 1, "memory_budget": "1GiB", "chunk_size": 64,
     "accum_dtype": torch.float32, "skip_mass": 1e-4, "backend": "reference",
+    "vocab_parallel": vocab_parallel(),
 }  # fmt: skip
 
 

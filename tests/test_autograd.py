@@ -228,6 +228,7 @@ PLAIN: dict[str, Any] = {
     "reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0,
     "logit_scale": 1.0, "z_loss": 0.0, "memory_budget": -1, "chunk_size": 0, "accum_dtype": None,
     "skip_mass": 0.0,
+    "vocab_group": "", "vocab_start": -1, "reduce_input_grad": True,
 }  # fmt: skip
 
 

@@ -47,7 +47,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "z_loss": 0.01,
     },
 }  # fmt: skip
-PLANNING = {"memory_budget": -1, "chunk_size": 0, "accum_dtype": None, "skip_mass": 0.0}
+PLANNING = {
+    "memory_budget": -1, "chunk_size": 0, "accum_dtype": None, "skip_mass": 0.0,
+    "vocab_group": "", "vocab_start": -1, "reduce_input_grad": True,
+}  # fmt: skip
 
 
 def wanted(subset: tuple[bool, bool, bool]) -> dict[str, bool]:
@@ -97,7 +100,8 @@ def test_forward_shapes(shape: tuple[int, int, int], bias: bool) -> None:
         torch.ops.memeff.linear_cross_entropy_forward.default,
         (x, w, target, b if bias else None, *others),
         {"reduction": "mean", "return_statistics": True, "memory_budget": 2**26, "chunk_size": 4,
-         "accum_dtype": torch.float32, "skip_mass": 0.0}
+         "accum_dtype": torch.float32, "skip_mass": 0.0, "vocab_group": "", "vocab_start": -1,
+         "reduce_input_grad": True}
         | OPTIONS["plain"] | wanted((True, True, bias)),
     )  # fmt: skip
 

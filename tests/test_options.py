@@ -54,7 +54,8 @@ def test_defaults_agree() -> None:
 def test_operators_and_reference_take_what_a_call_has() -> None:
     library, statistics = ops.LIBRARIES["cpu"], statistics_ops.LIBRARIES["cpu"]
     for names in (library.loss_options, statistics.statistics_options, statistics.loss_options):
-        assert set(names) <= set(_options.Options._fields)
+        # Fields, and properties: an operator takes vocab_parallel in parts.
+        assert all(hasattr(_options.Options, name) for name in names)
     for function in (
         memeff.reference.linear_cross_entropy, memeff.reference.linear_token_statistics
     ):  # fmt: skip
@@ -69,11 +70,18 @@ def test_help_of_the_module_shows_the_options() -> None:
             assert shown[name] == parameter
 
 
+def vocab_parallel() -> memeff.VocabParallel:
+    """As if there were a process group."""
+    shared = object.__new__(memeff.VocabParallel)
+    object.__setattr__(shared, "group_name", "ranks")
+    return shared
+
+
 OTHERS: dict[str, Any] = {
     "reduction": "sum", "ignore_index": 3, "label_smoothing": 0.3, "softcap": 2.0,
     "logit_scale": 0.5, "z_loss": 0.2, "shift": 1, "memory_budget": "8MiB", "chunk_size": 16,
     "accum_dtype": torch.float32, "skip_mass": 0.1, "backend": "reference",
-    "options": object(),
+    "options": object(), "vocab_parallel": vocab_parallel(),
 }  # fmt: skip
 
 

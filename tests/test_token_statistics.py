@@ -480,6 +480,7 @@ def test_opcheck(subset: tuple[bool, ...], target: bool) -> None:
         "ignore_index": -100, "softcap": 2.0, "logit_scale": 0.7,
         "input_grad": subset[0], "weight_grad": subset[1], "bias_grad": subset[2],
         "memory_budget": -1, "chunk_size": 0,
+        "vocab_group": "", "vocab_start": -1, "reduce_input_grad": True,
     }  # fmt: skip
     torch.library.opcheck(
         torch.ops.memeff.linear_token_statistics_forward.default,

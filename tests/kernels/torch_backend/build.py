@@ -24,6 +24,7 @@ SOURCES = (
     "csrc/bindings/call.cpp",
     "csrc/bindings/ops.cpp",
     "csrc/bindings/statistics_call.cpp",
+    "csrc/bindings/vocab_parallel.cpp",
     "csrc/core/planning.cpp",
     "csrc/cuda/call_memory.cpp",
     "csrc/cuda/cuda_backend.cpp",

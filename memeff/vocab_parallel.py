@@ -1,0 +1,90 @@
+"""``VocabParallel``: a vocabulary that the ranks of a process group share."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import InitVar, dataclass, field
+from typing import Any
+
+import torch
+
+from memeff import _library
+from memeff._checks import check_flag, check_int
+
+__all__ = ["VocabParallel"]
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """The rows of the classifier are distributed: each rank of a group has some consecutive ones.
+
+    Every rank passes all tokens (the same ones) and its own rows of what has a row or an entry per
+    class: ``linear_weight``, ``linear_bias``, ``weight``, class probabilities. ``target`` holds
+    indices among all classes. Every rank gets the same loss and statistics, bit for bit, the
+    gradients of its own rows, and the gradient of ``input`` summed over the ranks.
+
+    Args:
+        group: a torch.distributed.ProcessGroup or a DeviceMesh with one dimension; None for all
+            ranks. Its backend must take tensors on the CPU, as gloo does.
+        start: this rank's first class. None: the shards follow one another in the order of the
+            ranks. Shards may have any sizes, also 0.
+        reduce_input_grad: False leaves out the sum over the ranks: the gradient of ``input`` is
+            then this rank's contribution, rounded to the dtype of ``input``, for those who sum it
+            later.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized.
+        TypeError, ValueError: a group that is none, or that this rank does not belong to.
+    """
+
+    group: InitVar[Any] = None
+    start: int | None = None
+    reduce_input_grad: bool = True
+    group_name: str = field(init=False)
+    """torch.distributed's name of the group, by which the operators find it."""
+
+    def __post_init__(self, group: Any) -> None:
+        object.__setattr__(self, "group_name", _name_of(group))
+        if self.start is not None:
+            check_int("start", self.start, "this rank's first class, >= 0, or None", least=0)
+        check_flag("reduce_input_grad", self.reduce_input_grad)
+
+    def report_failure(self, error: Exception) -> None:
+        """Lets the other ranks, which wait for this one, raise an error as well."""
+        if torch.compiler.is_compiling():
+            return
+        # If they do not wait, the error of this rank is still the one to see.
+        with contextlib.suppress(RuntimeError):
+            _library.load().report_failure(self.group_name, f"{type(error).__name__}: {error}")
+
+
+def parse_vocab_parallel(name: str, value: Any) -> VocabParallel | None:
+    if value is not None and not isinstance(value, VocabParallel):
+        raise TypeError(
+            f"{name} must be a memeff.VocabParallel or None, got {type(value).__name__}"
+            " (a process group goes into one: memeff.VocabParallel(group))"
+        )
+    return value
+
+
+def _name_of(group: Any) -> str:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise RuntimeError(
+            "VocabParallel needs torch.distributed, expected init_process_group to have been called"
+        )
+    if group is None:
+        group = distributed.group.WORLD
+    if hasattr(group, "get_group"):  # a DeviceMesh
+        if group.ndim != 1:
+            raise ValueError(
+                f"group is a DeviceMesh with {group.ndim} dimensions, expected one: "
+                "mesh['name of the dimension']"
+            )
+        group = group.get_group()
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"group is {group!r}, expected a torch.distributed.ProcessGroup that this rank belongs "
+            "to, a DeviceMesh with one dimension, or None"
+        )
+    return str(group.group_name)
