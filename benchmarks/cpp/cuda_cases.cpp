@@ -395,8 +395,9 @@ class Maker {
           });
     add("add_bias_gradient", "generic", "16 bits", 0, all_scores(2),
         [=, shape = block(), g = gradient_, stride = stride_, dtype = dtype_,
-         sums = place<float>(v_, "sums of the bias"),
-         stream = stream_] { return add_bias_gradient(shape, g, stride, dtype, sums, stream); });
+         sums = place<float>(v_, "sums of the bias"), stream = stream_] {
+          return add_bias_gradient(shape, g, stride, dtype, nullptr, sums, stream);
+        });
     add("copy_rows", "generic", "gradients out of grad_weight", 0, all_scores(4),
         [=, from = gradient_, to = scratch_, stride = stride_, dtype = dtype_, rows = v_,
          columns = n_, stream = stream_] {

@@ -47,6 +47,8 @@ void CallMemory::place_token_arrays() {
   take(&tokens_.shift), take(&tokens_.softmax), take(&tokens_.target_coefficient);
   take(&tokens_.target_rest), take(&tokens_.weighted, reaches_all_classes(problem_));
   take(&tokens_.target_gradient, !request_.statistics_known);
+  take(&tokens_.input_factor);
+  take(&tokens_.input_scale, problem_.dtype == DType::kFloat16);
   tokens_.weighted_apart = traits_.smoothing_apart;
 }
 

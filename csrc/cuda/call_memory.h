@@ -69,6 +69,12 @@ class CallMemory {
   Matrix input_rows(Range tokens) const {
     return rows(problem_.input, problem_.input_stride, tokens);
   }
+  /// Room for a copy of those, its rows padded as those of blocks are: the rows of that range.
+  Matrix input_copy(Range rows_of_copy) const {
+    return rows(place<char>(layout_.input_copy), round_up(problem_.features, kRowPadding),
+                rows_of_copy);
+  }
+  const float* input_factors(Range tokens) const { return tokens_.input_factor + tokens.begin; }
   Matrix weight_rows(Range classes) const {
     return rows(problem_.weight, problem_.weight_stride, classes);
   }
@@ -92,7 +98,12 @@ class CallMemory {
   /// [D] each, of label smoothing added to the products: sum_v w_v W[v], sum_n weighted_n x[n].
   float* weight_row_sum() const { return place<float>(layout_.row_sums); }
   float* input_row_sum() const { return place<float>(layout_.row_sums) + problem_.features; }
-  /// Factor of the sums of 16-bit gradients; null for others.
+  /// Factor of the rows of a 16-bit grad_input from a token on: one for all, or fp16, one each.
+  const float* input_scale(int64_t token) const {
+    return tokens_.input_scale == nullptr ? output_scale() : tokens_.input_scale + token;
+  }
+  bool scales_rows() const { return tokens_.input_scale != nullptr; }
+  /// Factor of the sums of other 16-bit gradients; null for those of full precision.
   const float* output_scale() const {
     return is_16_bit(problem_.dtype) ? &tokens_.scalars->output_scale_float : nullptr;
   }

@@ -1,5 +1,6 @@
 #include "cuda/cuda_backend.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <stdexcept>
 #include <string>
@@ -34,6 +35,8 @@ class CudaBackend : public Backend {
         fused_(traits_.kernels.stores_16_bits()),
         handwritten_(traits_.kernels.products.fused()),
         writes_gradients_(handwritten_ && !traits_.smoothing_apart),
+        masks_rows_(handwritten_ && request_.grad_weight && !traits_.copies_input &&
+                    problem_.probabilities == nullptr),
         scores_(kernels_of(traits_.kernels.scores)),
         products_(kernels_of(traits_.kernels.products)),
         sum_dtype_(accumulation_dtype(problem_.dtype)) {
@@ -81,6 +84,7 @@ class CudaBackend : public Backend {
     if (last_block_.tiles != nullptr)
       check(mark_tiles(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
                        marks_of(last_block_), stream_));
+    look_for_non_finite_rows(tokens);
   }
 
   void differentiate_statistics(Range tokens) override {
@@ -90,10 +94,12 @@ class CudaBackend : public Backend {
     // The caller works on the same stream: nothing waits.
     statistics->differentiate(statistics->context, tokens.begin, tokens.end);
     check(cuda::restore_statistics(problem_, tokens_, tokens.begin, tokens.end, stream_));
+    look_for_non_finite_rows(tokens);
   }
 
   void restore_statistics() override {
     check(cuda::restore_statistics(problem_, tokens_, 0, problem_.tokens, stream_));
+    look_for_non_finite_rows({0, problem_.tokens});
   }
 
   void write_loss() override {
@@ -118,7 +124,7 @@ class CudaBackend : public Backend {
       compute_scores(classes, tokens, block);
       scores_to_gradient(shape, tokens, block);
     }
-    if (add_bias) add_to_bias(shape, block);
+    if (add_bias) add_to_bias(shape, tokens, block);
   }
 
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
@@ -132,7 +138,7 @@ class CudaBackend : public Backend {
     } else {
       scores_to_gradient(shape, tokens, block);
     }
-    if (add_bias) add_to_bias(shape, block);
+    if (add_bias) add_to_bias(shape, tokens, block);
   }
 
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override {
@@ -171,7 +177,7 @@ class CudaBackend : public Backend {
     ProductTarget to;
     to.product = ProductOfGradient::kGradWeight;
     to.rows = classes, to.written = &classes_written_;
-    to.other = memory_.input_rows(tokens);
+    if (handwritten_) to.other = counted_input(tokens, first);  // else piece by piece
     to.sums = memory_.weight_sum();
     to.update = row_update(classes.size());
     to.update.sums = to.sums;
@@ -236,13 +242,31 @@ class CudaBackend : public Backend {
     if (handwritten_) {
       multiply_handwritten(to, classes, tokens, block);
     } else {
-      Matrix gradient{
-          block.data, problem_.dtype, classes.size(), tokens.size(), memory_.gradient_stride(block),
-          1};
-      if (to.product == ProductOfGradient::kGradInput) gradient = transposed(gradient);
-      gemm(gradient, to.other, to.accumulate, to.sums, problem_.features);
+      multiply_by_library(to, classes, tokens, block);
     }
     if (to.updates && !to.at_once) check(update_rows(to.update, stream_));
+  }
+
+  void multiply_by_library(const ProductTarget& to, Range classes, Range tokens,
+                           const ScoreBlock& block) {
+    const auto gradient_of = [&](Range part) {
+      const int64_t before = (part.begin - tokens.begin) * size_of(problem_.dtype);
+      return Matrix{static_cast<const char*>(block.data) + before,
+                    problem_.dtype,
+                    classes.size(),
+                    part.size(),
+                    memory_.gradient_stride(block),
+                    1};
+    };
+    if (to.product == ProductOfGradient::kGradInput)
+      return gemm(transposed(gradient_of(tokens)), to.other, to.accumulate, to.sums,
+                  problem_.features);
+    const int64_t size = traits_.copies_input ? plan_.copied_tokens : tokens.size();
+    for (int64_t begin = tokens.begin; begin < tokens.end; begin += size) {
+      const Range part{begin, std::min(begin + size, tokens.end)};
+      const bool first = !to.accumulate && begin == tokens.begin;
+      gemm(gradient_of(part), counted_input(part, first), !first, to.sums, problem_.features);
+    }
   }
 
   void multiply_handwritten(const ProductTarget& to, Range classes, Range tokens,
@@ -250,6 +274,8 @@ class CudaBackend : public Backend {
     const bool of_input = to.product == ProductOfGradient::kGradInput;
     GradientProduct call{shape_of(classes, tokens), memory_.gradient_operands(block, to.other), {}};
     list_work(to.product, call.block, block, &call.operands);
+    if (!of_input && masks_rows_)
+      call.operands.mask = {memory_.input_factors(tokens), &tokens_.scalars->non_finite};
     ProductOutput& output = call.output;
     if (to.at_once) {
       output.gradient = to.update.gradient;
@@ -257,6 +283,7 @@ class CudaBackend : public Backend {
       output.split = to.update.split;
       output.update = to.update.update;
       output.scale = static_cast<const float*>(to.update.scale);
+      output.scale_stride = to.update.scale_stride;
       if (!of_input && memory_.in_gradient(block))
         move_out_of_gradient(classes, tokens, &call.operands);
       output.overlaps_previous = overlaps_previous(to);
@@ -317,10 +344,44 @@ class CudaBackend : public Backend {
                          stream_));
   }
 
-  void add_to_bias(const Block& shape, const ScoreBlock& block) {
+  void add_to_bias(const Block& shape, Range tokens, const ScoreBlock& block) {
     if (problem_.grad_bias == nullptr) return;
     check(add_bias_gradient(shape, block.data, memory_.gradient_stride(block), problem_.dtype,
+                            memory_.scales_rows() ? memory_.input_factors(tokens) : nullptr,
                             memory_.bias_sum(), stream_));
+  }
+
+  /// Products that leave rows of hidden states out by themselves (RowMask) learn whether they have to:
+  /// whether those of a token without a gradient are not finite. Called once coefficients are known.
+  void look_for_non_finite_rows(Range tokens) {
+    if (!masks_rows_) return;
+    const Matrix input = memory_.input_rows(tokens);
+    check(find_non_finite_rows(
+        {input.data, input.row_stride, problem_.dtype, memory_.input_factors(tokens), tokens.size(),
+         problem_.features, &tokens_.scalars->non_finite},
+        stream_));
+  }
+
+  /// The hidden states as grad_weight's product wants them: 0 times what is not finite is not 0, so
+  /// products that cannot leave rows out get a copy with zeros for tokens without a gradient. It serves
+  /// all slices of classes if there is room for all their tokens. `first`: of those of a slice.
+  Matrix counted_input(Range tokens, bool first) {
+    const Matrix input = memory_.input_rows(tokens);
+    if (!traits_.copies_input) return input;
+    const bool copied = tokens.begin >= copied_.begin && tokens.end <= copied_.end;
+    if (!copied) {
+      const bool appends = !first && tokens.begin == copied_.end &&
+                           tokens.end - copied_.begin <= plan_.copied_tokens;
+      copied_ = {appends ? copied_.begin : tokens.begin, tokens.end};
+    }
+    const Matrix copy =
+        memory_.input_copy({tokens.begin - copied_.begin, tokens.end - copied_.begin});
+    if (!copied)
+      check(multiply_rows(
+          {input.data, input.row_stride, problem_.dtype, memory_.input_factors(tokens),
+           const_cast<void*>(copy.data), copy.row_stride, tokens.size(), problem_.features},
+          stream_));
+    return copy;
   }
 
   ScoreGradient score_gradient(Range tokens, const ScoreBlock& block) const {
@@ -355,6 +416,8 @@ class CudaBackend : public Backend {
     RowUpdate update = row_update(tokens.size());
     update.sums = memory_.input_sum(tokens);
     update.gradient = memory_.grad_input_row(tokens.begin);
+    update.scale = memory_.input_scale(tokens.begin);
+    update.scale_stride = memory_.scales_rows() ? 1 : 0;
     return update;
   }
 
@@ -404,6 +467,7 @@ class CudaBackend : public Backend {
   void* const stream_;
   const bool fused_, handwritten_;
   const bool writes_gradients_;  // products may: label smoothing is not added to their sums
+  const bool masks_rows_;        // grad_weight's product leaves out rows by itself
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
   LogitTerms terms_;
@@ -413,6 +477,7 @@ class CudaBackend : public Backend {
   bool follows_writing_product_ = false;
   int64_t tokens_written_ = 0, classes_written_ = 0;
   bool has_smoothing_row_ = false;
+  Range copied_{0, 0};  // tokens whose hidden states counted_input() has copied
   // What the last scores() computed:
   PartialStatistics last_partials_;
   int64_t last_range_ = 1;

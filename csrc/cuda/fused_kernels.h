@@ -50,6 +50,13 @@ struct LinearGradient {
 
 // ---- gradient products ----
 
+/// Rows of hidden states that a gradient product must not look at: those of tokens without a gradient,
+/// whose columns of G are zeros, where some of them are not finite, so that 0 times them is not 0.
+struct RowMask {
+  const float* factors = nullptr;   // [tokens]: 0 for such tokens; null: there are none
+  const int32_t* needed = nullptr;  // on the device: 0 where all rows are finite, as most often
+};
+
 /// A gradient with respect to u, times the other operand of the linear layer.
 struct GradientOperands {
   const void* gradient = nullptr;  // G [classes, tokens] of `dtype`
@@ -59,6 +66,7 @@ struct GradientOperands {
   int64_t features = 0;
   DType dtype = DType::kBFloat16;
   WorkList list = {};  // of this product; tiles of G that are not in it count as zero
+  RowMask mask = {};   // of x, for grad_weight
 };
 
 /// Where a product [rows, features] goes. With `sums` it is written there in fp32 (added with
@@ -72,6 +80,7 @@ struct ProductOutput {
   SplitSums split;
   WeightUpdate update = WeightUpdate::kWrite;
   const float* scale = nullptr;
+  int64_t scale_stride = 0;  // as in RowUpdate
   // The product may run at the same time as the one launched before it in the stream (and as those
   // that it overlaps): none writes what another reads or writes. A product whose last tiles keep few
   // multiprocessors busy then shares the others with this one. sm80 ignores it.

@@ -50,12 +50,13 @@ struct StoredGradient {
 };
 Status stored_gradient(const StoredGradient& call, void* stream);
 
-/// sums[v] += sum over tokens of gradient[v, token], sums [V] of A: the gradient of the bias.
+/// sums[v] += sum over tokens of factors[token] * gradient[v, token], sums [V] of A: the gradient of the
+/// bias; no factors: ones.
 Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
-                         void* sums, void* stream);
+                         const float* factors, void* sums, void* stream);
 
-/// Rows of sums [rows, columns] of A into a gradient of type `dtype`, scaled by *scale (A, on the
-/// device; null: 1).
+/// Rows of sums [rows, columns] of A into a gradient of type `dtype`, row i scaled by
+/// scale[i * scale_stride] (A, on the device; null: 1; a stride of 0: one scale for all).
 struct RowUpdate {
   const void* sums = nullptr;
   int64_t sums_stride = 0;
@@ -66,6 +67,7 @@ struct RowUpdate {
   int64_t rows = 0, columns = 0;
   WeightUpdate update = WeightUpdate::kWrite;
   const void* scale = nullptr;  // kSplitFirst and kSplitNext keep unscaled sums
+  int64_t scale_stride = 0;
 };
 Status update_rows(const RowUpdate& update, void* stream);
 
@@ -81,12 +83,36 @@ struct RowCopy {
 };
 Status copy_rows(const RowCopy& copy, void* stream);
 
+/// to[row] = factors[row] * from[row], computed in A; where the factor is 0 zeros, whatever lies there.
+struct RowProduct {
+  const void* from = nullptr;  // [rows, columns]
+  int64_t from_stride = 0;
+  DType dtype = DType::kFloat32;  // of both
+  const float* factors = nullptr;
+  void* to = nullptr;
+  int64_t to_stride = 0;
+  int64_t rows = 0, columns = 0;
+};
+Status multiply_rows(const RowProduct& call, void* stream);
+
+/// Sets *found to 1 if a row of the matrix whose factor is 0 holds a number that is not finite.
+struct NonFiniteRows {
+  const void* matrix = nullptr;  // [rows, columns]
+  int64_t stride = 0;
+  DType dtype = DType::kFloat32;
+  const float* factors = nullptr;
+  int64_t rows = 0, columns = 0;
+  int32_t* found = nullptr;
+};
+Status find_non_finite_rows(const NonFiniteRows& call, void* stream);
+
 /// gradient = from * *scale (fp64, on the device), n adjacent elements, computed in A. `from` may
 /// be `gradient`; then nothing is written where the scale is 1.
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,
                       void* stream);
 
-/// sums [columns] = sum over rows of factors[row] * matrix[row]; no factors: ones.
+/// sums [columns] = sum over rows of factors[row] * matrix[row], but of those whose factor is 0, whatever
+/// they hold; no factors: ones.
 struct WeightedRowSum {
   const void* matrix = nullptr;  // [rows, columns], of 16 bits
   int64_t stride = 0;

@@ -49,7 +49,7 @@ struct Block {
 
 /// Statistics of ranges of classes, [ranges, tokens] each, "stride" elements from range to range; to
 /// be merged by merge_statistics. Null members are not computed; max and sum always are. A range
-/// of -inf logits alone has max -inf and sum 0; a NaN logit makes the sum NaN.
+/// of -inf logits alone has max -inf and sum 0; a NaN logit makes max and sum NaN; +inf makes the sum NaN.
 struct PartialStatistics {
   void* max = nullptr;         // A: max_v z_v
   int64_t max_stride = 0;      // of max alone: it may be kept elsewhere, as stored scores do
@@ -75,7 +75,7 @@ struct PartialStatistics {
 /// Terms of the entropy cancel the expected logit, sum_v p_v z_v, which is thus what the centre is: with
 /// another one softmax would have to contain the difference, and errs by what fp32 loses of that.
 ///
-/// The gradient with respect to u is dz times dz/du, of which kernels apply 1 - (z / softcap)^2
+/// The gradient with respect to u is dz times dz/du, of which kernels apply the derivative of the cap
 /// alone. Factors that all scores share, logit_scale included, are the caller's: in the
 /// coefficients, or, for 16-bit gradients, in the scale of their fp32 sums (docs/design.md,
 /// "Numerics"). So kernels use logit_scale to find z, and not again.

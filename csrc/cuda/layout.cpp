@@ -190,6 +190,8 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (sums > 0) at.input_sum = cursor.take(sums * r.features * 4);
   const int64_t input_end = cursor.offset();
   if (plan.kind == PlanKind::kTokenChunks || plan.separate_sweeps) cursor.move_to(steps);
+  if (t.copies_input)
+    at.input_copy = cursor.take(plan.copied_tokens * round_up(r.features, kRow) * size_of(r.dtype));
   if (r.grad_weight) {
     if (!products_write_weight(r, t, plan)) {
       at.weight_sum = cursor.take(plan.slice_vocab * r.features * sum_bytes);

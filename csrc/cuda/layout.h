@@ -28,11 +28,12 @@ struct Layout {
   int64_t partials = 0;         // partial statistics of a token block, one array after another
   int64_t row_sums = 0;         // smoothing apart: sum_v w_v W[v], sum_n weighted_n x[n], [2, D]
   int64_t input_sum = 0;        // fp32 sums of grad_input
+  int64_t input_copy = 0;       // copies_input: hidden states of a product's tokens [tokens, D]
   int64_t weight_copy = 0;      // gradients moved out of grad_weight [slice_vocab, weight_block]
   int64_t weight_sum = 0;       // sums of a slice of grad_weight [slice_vocab, D] of A
   int64_t total = 0;
 };
-constexpr int kTokenArrays = 18;
+constexpr int kTokenArrays = 20;
 
 Layout layout(const GpuPlanRequest& request, const PlanTraits& traits, const Plan& plan);
 

@@ -39,6 +39,8 @@ constexpr double kMultiplyAddsPerByte = 80;
 constexpr double kMultiplyAddsPerLaunch = 1.4e9;
 // While the last blocks of products that overlap end: half of their 75 us.
 constexpr double kMultiplyAddsPerLastBlocks = 1.3e10;
+// The fewest tokens whose hidden states are copied at a time.
+constexpr int64_t kCopiedTokens = 512;
 // Sums that are added to again and again stay in the L2 cache up to about this size.
 constexpr int64_t kCachedBytes = 24 * kMiB;
 
@@ -82,10 +84,19 @@ Plan blocks(const GpuPlanRequest& r, const PlanTraits& t, PlanKind kind, int sca
 
 /// Completes a plan whose stored tokens are known.
 void finish(const GpuPlanRequest& r, const PlanTraits& t, Plan* plan) {
-  if (!t.kernels.stores_16_bits()) return;
-  const int64_t kept = round_up(std::max<int64_t>(1, kept_tokens(r, *plan)), kTokenTile);
-  if (plan->kind == PlanKind::kTokenChunks) plan->weight_block = kept;
-  if (writes_gradients(t)) plan->input_block = kept;
+  const bool chunks = plan->kind == PlanKind::kTokenChunks;
+  const int64_t kept = kept_tokens(r, *plan);
+  if (t.kernels.stores_16_bits()) {
+    const int64_t padded = round_up(std::max<int64_t>(1, kept), kTokenTile);
+    if (chunks) plan->weight_block = padded;
+    if (writes_gradients(t)) plan->input_block = padded;
+  }
+  if (!t.copies_input) return;
+  // Those of a chunk if several slices of classes need them, else of one product.
+  const bool all_kept = chunks && plan->slice_vocab < r.vocab;
+  plan->copied_tokens = all_kept ? kept
+                        : chunks ? std::min(plan->weight_block, kept)
+                                 : std::min(plan->token_block, r.tokens);
 }
 
 /// The plan with a sweep of its own for grad_input: its blocks are those of the other sweep with
@@ -234,6 +245,19 @@ class Candidates {
     if (plan.chunk_tokens > 0) consider(plan);
   }
 
+  /// The same with copies of the hidden states of more tokens, or of fewer than take part in a product of
+  /// cuBLAS, which then becomes several.
+  void copy_otherwise(Plan plan) const {
+    const int64_t usual = plan.copied_tokens;
+    if (plan.kind == PlanKind::kVocabSlices && usual < r_.tokens) {
+      plan.copied_tokens = r_.tokens;
+      visit_(plan);
+    }
+    if (t_.kernels.products.fused() || usual <= kCopiedTokens) return;
+    plan.copied_tokens = kCopiedTokens;
+    visit_(plan);
+  }
+
   int64_t largest_chunk_of(const Plan& plan) const {
     return std::max(least_, largest_chunk(r_, t_, budget_, least_, most_, plan));
   }
@@ -241,6 +265,7 @@ class Candidates {
   void consider(Plan plan) const {
     finish(r_, t_, &plan);
     visit_(plan);
+    if (t_.copies_input) copy_otherwise(plan);
     if (!t_.kernels.stores_16_bits() || summed_while_kept(r_, t_, plan) == 0) return;
     plan.input_block = round_up(plan.input_block / 2, kTokenTile);
     visit_(plan);
@@ -274,11 +299,16 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
   const int64_t stored = plan.stored_in_gradient, rest = n - stored;
   const bool direct = products_write_weight(r, t, plan);
+  // Tokens of one product, of those that pass together.
+  const bool in_pieces = t.copies_input && !t.kernels.products.fused();
+  const auto at_once = [&](int64_t block) {
+    return in_pieces ? std::min(block, plan.copied_tokens) : block;
+  };
   double cost;
   int64_t passes = 1,
           products;  // passes: terms that are added in the gradient or in sums of their own
   if (plan.kind == PlanKind::kTokenChunks) {
-    const int64_t blocks = parts_of(kept_tokens(r, plan), plan.weight_block);
+    const int64_t blocks = parts_of(kept_tokens(r, plan), at_once(plan.weight_block));
     const int64_t others = rest > 0 ? parts_of(rest, plan.chunk_tokens) : 0;
     passes = std::max<int64_t>(1, (stored > 0 ? 1 : 0) + others);
     products = passes * blocks;
@@ -287,7 +317,8 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
            product_cost(r, v, slice, d, d, rest, others * blocks, rounds);
     if (rounds == Rounds::kShared) cost += static_cast<double>(others) * kMultiplyAddsPerLastBlocks;
   } else {
-    products = parts_of(kept, plan.token_block) + parts_of(fresh, plan.token_block);
+    const int64_t block = at_once(plan.token_block);
+    products = parts_of(kept, block) + parts_of(fresh, block);
     cost = product_cost(r, v, slice, d, d, n, products);
     if (direct) passes = std::max<int64_t>(1, products);
   }
@@ -302,6 +333,11 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   if (!direct) *bytes += v * d * 8 * passes;
   if (!direct && slice * d * 4 > kCachedBytes) *bytes += v * d * 8 * (products - passes);
   if (direct) *bytes += stored * v * 4;  // moved out of the gradient
+  if (t.copies_input) {
+    // Once, or where blocks of tokens take turns in the copy, for each slice of classes.
+    const int64_t turns = plan.kind == PlanKind::kTokenChunks ? kept_tokens(r, plan) : n;
+    *bytes += n * d * 2 * size_of(r.dtype) * (turns > plan.copied_tokens ? parts_of(v, slice) : 1);
+  }
   return cost;
 }
 
@@ -372,6 +408,10 @@ PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selec
   traits.smoothing_apart = traits.skips && p.label_smoothing > 0;
   // The gradient of the bias is summed from those of the logits, with all their parts.
   if (traits.smoothing_apart && request.grad_bias) traits.skips = traits.smoothing_apart = false;
+  // With class probabilities no token is left out. cuBLAS takes a matrix as it is; fp16 rows are scaled.
+  const bool own = kernels.products.fused();
+  traits.copies_input =
+      request.grad_weight && (p.dtype == DType::kFloat16 || (p.probabilities == nullptr && !own));
   return traits;
 }
 

@@ -30,6 +30,9 @@ struct PlanTraits {
   // Label smoothing is left out of the gradients of the logits and added to their products, so that
   // tiles can be skipped.
   bool smoothing_apart = false;
+  // grad_weight's product reads a copy of hidden states without those of tokens that have no gradient:
+  // where it cannot leave these out by itself.
+  bool copies_input = false;
 };
 PlanTraits plan_traits(const Problem& problem, const PlanRequest& request,
                        const Selection& kernels);

@@ -19,7 +19,12 @@ struct CallScalars {
   // Factor of all gradients of 16-bit inputs, applied to their fp32 sums: logit_scale / denominator
   // times a scalar upstream gradient. 1 for fp32 and fp64, whose coefficients contain it.
   double output_scale;
-  float output_scale_float;
+  // fp16 gradients of logits: those of token n are stored 2^-e_n times, with 0 <= e_n so large that no
+  // coefficient overflows; the sums over tokens that make grad_weight and grad_bias 2^-exponent times.
+  // 0 for the other types, and for fp16 unless coefficients may be beyond 4096.
+  int exponent;
+  float output_scale_float;  // output_scale 2^exponent
+  int32_t non_finite;        // 1: hidden states of a token without a gradient are known to be that
 };
 
 /// All that is kept of N tokens: device arrays [N], fp64 unless said otherwise.
@@ -49,8 +54,12 @@ struct TokenArrays {
   TokenStatistics wanted;
   // Whether the gradients of the logits leave `weighted` out: it is then added to their products.
   bool weighted_apart = false;
-  // The entry of the target, for stored scores: dz_y times dz/du (without logit_scale for 16-bit inputs, whose output_scale has
-  // it); null: no scores are stored.
+  // What grad_weight's product makes of row n of the hidden states, float: 0 for a token without a
+  // gradient, whose row is not looked at, else 2^(e_n - exponent). Null: not requested.
+  float* input_factor = nullptr;
+  float* input_scale = nullptr;  // of fp16: output_scale 2^e_n, the factor of row n of grad_input
+  // The entry of the target, for stored scores: dz_y times dz/du (without logit_scale for 16-bit
+  // inputs, whose output_scale has it); null: no scores are stored.
   float* target_gradient = nullptr;
 };
 constexpr int64_t kNoTarget = -1;

@@ -36,6 +36,13 @@ __global__ void minima(const uint32_t* in, uint32_t* out) {
   out[threadIdx.x] = ptx::min_of_halves(in[threadIdx.x], 0x3c00bc00u);  // random bits: also NaN
 }
 
+__global__ void maxima(const uint32_t* in, uint32_t* out) {
+  const uint32_t nan = threadIdx.x % 4 == 0 ? 0x7fc00000u : 0;
+  const float x = __uint_as_float(in[threadIdx.x]);
+  out[threadIdx.x] =
+      __float_as_uint(ptx::max_or_nan(x, __uint_as_float(in[threadIdx.x ^ 1] | nan)));
+}
+
 // Two warps in every combination of arriving and waiting.
 __global__ void named_barriers(const uint32_t* in, uint32_t* out) {
   MEMEFF_SHARED_ARRAY(uint32_t, message, 64);
@@ -140,6 +147,7 @@ std::vector<Case> MEMEFF_CASES(sm80)() {
       {"shuffles", words, bits, 32, 0, shuffles, nullptr, run_case},
       {"votes", words, bits, 32, 0, votes, nullptr, run_case},
       {"ex2.approx", words, floats, 256, 0, exponentials, nullptr, run_case},
+      {"max.NaN.f32", words, bits, 256, 0, maxima, nullptr, run_case},
       {"min.f16x2", words, bits, 256, 0, minima, nullptr, run_case},
       {"bar.sync, bar.arrive", words, bits, 64, 0, named_barriers, nullptr, run_case},
       {"cp.async 16", words, bits, 64, 2048, copies_of_16, nullptr, run_case},

@@ -162,7 +162,8 @@ void test_gradients() {
 
   Array sums(DType::kFloat32, kRows, "sums");
   for (int64_t v = 0; v < kRows; ++v) sums.set(v, 0.0);
-  CHECK(add_bias_gradient(kBlock, far.data(), kFarStride, DType::kBFloat16, sums.data(), nullptr)
+  CHECK(add_bias_gradient(kBlock, far.data(), kFarStride, DType::kBFloat16, nullptr, sums.data(),
+                          nullptr)
             .ok());
   for (int64_t v = 0; v < kRows; ++v) {
     double expected = 0;

@@ -182,24 +182,28 @@ void test_stored_special_values() {
 // ---- sums over tokens ----
 
 void test_bias_gradient(int64_t classes, int64_t tokens, int64_t padding, int64_t offset,
-                        DType dtype) {
+                        DType dtype, bool with_factors) {
   std::mt19937 random{7};
   std::normal_distribution<double> normal;
   const int64_t stride = tokens + padding, first_class = 3;
   const DType a = accumulation_dtype(dtype);
   Array gradient(dtype, classes * stride, "gradient", BufferAccess::kReadOnly, offset);
   Array sums(a, first_class + classes + 1, "sums");
+  Array factors(DType::kFloat32, tokens, "factors", BufferAccess::kReadOnly, offset);
+  for (int64_t n = 0; n < tokens; ++n) factors.set(n, with_factors ? normal(random) : 1.0);
   std::vector<double> expected(classes), magnitude(classes);
   for (int64_t v = 0; v < classes; ++v) {
     sums.set(first_class + v, normal(random));
     expected[v] = sums.at(first_class + v), magnitude[v] = std::abs(expected[v]);
     for (int64_t n = 0; n < tokens; ++n) {
       gradient.set(v * stride + n, normal(random));
-      expected[v] += gradient.at(v * stride + n);
-      magnitude[v] += std::abs(gradient.at(v * stride + n));
+      const double term = factors.at(n) * gradient.at(v * stride + n);
+      expected[v] += term;
+      magnitude[v] += std::abs(term);
     }
   }
   CHECK(add_bias_gradient({first_class, classes, tokens}, gradient.data(), stride, dtype,
+                          with_factors ? static_cast<const float*>(factors.data()) : nullptr,
                           sums.data(), nullptr)
             .ok());
   for (int64_t v = 0; v < classes; ++v)
@@ -219,12 +223,12 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
   const int64_t sums_stride = columns + 5, gradient_stride = columns + 3;
   const int64_t remainder_stride = columns + 1;
   Array gradient(dtype, rows * gradient_stride, "gradient", BufferAccess::kReadWrite, offset);
-  Array scale(a, 1, "scale", BufferAccess::kReadOnly);
-  scale.set(0, 0.3);
+  // Every other row has one of the two scales, or all have the first one.
+  Array scale(a, rows, "scale", BufferAccess::kReadOnly);
+  for (int64_t r = 0; r < rows; ++r) scale.set(r, r % 2 == 0 ? 0.3 : 1.7);
   std::vector<uint16_t> remainder(rows * remainder_stride, 0x1234);
   const GlobalBuffer guard(remainder.data(), remainder.size() * 2, "remainder");
-  const double factor = scaled ? scale.at(0) : 1.0;
-
+  const int64_t scale_stride = rows % 3 == 0 ? 0 : 1;
   std::vector<double> expected(rows * columns), tolerance(rows * columns);
   for (const WeightUpdate update : updates) {
     Array sums(a, rows * sums_stride, "sums", BufferAccess::kReadOnly, offset);
@@ -234,6 +238,7 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
     const bool starts = update == WeightUpdate::kWrite || update == WeightUpdate::kSplitFirst;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < columns; ++d) {
+        const double factor = scaled ? scale.at(r * scale_stride) : 1.0;
         sums.set(r * sums_stride + d, normal(random));
         double& value = expected[r * columns + d];
         double& error = tolerance[r * columns + d];
@@ -252,6 +257,7 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
       rows_of.split.remainder = remainder.data(), rows_of.split.remainder_stride = remainder_stride;
     rows_of.dtype = dtype, rows_of.rows = rows, rows_of.columns = columns;
     rows_of.update = update, rows_of.scale = scaled ? scale.data() : nullptr;
+    rows_of.scale_stride = scale_stride;
     CHECK(update_rows(rows_of, nullptr).ok());
 
     const bool halves = split && !last;
@@ -328,6 +334,56 @@ void test_copy(DType from_dtype, DType to_dtype, int64_t rows, int64_t columns, 
   }
 }
 
+// A row whose factor is 0 gets zeros, though it holds nothing but NaN.
+void test_multiply_rows(DType dtype, int64_t rows, int64_t columns, int64_t offset) {
+  std::mt19937 random{9};
+  std::normal_distribution<double> normal;
+  const int64_t from_stride = columns + 2, to_stride = columns + 7;
+  Array from(dtype, rows * from_stride, "from", BufferAccess::kReadOnly, offset);
+  Array to(dtype, rows * to_stride, "to", BufferAccess::kReadWrite, offset);
+  Array factors(DType::kFloat32, rows, "factors", BufferAccess::kReadOnly);
+  for (int64_t r = 0; r < rows; ++r) {
+    factors.set(r, r % 3 == 0 ? 0.0 : r % 3 == 1 ? 1.0 : 0.25);
+    for (int64_t d = 0; d < columns && r % 3 != 0; ++d)
+      from.set(r * from_stride + d, normal(random));
+  }
+  CHECK(multiply_rows({from.data(), from_stride, dtype, static_cast<const float*>(factors.data()),
+                       to.data(), to_stride, rows, columns},
+                      nullptr)
+            .ok());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t d = 0; d < columns; ++d)
+      compare(to.at(r * to_stride + d),
+              r % 3 == 0 ? 0.0 : factors.at(r) * from.at(r * from_stride + d), 1e-7,
+              "multiplied row", dtype);
+    for (int64_t d = columns; d < to_stride; ++d) CHECK(to.untouched(r * to_stride + d));
+  }
+}
+
+// What a row holds whose factor is not 0 does not matter.
+void test_non_finite_rows(DType dtype, int64_t rows, int64_t columns, int64_t offset) {
+  const int64_t stride = columns + 2;
+  Array factors(DType::kFloat32, rows, "factors", BufferAccess::kReadOnly);
+  for (int64_t r = 0; r < rows; ++r) factors.set(r, r % 2 == 0 ? 0.0 : 1.0);
+  const double values[] = {1.0, NAN, INFINITY, -INFINITY};
+  for (const double value : values)
+    for (const int64_t row : {int64_t{0}, rows / 2, rows - 1})
+      for (const int64_t column : {int64_t{0}, columns - 1}) {
+        Array matrix(dtype, rows * stride, "matrix", BufferAccess::kReadOnly, offset);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t d = 0; d < columns && r % 2 == 0; ++d) matrix.set(r * stride + d, 1.0);
+        matrix.set(row * stride + column, value);
+        int32_t found = 0;
+        const GlobalBuffer guard(&found, 4, "found", BufferAccess::kReadWrite, 4);
+        CHECK(
+            find_non_finite_rows({matrix.data(), stride, dtype,
+                                  static_cast<const float*>(factors.data()), rows, columns, &found},
+                                 nullptr)
+                .ok());
+        CHECK(found == (row % 2 == 0 && !std::isfinite(value) ? 1 : 0));
+      }
+}
+
 void test_scale(DType dtype, int64_t n, double factor, bool in_place, int64_t offset) {
   std::mt19937 random{2};
   std::normal_distribution<double> normal;
@@ -356,8 +412,11 @@ void test_rows() {
   emulator::expect_clean("rows", [&] {
     for (const auto& [rows, columns, offset] : shapes) {
       for (const DType dtype : kTypes) {
-        test_bias_gradient(rows, columns, 3, offset, dtype);
+        for (const bool with_factors : {false, true})
+          test_bias_gradient(rows, columns, 3, offset, dtype, with_factors);
         test_copy(dtype, dtype, rows, columns, offset);
+        test_multiply_rows(dtype, rows, columns, offset);
+        test_non_finite_rows(dtype, rows, columns, offset);
         for (const bool scaled : {false, true}) {
           if (is_16_bit(dtype))
             test_update({WeightUpdate::kWrite}, dtype, scaled, rows, columns, offset);
@@ -407,7 +466,8 @@ void test_statuses() {
   copy.rows = 1, copy.to_dtype = DType::kBFloat16;
   CHECK(!copy_rows(copy, nullptr).ok());
   CHECK(scale_gradient(nullptr, nullptr, DType::kFloat32, 0, nullptr, nullptr).ok());
-  CHECK(add_bias_gradient({}, nullptr, 0, DType::kFloat32, nullptr, nullptr).ok());
+  CHECK(add_bias_gradient({}, nullptr, 0, DType::kFloat32, nullptr, nullptr, nullptr).ok());
+  CHECK(multiply_rows(RowProduct{}, nullptr).ok());
 }
 
 }  // namespace

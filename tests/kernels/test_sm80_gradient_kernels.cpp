@@ -272,6 +272,8 @@ struct ProductCase {
         gradient("G", classes, tokens, padding, offset, BufferAccess::kReadOnly),
         other("other", depth, features, padding, offset, BufferAccess::kReadOnly),
         tiles("tiles", tile_count(classes) * (tile_count(tokens) + 1)),
+        factors("factors", depth),
+        mask_needed("whether rows are masked", 1),
         random(seed) {
     std::normal_distribution<float> normal;
     for (int64_t v = 0; v < classes; ++v)
@@ -279,6 +281,7 @@ struct ProductCase {
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t d = 0; d < features; ++d) other.at(k, d) = T(normal(random));
     std::fill(tiles.begin(), tiles.end(), 1);
+    std::fill(factors.begin(), factors.end(), 0.f);  // of no effect: the mask is not needed
   }
   static int64_t tile_count(int64_t size) { return (size + 127) / 128; }
 
@@ -290,6 +293,17 @@ struct ProductCase {
         gradient.at(v, n) = T(NAN);
   }
 
+  // Some tokens have no gradient and, for their hidden states, nothing but NaN.
+  void mask_rows() {
+    mask_needed[0] = 1;
+    for (int64_t k = 0; k < depth; ++k) {
+      factors[k] = k % 5 == 1 || k + 1 == depth ? 0.f : 1.f;
+      if (factors[k] != 0) continue;
+      for (int64_t v = 0; v < classes; ++v) gradient.at(v, k) = T(0.f);
+      for (int64_t d = 0; d < features; ++d) other.at(k, d) = T(NAN);
+    }
+  }
+
   Status run(const ProductOutput& output, bool use_tiles) {
     GradientOperands operands;
     operands.gradient = gradient.data();
@@ -298,6 +312,7 @@ struct ProductCase {
     operands.other_stride = other.stride;
     operands.features = features;
     operands.dtype = dtype_of<T>();
+    if (product == Product::kGradWeight) operands.mask = {factors.data(), mask_needed.data()};
     std::unique_ptr<ListedWork> work;
     if (use_tiles) {
       work.reset(new ListedWork(product == Product::kGradInput ? ProductOfGradient::kGradInput
@@ -320,6 +335,7 @@ struct ProductCase {
         const int64_t token_of = product == Product::kGradInput ? i : k;
         if (tiles[class_of / 128 * (tile_count(tokens) + 1) + token_of / 128] == 0) continue;
         const double g = to_double(gradient.at(class_of, token_of));
+        if (mask_needed[0] != 0 && factors[k] == 0) continue;
         for (int64_t d = 0; d < features; ++d) {
           const double term = g * to_double(other.at(k, d));
           sum[static_cast<std::size_t>(i * features + d)] += term;
@@ -338,6 +354,8 @@ struct ProductCase {
   int64_t classes, tokens, features, rows, depth;
   GuardedMatrix<T> gradient, other;
   GuardedArray<uint8_t> tiles;
+  GuardedArray<float> factors;
+  GuardedArray<int32_t> mask_needed;
   std::mt19937 random;
   std::vector<double> sum, size;
 };
@@ -362,8 +380,11 @@ template <class T>
 void check_rounded(ProductCase<T>& c, int64_t padding, int64_t offset, bool use_tiles = false) {
   GuardedMatrix<T> gradient("result", c.rows, c.features, padding, offset,
                             BufferAccess::kReadWrite);
-  GuardedArray<float> scale("scale", 1);
-  scale[0] = 0.37f;
+  // One scale for all rows, or each its own, as grad_input of fp16 has.
+  const int64_t scale_stride = c.product == Product::kGradInput ? 1 : 0;
+  GuardedArray<float> scale("scale", scale_stride == 0 ? 1 : c.rows);
+  for (int64_t i = 0; i < (scale_stride == 0 ? 1 : c.rows); ++i)
+    scale[i] = i % 3 == 0 ? 0.37f : 0.21f;
   ProductOutput output;
   output.gradient = gradient.data();
   output.gradient_stride = gradient.stride;
@@ -375,10 +396,11 @@ void check_rounded(ProductCase<T>& c, int64_t padding, int64_t offset, bool use_
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t d = 0; d < c.features; ++d) check(i, d, c.wanted(i, d), c.error(i, d));
   output.scale = scale.data();
+  output.scale_stride = scale_stride;
   CHECK(c.run(output, use_tiles).ok());
   for (int64_t i = 0; i < c.rows; ++i)
     for (int64_t d = 0; d < c.features; ++d)
-      check(i, d, static_cast<double>(scale[0]) * c.wanted(i, d), c.error(i, d));
+      check(i, d, static_cast<double>(scale[i * scale_stride]) * c.wanted(i, d), c.error(i, d));
   CHECK(gradient.padding_is_untouched());
 }
 
@@ -445,6 +467,18 @@ void test_products(unsigned seed) {
     }
 }
 
+// Also where rows are not aligned, and with tiles that are left out.
+template <class T>
+void test_masked_rows(unsigned seed) {
+  for (const int64_t offset : {0, 1}) {
+    ProductCase<T> c(Product::kGradWeight, 140, 264, 24, 0, offset, seed++);
+    c.mask_rows();
+    c.skip_tile(1, 1);
+    c.compute();
+    check_sums(c, 0, 0, true);
+  }
+}
+
 template <class T>
 void test_skipped_tiles(unsigned seed) {
   for (const Product product : {Product::kGradInput, Product::kGradWeight}) {
@@ -509,7 +543,9 @@ int main() {
   });
   for_clean_schedules("skipped tiles", [] {
     test_skipped_tiles<__nv_bfloat16>(91);
+    test_masked_rows<__nv_bfloat16>(91);
     if (thorough()) test_skipped_tiles<__half>(111);
+    test_masked_rows<__half>(111);
   });
   test_gradient_targets<__nv_bfloat16>();
   test_gradient_targets<__half>();

@@ -120,6 +120,7 @@ struct ProductCase {
   int64_t classes, tokens, features;
   int64_t padding = 0;  // between rows of everything
   bool marks = false;
+  bool masks = false;  // rows of hidden states that must not be looked at
 };
 
 struct Product {
@@ -147,6 +148,17 @@ void test_product(const ProductCase& c, bool of_weight) {
     for (int64_t n = 0; n < c.tokens; ++n) g.at(v, n) = T(normal(random));
   for (int64_t i = 0; i < k; ++i)
     for (int64_t d = 0; d < c.features; ++d) other.at(i, d) = T(normal(random));
+  // Of some tokens G is zero, and what they have for hidden states NaN.
+  Matrix<float> factors(1, k, 0, kInput);
+  Matrix<int32_t> mask_needed(1, 1, 0, kInput);
+  mask_needed.at(0, 0) = c.masks ? 1 : 0;
+  const auto masked = [&](int64_t i) { return c.masks && of_weight && (i % 5 == 1 || i + 1 == k); };
+  for (int64_t i = 0; i < k; ++i) {
+    factors.at(0, i) = masked(i) || !c.masks ? 0.f : 1.f;
+    if (!masked(i)) continue;
+    for (int64_t v = 0; v < c.classes; ++v) g.at(v, i) = T(0.f);
+    for (int64_t d = 0; d < c.features; ++d) other.at(i, d) = T(NAN);
+  }
   for (int64_t i = 0; i < tiles.rows; ++i)
     for (int64_t j = 0; j < token_tiles; ++j)
       // Also rows and columns of tiles none of which counts.
@@ -155,7 +167,7 @@ void test_product(const ProductCase& c, bool of_weight) {
   std::vector<double> wanted(rows * c.features), magnitude(rows * c.features);
   for (int64_t v = 0; v < c.classes; ++v)
     for (int64_t n = 0; n < c.tokens; ++n) {
-      if (c.marks && tiles.at(v / 128, n / 128) == 0) continue;
+      if ((c.marks && tiles.at(v / 128, n / 128) == 0) || masked(n)) continue;
       const int64_t row = of_weight ? v : n, i = of_weight ? n : v;
       for (int64_t d = 0; d < c.features; ++d) {
         const double term = to_double(g.at(v, n)) * to_double(other.at(i, d));
@@ -168,14 +180,19 @@ void test_product(const ProductCase& c, bool of_weight) {
   const ListedWork work(product.kind(), c.classes, c.tokens, tiles.data, tiles.stride);
   GradientOperands operands{g.data, g.stride, other.data, other.stride, c.features, dtype_of<T>()};
   if (c.marks) operands.list = work.list;
-  const auto expect = [&](auto&& value, double factor, double rounding) {
+  if (of_weight) operands.mask = {factors.data, mask_needed.data};
+  const auto expect_rows = [&](auto&& value, const auto& factor_of_row, double rounding) {
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t d = 0; d < c.features; ++d) {
+        const double factor = factor_of_row(row);
         const double w = wanted[row * c.features + d] * factor;
         const double tolerance =
             std::abs(w) * rounding + magnitude[row * c.features + d] * factor * 1e-6;
         CHECK(std::abs(value(row, d) - w) <= tolerance);
       }
+  };
+  const auto expect = [&](auto&& value, double factor, double rounding) {
+    expect_rows(value, [&](int64_t) { return factor; }, rounding);
   };
 
   Matrix<float> sums(rows, c.features, c.padding);
@@ -190,18 +207,22 @@ void test_product(const ProductCase& c, bool of_weight) {
   expect(sum, 2, 0);
   CHECK(sums.padding_is_intact());
 
-  Matrix<float> scale(1, 1, 0, kInput);
-  scale.at(0, 0) = 0.37f;
+  // One scale for all rows, or each its own, as grad_input of fp16 has.
+  const int64_t scale_stride = of_weight ? 0 : 1;
+  Matrix<float> scale(1, of_weight ? 1 : rows, 0, kInput);
+  for (int64_t row = 0; row < scale.columns; ++row) scale.at(0, row) = row % 3 == 0 ? 0.37f : 0.21f;
+  const auto factor_of = [&](int64_t row) { return scale.at(0, row * scale_stride); };
   Matrix<T> gradient(rows, c.features, c.padding);
   output = {};
   output.gradient = gradient.data;
   output.gradient_stride = gradient.stride;
   output.scale = scale.data;
+  output.scale_stride = scale_stride;
   output.overlaps_previous = true;  // of the one that adds to the sums: other memory, more blocks
   CHECK(product(c.classes, c.tokens, operands, output).ok());
   output.overlaps_previous = false;
   const auto value = [&](int64_t row, int64_t d) { return to_double(gradient.at(row, d)); };
-  expect(value, 0.37f, rounding<T>());
+  expect_rows(value, factor_of, rounding<T>());
 
   Matrix<uint16_t> remainder(rows, c.features, c.padding);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -222,7 +243,7 @@ void test_product(const ProductCase& c, bool of_weight) {
       };
       expect(joined, 2, 0);
     }
-    expect(value, 3 * 0.37f, rounding<T>());
+    expect_rows(value, [&](int64_t row) { return 3 * factor_of(row); }, rounding<T>());
   } else {
     output.update = WeightUpdate::kSplitFirst;
     CHECK(!product(c.classes, c.tokens, operands, output).ok());
@@ -234,11 +255,13 @@ void test_products(bool thorough) {
   for (const bool of_weight : {false, true}) {
     test_product<__nv_bfloat16>({300, 264, 72, 8, true}, of_weight);
     test_product<__nv_bfloat16>({300, 290, 72, 8}, of_weight);
+    if (of_weight) test_product<__nv_bfloat16>({300, 290, 328, 8, false, true}, of_weight);
     if (!thorough) continue;
     test_product<__half>({300, 290, 264}, of_weight);
     test_product<__half>({200, 77, 328}, of_weight);
     test_product<__nv_bfloat16>({5, 1, 8}, of_weight);
     test_product<__half>({520, 136, 264, 8, true}, of_weight);
+    if (of_weight) test_product<__half>({300, 264, 72, 0, true, true}, of_weight);
   }
 }
 

@@ -39,6 +39,8 @@ struct Scores {
         coefficient("target coefficient", c.tokens),
         entry("target_gradient", c.tokens),
         target("target", c.tokens),
+        factors("factors", c.tokens),
+        mask_needed("whether rows are masked", 1),
         tiles("tiles", ceil_128(c.classes) * tiles_stride()),
         product(of_weight ? ProductOfGradient::kGradWeight : ProductOfGradient::kGradInput) {
     for (int64_t v = 0; v < c.classes; ++v)
@@ -68,6 +70,12 @@ struct Scores {
         shift[n] = NAN;
         maxima.at(0, n) = NAN;
         for (int64_t v = 0; v < c.classes; v += 3) e.at(v, n) = __half(NAN);
+      }
+      if (of_weight) {  // and their hidden states, too
+        mask_needed[0] = 1;
+        for (int64_t n = 0; n < c.tokens; ++n) factors[n] = n == 8 || n == 9 ? 0.f : 1.f;
+        for (const int64_t n : {8, 9})
+          for (int64_t d = 0; d < c.features; ++d) other.at(n, d) = T(NAN);
       }
       for (int64_t v = 0; v < std::min<int64_t>(128, c.classes); ++v) e.at(v, 1) = __half(0.f);
       maxima.at(0, 1) = -INFINITY;
@@ -104,6 +112,8 @@ struct Scores {
     GradientOperands operands{e.data(),     e.stride,   other.data(),
                               other.stride, c.features, dtype_of<T>()};
     if (work != nullptr) operands.list = work->list;
+    if (product == ProductOfGradient::kGradWeight)
+      operands.mask = {factors.data(), mask_needed.data()};
     return operands;
   }
   // The same, of the gradient that stored_gradient makes.
@@ -139,6 +149,8 @@ struct Scores {
   GuardedMatrix<T> other;
   GuardedArray<float> shift, softmax, coefficient, entry;
   GuardedArray<int64_t> target;
+  GuardedArray<float> factors;
+  GuardedArray<int32_t> mask_needed;
   GuardedArray<uint8_t> tiles;
   const ProductOfGradient product;
   std::unique_ptr<ListedWork> work;
@@ -180,6 +192,7 @@ void test_product(const ScoreCase& c, bool of_weight) {
       for (int64_t d = 0; d < c.features; ++d) {
         double sum = 0, tolerance = 0;
         for (int64_t k = 0; k < scores.other.rows; ++k) {
+          if (of_weight && scores.mask_needed[0] != 0 && scores.factors[k] == 0) continue;
           const double g = of_weight ? scores.exact(row, k) : scores.exact(k, row);
           const double factor = to_double(scores.other.at(k, d));
           sum += g * factor;

@@ -398,7 +398,7 @@ struct Experiment {
       shift[n] = softmax[n] = coefficient[n] = rest[n] = weighted[n] = static_cast<A>(kNaN);
       lse[n] = expected(n).lse;
     }
-    scalars[0] = CallScalars{kNaN, kNaN, kNaN, kNaN, 0};
+    scalars[0] = CallScalars{kNaN, kNaN, kNaN, kNaN, 0, 0, 0};
     CHECK(prepare_tokens(problem, tokens, nullptr).ok());
     tokens.target_gradient = nullptr;  // no scores are stored
     CHECK(restore_statistics(problem, tokens, 0, c.tokens, nullptr).ok());

@@ -1,4 +1,4 @@
-// The sum of one number per thread over a thread block.
+// The sum, or the maximum, of one number per thread over a thread block.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -7,18 +7,30 @@ namespace memeff::cuda {
 
 constexpr int kMaxWarpsPerBlock = 32;
 
-// For one-dimensional blocks of whole warps. All threads call it and get the same sum, added up in
+// For one-dimensional blocks of whole warps. All threads call it and get the same result, combined in
 // an order that depends on blockDim alone. `scratch` is shared memory, one element per warp.
-MEMEFF_DEVICE double block_sum(double value, double* scratch) {
+template <class Combine>
+MEMEFF_DEVICE double combine_over_block(double value, double* scratch, const Combine& combine) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warps = blockDim.x / 32;
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
-  __syncthreads();  // an earlier sum may still be read
+  for (int mask = 16; mask > 0; mask /= 2)
+    value = combine(value, __shfl_xor_sync(~0u, value, mask));
+  __syncthreads();  // an earlier result may still be read
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
   value = lane < warps ? scratch[lane] : 0.0;
-  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
+  for (int mask = 16; mask > 0; mask /= 2)
+    value = combine(value, __shfl_xor_sync(~0u, value, mask));
   return value;
+}
+
+MEMEFF_DEVICE double block_sum(double value, double* scratch) {
+  return combine_over_block(value, scratch, [](double a, double b) { return a + b; });
+}
+
+// Of numbers that are not negative; those that are not numbers do not count.
+MEMEFF_DEVICE double block_max(double value, double* scratch) {
+  return combine_over_block(value, scratch, [](double a, double b) { return fmax(a, b); });
 }
 
 }  // namespace memeff::cuda

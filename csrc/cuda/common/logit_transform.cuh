@@ -12,8 +12,15 @@ MEMEFF_DEVICE float exponential_minus_1(float x) { return expm1f(x); }
 MEMEFF_DEVICE double exponential_minus_1(double x) { return expm1(x); }
 MEMEFF_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 MEMEFF_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
-MEMEFF_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-MEMEFF_DEVICE double larger(double a, double b) { return fmax(a, b); }
+// Of numbers from 1 to 2; in fp32 with an error of 2^-23, in one instruction.
+MEMEFF_DEVICE float reciprocal(float x) { return __fdividef(1.f, x); }
+MEMEFF_DEVICE double reciprocal(double x) { return 1.0 / x; }
+// Of a number and a NaN the NaN, as torch's max: the maximum of a row with a NaN is NaN, which tells it
+// from a row whose maximum is +inf.
+template <class A>
+MEMEFF_DEVICE A larger(A a, A b) {
+  return a > b || a != a ? a : b;
+}
 
 // Classes are counted from the first of the block.
 template <class A>
@@ -26,14 +33,24 @@ struct LogitTransform {
   MEMEFF_DEVICE A weight_of(int64_t v) const {
     return class_weight == nullptr ? A(1) : class_weight[v];
   }
-  // z of a class whose bias is b
-  MEMEFF_DEVICE A logit(A u, A b) const {
-    const A scaled = (u + b) * scale;
+  // What the soft cap is applied to, of a class whose bias is b.
+  MEMEFF_DEVICE A scaled(A u, A b) const { return (u + b) * scale; }
+  MEMEFF_DEVICE A capped(A scaled) const {
     return softcap == A(0) ? scaled : softcap * hyperbolic_tangent(scaled * inverse_softcap);
   }
-  // dz / du without its factor logit_scale, from z: the derivative of tanh is 1 - tanh^2
-  MEMEFF_DEVICE A slope(A z) const {
-    const A t = z * inverse_softcap;  // 0 without a soft cap, unless z is infinite
+  // z of a class whose bias is b
+  MEMEFF_DEVICE A logit(A u, A b) const { return capped(scaled(u, b)); }
+  // dz / du without its factor logit_scale: the derivative of tanh, 1 - tanh^2 = 4 e / (1 + e)^2 with
+  // e = exp(-2 |x|), which keeps its digits where tanh is close to 1.
+  MEMEFF_DEVICE A slope(A scaled) const {
+    if (softcap == A(0)) return A(1);
+    const A x = scaled * inverse_softcap;
+    const A e = exponential(A(-2) * (x < A(0) ? -x : x)), r = reciprocal(A(1) + e);
+    return A(4) * e * r * r;
+  }
+  // The same from z, where nothing else is known.
+  MEMEFF_DEVICE A slope_of_logit(A z) const {
+    const A t = z * inverse_softcap;
     return softcap == A(0) ? A(1) : A(1) - t * t;
   }
 };

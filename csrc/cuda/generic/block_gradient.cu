@@ -86,10 +86,11 @@ MEMEFF_DEVICE void convert_batch(int64_t v, const Tokens<T, kTokens>& tokens,
       add_probabilities(from_target, v + r, weight, tokens, arguments);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const T z = transform.logit(u[r][i], bias);
+      const T scaled = transform.scaled(u[r][i], bias), z = transform.capped(scaled);
       const T dz = tokens.coefficients[i].gradient(z, weight) + from_target[i];
       // A token that is left out may have NaN logits, its gradient is zero.
-      gradient[r][i] = narrow<G>((tokens.left_out >> i & 1) != 0 ? T(0) : dz * transform.slope(z));
+      gradient[r][i] =
+          narrow<G>((tokens.left_out >> i & 1) != 0 ? T(0) : dz * transform.slope(scaled));
     }
   }
   if (sizeof(G) < sizeof(T)) __syncthreads();
@@ -130,9 +131,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       if (target[i] < begin || target[i] >= end) target[i] = -1;  // not in my rows
       if (target[i] < 0) continue;
       const T u = arguments.products[target[i] * arguments.stride + tokens.first + i];
-      const T z = transform.logit(u, transform.bias_of(target[i]));
+      const T scaled = transform.scaled(u, transform.bias_of(target[i]));
+      const T z = transform.capped(scaled);
       const T dz = tokens.coefficients[i].target_gradient(z, transform.weight_of(target[i]));
-      target_gradient[i] = tokens.coefficients[i].all_zero() ? T(0) : dz * transform.slope(z);
+      target_gradient[i] = tokens.coefficients[i].all_zero() ? T(0) : dz * transform.slope(scaled);
     }
     for (int64_t v = begin; v < end; v += kBatch) convert_batch<G>(v, tokens, arguments);
 #pragma unroll

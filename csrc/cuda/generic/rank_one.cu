@@ -33,9 +33,10 @@ __global__ void __launch_bounds__(kLanes* kRows) weighted_row_sum_kernel(Weighte
   float sum[kPerThread] = {};
   if (count > 0) {
     for (int64_t row = threadIdx.y; row < call.rows; row += kRows) {
+      const float factor = call.factors == nullptr ? 1.f : call.factors[row];
+      if (factor == 0.f) continue;  // 0 times what is not finite is not 0
       T values[kPerThread];
       load(values, matrix + row * call.stride + column, count);
-      const float factor = call.factors == nullptr ? 1.f : call.factors[row];
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) sum[i] += factor * widen(values[i]);
     }

@@ -2,6 +2,8 @@
 //
 //   update_rows     gradient <- scale * sums, or another update of core/weight_update.h
 //   copy_rows       to <- from, of the same type or to fp32                        [rows, columns]
+//   multiply_rows   to[row] <- factors[row] * from[row]                            [rows, columns]
+//   find_non_finite_rows   found <- 1 if a row whose factor is 0 is not finite     [rows, columns]
 //   scale_gradient  gradient <- scale * from                                       [n]
 //
 // Each thread handles kColumns adjacent elements of a row; a thread block of 256 threads is `lanes`
@@ -54,7 +56,9 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulation<G>;
   // Threads that have no columns stay for the others' shuffles.
   const RowPosition at = row_position(blocks_per_row, update.rows, update.columns);
-  const A scale = update.scale == nullptr ? A(1) : *static_cast<const A*>(update.scale);
+  const auto* scales = static_cast<const A*>(update.scale);
+  const bool scaled = scales != nullptr && at.count > 0;
+  const A scale = scaled ? scales[at.row * update.scale_stride] : A(1);
   A sums[kColumns];
   load(sums, static_cast<const A*>(update.sums) + at.row * update.sums_stride + at.column,
        at.count);
@@ -88,6 +92,35 @@ Status launch_copy(const RowCopy& copy, void* stream) {
   const auto kernel = copy_rows_kernel<From, To>;
   MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, copy, blocks_per_row);
   return launch_status();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    multiply_rows_kernel(RowProduct call, int64_t blocks_per_row) {
+  const RowPosition at = row_position(blocks_per_row, call.rows, call.columns);
+  if (at.count == 0) return;
+  const auto factor = static_cast<Accumulation<T>>(call.factors[at.row]);
+  T values[kColumns] = {};
+  if (factor != 0) {
+    load(values, static_cast<const T*>(call.from) + at.row * call.from_stride + at.column,
+         at.count);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) values[i] = narrow<T>(widen(values[i]) * factor);
+  }
+  store(static_cast<T*>(call.to) + at.row * call.to_stride + at.column, values, at.count);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    find_non_finite_rows_kernel(NonFiniteRows call, int64_t blocks_per_row) {
+  const RowPosition at = row_position(blocks_per_row, call.rows, call.columns);
+  if (at.count == 0 || call.factors[at.row] != 0.f) return;
+  T values[kColumns];
+  load(values, static_cast<const T*>(call.matrix) + at.row * call.stride + at.column, at.count);
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) finite &= isfinite(widen(values[i])) != 0;
+  if (!finite) atomicMax(call.found, 1);
 }
 
 // As many thread blocks as a large GPU holds at a time; each walks over the array in steps of all.
@@ -148,6 +181,28 @@ Status copy_rows(const RowCopy& copy, void* stream) {
     if (from == DType::kFloat64) return launch_copy<double, float>(copy, stream);
   }
   return {"copy_rows: to the same type, or from 16 or 64 bits to float32"};
+}
+
+Status multiply_rows(const RowProduct& call, void* stream) {
+  if (call.rows == 0 || call.columns == 0) return {};
+  return dispatch(call.dtype, [&](auto* type) {
+    const RowGrid grid(call.rows, call.columns);
+    const int64_t blocks_per_row = grid.blocks_per_row;
+    const auto kernel = multiply_rows_kernel<std::remove_pointer_t<decltype(type)>>;
+    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, call, blocks_per_row);
+    return launch_status();
+  });
+}
+
+Status find_non_finite_rows(const NonFiniteRows& call, void* stream) {
+  if (call.rows == 0 || call.columns == 0) return {};
+  return dispatch(call.dtype, [&](auto* type) {
+    const RowGrid grid(call.rows, call.columns);
+    const int64_t blocks_per_row = grid.blocks_per_row;
+    const auto kernel = find_non_finite_rows_kernel<std::remove_pointer_t<decltype(type)>>;
+    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, call, blocks_per_row);
+    return launch_status();
+  });
 }
 
 Status scale_gradient(const void* from, void* gradient, DType dtype, int64_t n, const double* scale,

@@ -45,7 +45,7 @@ MEMEFF_DEVICE float gradient_of(float e, float weight, const StoredFactors& f,
   if (e == 0.f) return gradient + f.weighted * weight;  // NaN where lse is
   const float log_e = logf(e);
   if (f.entropy != 0.f) gradient += e * f.entropy * (f.above_centre + log_e);
-  return (gradient + f.weighted * weight) * transform.slope(f.max + log_e);
+  return (gradient + f.weighted * weight) * transform.slope_of_logit(f.max + log_e);
 }
 
 // kFull: with soft cap, entropy, weighted.

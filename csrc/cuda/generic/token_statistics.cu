@@ -17,6 +17,13 @@
 // upstream gradient times logit_scale / D. For 16-bit inputs the factors that all tokens share are
 // left to output_scale: rounded into every gradient they would err the same way each time.
 //
+// fp16 gradients hold no number beyond 65504, but their products may still be finite: token weights,
+// upstream gradients times a loss scale, z_loss with a large lse. So the coefficients of a token are
+// stored 2^-e_n times where they exceed 4096. grad_input takes that back row by row (input_scale); in
+// grad_weight, a sum over tokens, the hidden states of token n count 2^(e_n - E) times, with one
+// exponent E for the call, which output_scale takes back. Powers of two: nothing is rounded, unless
+// hidden states that count little become smaller than fp16 has digits for.
+//
 // All of this is small next to one block of scores; arithmetic is in fp64 and in a fixed order.
 #include <cmath>
 
@@ -42,6 +49,16 @@ bool in_double(const Problem& problem) {
 // device code; core/dtype.h has no device functions.
 MEMEFF_DEVICE bool scales_sums(const Problem& problem) {
   return problem.dtype == DType::kBFloat16 || problem.dtype == DType::kFloat16;
+}
+
+// Binary digits of coefficients that fp16 gradients bear: 2^12, so that sums of their terms, and the
+// distance of a logit from the expected one, leave them below 65504.
+constexpr int kLargestDigits = 12;
+
+// The digits of a positive number before its point, less those that may stay.
+MEMEFF_DEVICE int digits_too_many(double magnitude) {
+  if (!(magnitude > 0.0) || !isfinite(magnitude)) return -kLargestDigits;
+  return ilogb(magnitude) + 1 - kLargestDigits;
 }
 
 // ---- targets ----
@@ -70,6 +87,33 @@ __global__ void __launch_bounds__(kThreads)
   if (tokens.target_logit != nullptr) static_cast<A*>(tokens.target_logit)[token] = logit;
 }
 
+// An upper bound of what `magnitude` (Factors) of a token may be, before its lse is known. Logits that
+// torch computes in fp16 are below 2^16. Of statistics that are differentiated in the forward pass
+// nothing is known yet: then coefficients up to 2^12 and, times hidden states, up to 2^28 fit.
+MEMEFF_DEVICE double bound_of(const Problem& problem, const TokenArrays& tokens, int64_t token,
+                              double largest_weight, double total_weight, double z_share) {
+  if (tokens.for_statistics) {
+    const TokenStatistics& wanted = tokens.wanted;
+    double bound = 0.0;
+    if (wanted.differentiate != nullptr) return bound;
+    if (wanted.grad_logprob != nullptr) bound += fabs(wanted.grad_logprob[token]);
+    if (wanted.grad_lse != nullptr) bound += fabs(wanted.grad_lse[token]);
+    if (wanted.grad_logit_sum != nullptr) bound = fmax(bound, fabs(wanted.grad_logit_sum[token]));
+    if (wanted.grad_entropy != nullptr)
+      bound = fmax(bound, 16.0 * fabs(wanted.grad_entropy[token]));
+    return bound;
+  }
+  double g = problem.token_weight == nullptr ? 1.0 : fabs(problem.token_weight[token]);
+  if (problem.grad_loss != nullptr && problem.reduction == Reduction::kNone)
+    g *= fabs(problem.grad_loss[token]);
+  const double eps = problem.label_smoothing;
+  const double mass = problem.probabilities != nullptr ? largest_weight : tokens.target_mass[token];
+  const double largest_lse =
+      problem.softcap > 0.0 ? problem.softcap + log(static_cast<double>(problem.vocab)) : 65536.0;
+  return g * ((1.0 - eps) * mass + eps / static_cast<double>(problem.vocab) * total_weight +
+              2.0 * fabs(problem.z_loss) * largest_lse * z_share);
+}
+
 constexpr int kScalarThreads = 1024;
 
 // One block for the whole call: at most 16 bytes per token and 8 per class, read once.
@@ -90,27 +134,39 @@ __global__ void __launch_bounds__(kScalarThreads)
     counted = block_sum(counted, scratch);
     weight = block_sum(weight, scratch);
   }
-  double total = static_cast<double>(problem.vocab);
+  double total = static_cast<double>(problem.vocab), largest = 1.0;
   if (problem.class_weight != nullptr) {
-    total = 0.0;
-    for (int64_t v = threadIdx.x; v < problem.vocab; v += kScalarThreads)
+    total = largest = 0.0;
+    for (int64_t v = threadIdx.x; v < problem.vocab; v += kScalarThreads) {
       total += problem.class_weight[v];
+      largest = fmax(largest, problem.class_weight[v]);
+    }
     total = block_sum(total, scratch);
+    largest = block_max(largest, scratch);
   }
-  if (threadIdx.x != 0) return;
-
-  CallScalars scalars{1.0, 1.0, total, 1.0, 1.0f};
+  CallScalars scalars{1.0, 1.0, total, 1.0, 0, 1.0f, 0};
   if (problem.reduction == Reduction::kMean) {
     scalars.denominator = problem.num_items != nullptr ? *problem.num_items : weight;
     scalars.z_denominator = problem.num_items != nullptr ? *problem.num_items : counted;
   }
+  if (problem.dtype == DType::kFloat16) {
+    double bound = 0.0;
+    for (int64_t token = threadIdx.x; token < problem.tokens; token += kScalarThreads)
+      if (problem.target == nullptr || tokens.target[token] >= 0)
+        bound = fmax(bound, bound_of(problem, tokens, token, largest, total,
+                                     scalars.denominator / scalars.z_denominator));
+    const int digits = digits_too_many(block_max(bound, scratch));
+    scalars.exponent = digits > 0 ? digits : 0;
+  }
+  if (threadIdx.x != 0) return;
+
   if (scales_sums(problem)) {
     // With every token left out gradients are 0, not 0/0, as in torch.
     scalars.output_scale =
         counted > 0.0 || tokens.for_statistics ? problem.logit_scale / scalars.denominator : 0.0;
     if (problem.grad_loss != nullptr && problem.reduction != Reduction::kNone)
       scalars.output_scale *= problem.grad_loss[0];
-    scalars.output_scale_float = static_cast<float>(scalars.output_scale);
+    scalars.output_scale_float = static_cast<float>(ldexp(scalars.output_scale, scalars.exponent));
   }
   *tokens.scalars = scalars;
 }
@@ -118,9 +174,14 @@ __global__ void __launch_bounds__(kScalarThreads)
 // ---- coefficients ----
 
 // Factors of p_v, of the target and of w_v in the gradient, the latter two to be subtracted; and of
-// p_v (z_v - expected_logit), with sum_v p_v z_v.
+// p_v (z_v - expected_logit), with sum_v p_v z_v. No term of a gradient is larger than `magnitude`.
 struct Factors {
   double softmax = 0.0, target = 0.0, weighted = 0.0, entropy = 0.0, expected_logit = 0.0;
+  double magnitude = 0.0;
+
+  MEMEFF_DEVICE void multiply(double factor) {
+    softmax *= factor, target *= factor, weighted *= factor, entropy *= factor;
+  }
 };
 
 // Coefficients of token statistics, from the caller's upstream gradients (core/problem.h).
@@ -141,6 +202,9 @@ MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenA
   }
   factors.target = -logprob;
   if (wanted.grad_logit_sum != nullptr) factors.weighted = -g * wanted.grad_logit_sum[token];
+  // p_v (z_v - expected_logit) is at most log V, the largest entropy.
+  factors.magnitude = fmax(fmax(fabs(factors.softmax), fabs(logprob)),
+                           fmax(fabs(factors.weighted), 16.0 * fabs(factors.entropy)));
   if (target == kBadTarget) factors.softmax = factors.target = NAN;
   return factors;
 }
@@ -164,13 +228,30 @@ MEMEFF_DEVICE Factors factors_of(const Problem& problem, const TokenArrays& toke
   factors.softmax = g * (cross_entropy + 2.0 * problem.z_loss * lse * z_share);
   factors.target = g * (1.0 - eps);
   factors.weighted = g * per_class;
+  factors.magnitude =
+      fmax(fabs(factors.softmax), fmax(fabs(factors.target * target_mass),
+                                       fabs(factors.weighted * scalars->class_weight_total)));
   return factors;
+}
+
+// e_n (CallScalars): no more than needed, unless the call's exponent wants hidden states to count less.
+MEMEFF_DEVICE int exponent_of(double magnitude, int exponent_of_call) {
+  const int least = digits_too_many(magnitude), most = least + kLargestDigits - 1;
+  const int wanted = exponent_of_call < most ? exponent_of_call : most;
+  return wanted > least ? (wanted > 0 ? wanted : 0) : (least > 0 ? least : 0);
 }
 
 template <class A>
 MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays& tokens,
                                       int64_t token, double lse, double target_mass,
-                                      const Factors& factors) {
+                                      Factors factors) {
+  int exponent = 0;
+  if (problem.dtype == DType::kFloat16) {
+    exponent = exponent_of(factors.magnitude, tokens.scalars->exponent);
+    factors.multiply(ldexp(1.0, -exponent));
+    if (tokens.input_scale != nullptr)
+      tokens.input_scale[token] = static_cast<float>(ldexp(tokens.scalars->output_scale, exponent));
+  }
   const A shift = static_cast<A>(lse);
   // Kernels compute exp(z - shift). What rounding lse changes in it is undone here.
   const double undone = isfinite(lse) ? exp(static_cast<double>(shift) - lse) : 1.0;
@@ -193,6 +274,13 @@ MEMEFF_DEVICE void store_coefficients(const Problem& problem, const TokenArrays&
   if (!soft) static_cast<A*>(tokens.target_rest)[token] = static_cast<A>(softmax + target);
   if (tokens.weighted != nullptr)
     static_cast<A*>(tokens.weighted)[token] = static_cast<A>(-factors.weighted);
+  if (tokens.input_factor != nullptr) {
+    // Not "== 0": a factor that is NaN is one.
+    const bool counts = static_cast<A>(softmax) != A(0) || static_cast<A>(target) != A(0) ||
+                        factors.weighted != 0.0 || factors.entropy != 0.0;
+    const auto factor = static_cast<float>(ldexp(1.0, exponent - tokens.scalars->exponent));
+    tokens.input_factor[token] = counts ? factor : 0.f;
+  }
   if (tokens.target_gradient == nullptr || tokens.target_logit == nullptr) return;
 
   // The whole entry of the target's class: 1 - p keeps its digits only up here, in fp64.
@@ -258,7 +346,7 @@ MEMEFF_DEVICE Maximum<A> maximum_over_ranges(const PartialStatistics& partials, 
   Maximum<A> best{A(-INFINITY), 0};
   for (int64_t r = warp; r < ranges; r += kMergingWarps) {
     const A value = static_cast<const A*>(partials.max)[r * partials.max_stride + column];
-    if (value > best.value) best = {value, r};
+    if (value > best.value || value != value) best = {value, r};
   }
   values[warp * kMergedTokens + lane] = best.value;
   places[warp * kMergedTokens + lane] = best.range;
@@ -266,7 +354,8 @@ MEMEFF_DEVICE Maximum<A> maximum_over_ranges(const PartialStatistics& partials, 
   for (int other = 0; other < kMergingWarps; ++other) {
     const Maximum<A> theirs{values[other * kMergedTokens + lane],
                             places[other * kMergedTokens + lane]};
-    if (theirs.value > best.value || (theirs.value == best.value && theirs.range < best.range))
+    if (theirs.value > best.value || theirs.value != theirs.value ||
+        (theirs.value == best.value && theirs.range < best.range))
       best = theirs;
   }
   return best;
@@ -299,7 +388,9 @@ __global__ void __launch_bounds__(kMergedTokens* kMergingWarps)
   }
   sum = sum_over_warps(sum, scratch);
   const double log_sum = log(sum);
-  const double lse = static_cast<double>(maximum.value) + log_sum;
+  // exp(inf - inf) is NaN, but its logarithm is known. With a NaN among the logits that is the maximum.
+  const auto top = static_cast<double>(maximum.value);
+  const double lse = top == INFINITY ? top : top + log_sum;
   const bool writes = threadIdx.y == 0 && own_column < end - begin;
 
   if (tokens.entropy != nullptr) {

@@ -37,6 +37,18 @@ MEMEFF_DEVICE float exp2_approximate(float x) {
 #endif
 }
 
+// The larger of two numbers; of a number and a NaN a NaN. sm_80.
+MEMEFF_DEVICE float max_or_nan(float a, float b) {
+#if defined(__CUDACC__)
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  if (a != a || b != b) return __uint_as_float(0x7fffffff);
+  return a > b ? a : b;
+#endif
+}
+
 // The smaller of two fp16 numbers, twice; of a NaN and a number the number. sm_80.
 MEMEFF_DEVICE uint32_t min_of_halves(uint32_t a, uint32_t b) {
 #if defined(__CUDACC__)

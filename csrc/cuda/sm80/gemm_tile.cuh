@@ -88,8 +88,9 @@ class SliceSource {
     }
   }
 
-  // Starts to copy the slice that begins at k.
-  MEMEFF_DEVICE void load(unsigned char* to, int64_t k) const {
+  // Starts to copy the slice that begins at k. Rows of k whose factor is 0 count as zeros; no factors:
+  // all rows count.
+  MEMEFF_DEVICE void load(unsigned char* to, int64_t k, const float* factors = nullptr) const {
     constexpr bool kDepthAdjacent = kContiguous == Contiguous::kDepth;
     const T* source = origin_ + (kDepthAdjacent ? k : k * stride_);
     const int columns = kDepthAdjacent ? count_left<kChunk>(k, depth_) : tile_left_;
@@ -97,7 +98,11 @@ class SliceSource {
     // One chunk at a time through registers: the accumulators leave room for no more.
 #pragma unroll(kAligned ? kBoxRows / kRowsAtOnce : 1)
     for (int row = 0; row < kBoxRows; row += kRowsAtOnce) {
-      const int present = row < rows ? columns : 0;
+      int present = row < rows ? columns : 0;
+      if constexpr (!kDepthAdjacent)
+        if (factors != nullptr && present > 0 &&
+            factors[k + row + static_cast<int>(threadIdx.x) / kChunksPerRow] == 0.f)
+          present = 0;
       unsigned char* target = to + offset_ + row * kBoxColumns * 2;
       if constexpr (kAligned) {
         ptx::cp_async_16(ptx::shared_address(target), source,

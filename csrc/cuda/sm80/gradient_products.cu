@@ -42,6 +42,11 @@ static_assert(kDepthTile == kStoredTile && kDepthTile == kTokenTile && kRows == 
 struct Work {
   WorkList list;
   bool only_adds;
+  RowMask mask;
+
+  MEMEFF_DEVICE const float* row_factors() const {
+    return mask.factors != nullptr && *mask.needed != 0 ? mask.factors : nullptr;
+  }
 };
 
 // A block's tile of C, and the k tiles that its sums are over.
@@ -102,7 +107,6 @@ template <class T>
 MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t first_row,
                             int64_t first_column, const Destination& to) {
   auto* staged = reinterpret_cast<float*>(shared);
-  const float scale = to.output.scale == nullptr ? 1.f : *to.output.scale;
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
   for (int half = 0; half < kRows; half += kWarpRows) {
@@ -120,6 +124,9 @@ MEMEFF_DEVICE void put_tile(Accumulators& c, unsigned char* shared, int64_t firs
       const int count = exists ? count_left<kChunk>(first_column + column, to.columns) : 0;
       float sums[kChunk];
       load(sums, staged + row * kStagedRow + column, count);
+      const bool scaled = exists && to.output.scale != nullptr;
+      const int64_t scale_at = (first_row + half + row) * to.output.scale_stride;
+      const float scale = scaled ? to.output.scale[scale_at] : 1.f;
       put<T>(sums, to.output, first_row + half + row, first_column + column, count, scale);
     }
   }
@@ -143,13 +150,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 
   const SliceSource<kAligned, kContiguousA, T> source_a(a, first_row);
   const SliceSource<kAligned, Contiguous::kTile, T> source_b(b, first_column);
+  const float* const factors = kContiguousA == Contiguous::kDepth ? work.row_factors() : nullptr;
   int next = 0, within = 0;  // number of a k tile, and k within it
   int64_t first_k = tile.k(0);
   const auto start_next = [&](unsigned char* stage) {
     if (next == tile.count) return false;
     const int64_t k = first_k + within;
     source_a.load(stage, k);
-    source_b.load(stage + kOperandBytes, k);
+    source_b.load(stage + kOperandBytes, k, factors);
     within += kDepth;
     if (within == kDepthTile || k + kDepth >= depth) {
       first_k = tile.k(++next);
@@ -169,9 +177,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 // ---- launch ----
 
 template <class T, bool kAligned, Contiguous kContiguousA>
-Status launch(const Matrix<T>& a, const Matrix<T>& b, const WorkList& list, const Destination& to,
-              void* stream) {
-  const Work work{list, to.output.only_adds()};
+Status launch(const Matrix<T>& a, const Matrix<T>& b, const GradientOperands& operands,
+              const Destination& to, void* stream) {
+  const Work work{operands.list, to.output.only_adds(), operands.mask};
   const auto row_tiles = static_cast<unsigned>(count_tiles(to.rows, kRows));
   const auto column_tiles = static_cast<unsigned>(count_tiles(to.columns, kColumns));
   const auto kernel = gradient_product_kernel<T, kAligned, kContiguousA>;
@@ -193,8 +201,8 @@ Status select(const GradientProduct& call, void* stream) {
                     operands.features, operands.other_stride};
   const Destination to{kGradInput ? tokens : classes, operands.features, call.output};
   const bool aligned = chunks_are_aligned(a) && chunks_are_aligned(b);
-  return aligned ? launch<T, true, kContiguousA>(a, b, operands.list, to, stream)
-                 : launch<T, false, kContiguousA>(a, b, operands.list, to, stream);
+  return aligned ? launch<T, true, kContiguousA>(a, b, operands, to, stream)
+                 : launch<T, false, kContiguousA>(a, b, operands, to, stream);
 }
 
 template <Contiguous kContiguousA>

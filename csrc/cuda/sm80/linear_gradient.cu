@@ -3,11 +3,11 @@
 //   x [tokens, features], W [classes, features]:   u = x W^T, z of u (kernel_arguments.h)
 //   G [classes, tokens] = (p_v (softmax + entropy (z_v - centre)) + target's term + weighted w_v)
 //                         slope(z_v)
-//   p_v = exp(z_v - shift),  slope = 1 - (z / softcap)^2; coefficients: kernel_arguments.h
+//   p_v = exp(z_v - shift),  slope = dz/du of the soft cap; coefficients: kernel_arguments.h
 //
 // One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). The epilogue stores through
-// shared memory, where 8 tokens of one class become the work of one thread: their coefficients stay
-// in its registers while it walks over classes, and 8 lanes store 128 bytes of adjacent tokens.
+// shared memory, where 4 tokens of one class become the work of one thread: their coefficients stay
+// in its registers while it walks over classes, and 16 lanes store 128 bytes of adjacent tokens.
 // (Made in the accumulators, the same arithmetic is unrolled 128 times: 250 KB of code.) With
 // `tiles`, sums of p per token and tile decide whether products may skip the tile.
 //
@@ -30,18 +30,20 @@ struct Marks {
 };
 
 // Shared memory after the pipeline: products of 64 tokens, classes adjacent. Rows are 133 floats
-// apart, and rows 32 and up 4 floats further, so that 8 tokens (8 apart) x 4 classes, which a warp
+// apart, and rows 32 and up 2 floats further, so that 16 tokens (4 apart) x 2 classes, which a warp
 // reads at once, cover all banks.
-MEMEFF_DEVICE int staged_at(int token, int v) { return token * 133 + token / 32 * 4 + v; }
-constexpr int kMassesAt = (kWarpRows * 133 + 4) * 4;
+MEMEFF_DEVICE int staged_at(int token, int v) { return token * 133 + token / 32 * 2 + v; }
+constexpr int kMassesAt = (kWarpRows * 133 + 2) * 4;
 constexpr int kWarps = kThreads / 32;
 constexpr int kVotesAt = kMassesAt + kWarps * kRows * 4;
 static_assert(kVotesAt + kWarps * 4 <= kPipelineBytes);
 using Masses = float[kWarps][kRows];  // sums over the classes of each warp
 
-// How the 64 x 128 are divided: 8 tokens and every 16th class per thread.
-constexpr int kTokens = kChunk;
+// How the 64 x 128 are divided: 4 tokens and every 8th class per thread. (The coefficients of 8 tokens
+// and all accumulators are more than its registers.)
+constexpr int kTokens = 4;
 constexpr int kTokenThreads = kWarpRows / kTokens, kClassThreads = kThreads / kTokenThreads;
+static_assert(2 * kTokenThreads == 32, "a warp has two threads for each token");
 
 // Gradients of 64 tokens, from `half` of the tile on; sums of their probabilities to `masses`.
 template <class T>
@@ -69,9 +71,10 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
 #pragma unroll
     for (int e = 0; e < kTokens; ++e) {
       const TokenCoefficients<float>& c = of_token[e];
-      const float z = transform.logit(staged[staged_at(staged_token + e, v)], bias);
+      const float scaled = transform.scaled(staged[staged_at(staged_token + e, v)], bias);
+      const float z = transform.capped(scaled);
       mass[e] += exponential(z - c.shift);
-      const float du = c.gradient(z, weight) * transform.slope(z);
+      const float du = c.gradient(z, weight) * transform.slope(scaled);
       values[e] = narrow<T>((left_out >> e & 1) != 0 ? 0.f : du);
     }
     store(gradient + int64_t{in_block} * stride + token, values, count);
@@ -87,16 +90,16 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
     if (v % kClassThreads != thread / kTokenThreads) continue;  // another thread's class
     TokenCoefficients<float> c[1];
     load_coefficients(c, coefficients, token + e, 1);
-    const float z =
-        transform.logit(staged[staged_at(staged_token + e, v)], transform.bias_of(target[e]));
-    const float du = c[0].target_gradient(z, transform.weight_of(target[e])) * transform.slope(z);
+    const float scaled =
+        transform.scaled(staged[staged_at(staged_token + e, v)], transform.bias_of(target[e]));
+    const float dz = c[0].target_gradient(transform.capped(scaled), transform.weight_of(target[e]));
+    const float du = dz * transform.slope(scaled);
     gradient[target[e] * stride + token + e] = narrow<T>(du);
   }
 #pragma unroll
   for (int e = 0; e < kTokens; ++e) {
     float sum = (left_out >> e & 1) != 0 ? 0.f : mass[e];  // no gradient, nothing to lose
     sum += __shfl_xor_sync(~0u, sum, kTokenThreads);
-    sum += __shfl_xor_sync(~0u, sum, 2 * kTokenThreads);
     if (thread % 32 < kTokenThreads) masses[thread / 32][half + staged_token + e] = sum;
   }
 }

@@ -151,8 +151,8 @@ MEMEFF_DEVICE void write_target_logits(Accumulators& c, const LogitBlock& logits
 
 // Over the 4 lanes that share rows; all get the same bits.
 MEMEFF_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  x = ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
+  return ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
 }
 MEMEFF_DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
@@ -194,7 +194,7 @@ MEMEFF_DEVICE void fold_tile(State<kFull> (&kept)[kKeptRows], Accumulators& c,
   for (int r = 0; r < kThreadRows; ++r) {
     max[r] = c.at(r, 0);
 #pragma unroll
-    for (int v = 1; v < kThreadColumns; ++v) max[r] = fmaxf(max[r], c.at(r, v));
+    for (int v = 1; v < kThreadColumns; ++v) max[r] = ptx::max_or_nan(max[r], c.at(r, v));
     max[r] = quad_max(max[r]);
   }
   if (kStore) {
@@ -205,7 +205,7 @@ MEMEFF_DEVICE void fold_tile(State<kFull> (&kept)[kKeptRows], Accumulators& c,
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r)
-      max[r] = fmaxf(max[r], maxima[(1 - half) * kRows + row_in_tile(r)]);
+      max[r] = ptx::max_or_nan(max[r], maxima[(1 - half) * kRows + row_in_tile(r)]);
   }
 
   float smooth[kThreadRows] = {};

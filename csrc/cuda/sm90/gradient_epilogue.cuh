@@ -49,6 +49,7 @@ struct Destination {
   int rows, columns;
   SplitSums split;
   const float* scale;
+  int64_t scale_stride;
   bool overlaps_previous;  // of ProductOutput
 
   // Steps of the ring that follow those of k.
@@ -145,6 +146,12 @@ MEMEFF_DEVICE void add_halves(float* c, uint32_t box) {
 
 // ---- compact sums ----
 
+// The thread's rows, r = 0 and 1, of the group's 64 from `first` on.
+MEMEFF_DEVICE int row_of_thread(int first, int r) {
+  return first + static_cast<int>(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4) +
+         8 * r;
+}
+
 // The exponents of the thread's two rows of the group's 64 x 256, which lie in the gradient from `row`,
 // `column` on; that of the first 64 columns is the lowest byte.
 class RowExponents {
@@ -175,9 +182,7 @@ class RowExponents {
  private:
   // Null: there is no such row.
   MEMEFF_DEVICE static uint8_t* place(const Destination& to, int first_row, int r, int column) {
-    const int row = first_row +
-                    static_cast<int>(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4) +
-                    8 * r;
+    const int row = row_of_thread(first_row, r);
     if (row >= to.rows) return nullptr;
     return to.split.exponents + row * to.split.exponents_stride +
            column / static_cast<int>(kCompactBlock);
@@ -253,9 +258,16 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
   }
   add_source<T>(c, to, exponents, ring, column);
   if (to.store == Store::kRounded) {
-    const float scale = to.scale == nullptr ? 1.f : *to.scale;
+    if (to.scale != nullptr) {
 #pragma unroll
-    for (float& x : c) x *= scale;
+      for (int r = 0; r < 2; ++r) {
+        // Pairs are of the thread's two rows in turn.
+        const int own = row_of_thread(row, r);
+        const float scale = own < to.rows ? to.scale[own * to.scale_stride] : 0.f;
+#pragma unroll
+        for (int i = 2 * r; i < kTileN / 2; i += 4) c[i] *= scale, c[i + 1] *= scale;
+      }
+    }
 #pragma unroll
     for (int box = 0; box < kTileN / kPanel; ++box) {
       fill_box<T>(boxes.begin(), c + 32 * box);
@@ -292,8 +304,8 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
 template <class T>
 Status make_destination(int64_t rows, int64_t columns, const ProductOutput& output, Destination* to,
                         OutputMaps* maps) {
-  *to = {Source::kNone, Store::kRounded, static_cast<int>(rows),  static_cast<int>(columns),
-         output.split,  output.scale,    output.overlaps_previous};
+  *to = {Source::kNone, Store::kRounded, static_cast<int>(rows), static_cast<int>(columns),
+         output.split,  output.scale,    output.scale_stride,    output.overlaps_previous};
   TensorMapLayout box;
   box.columns = static_cast<uint64_t>(columns);
   box.rows = static_cast<uint64_t>(rows);

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<kProducerRegisters>();
     if (threadIdx.x != 0) return;
     while (tiles.next(&tile)) {
-      load_tile<A, B>(ring, &g, &other, tile);
+      load_tile<A, B>(ring, shared_memory, &g, &other, tile, work);
       load_source(ring, to, out, tile.row * kTileM, tile.column * kTileN);
     }
     finish_loads(ring);

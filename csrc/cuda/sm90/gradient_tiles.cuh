@@ -36,6 +36,8 @@ struct Work {
   WorkList list;
   int k_tiles;     // of G, along k
   bool only_adds;  // tiles of C without any that count stay as they are
+  RowMask mask;
+  int depth;  // k in all
 };
 
 // The tiles of C that this block computes, one after the other.
@@ -80,18 +82,26 @@ class TilesOfBlock {
 
 // The producer's thread: loads all steps of a tile of C.
 template <class A, class B, int kCluster>
-MEMEFF_DEVICE void load_tile(Ring<kCluster>& ring, const TensorMap* a, const TensorMap* b,
-                             const ProductTile& tile) {
+MEMEFF_DEVICE void load_tile(Ring<kCluster>& ring, unsigned char* shared_memory, const TensorMap* a,
+                             const TensorMap* b, const ProductTile& tile, const Work& work) {
+  const bool masks = work.mask.factors != nullptr && *work.mask.needed != 0;
   for (int i = 0; i < tile.count; ++i) {
     const int k = tile.k(i);
-    for (int step = 0; step < kStepsPerTile; ++step)
-      load_step<A, B>(ring, a, b, tile.row * kTileM, tile.column * kTileN, k + step * kStepK);
+    for (int step = 0; step < kStepsPerTile; ++step) {
+      const int row = tile.row * kTileM, column = tile.column * kTileN;
+      if (masks)
+        load_masked_step<A, B>(ring, shared_memory, a, b, row, column, k + step * kStepK,
+                               work.mask.factors, work.depth);
+      else
+        load_step<A, B>(ring, a, b, row, column, k + step * kStepK);
+    }
   }
 }
 
 // What the launchers pass on: the work of a product whose sums are over k.
 inline Work work_of(const GradientOperands& operands, int64_t k, const ProductOutput& output) {
-  return {operands.list, count_tiles(k, kTileK), output.only_adds()};
+  return {operands.list, count_tiles(k, kTileK), output.only_adds(), operands.mask,
+          static_cast<int>(k)};
 }
 
 }  // namespace memeff::cuda::sm90

@@ -38,20 +38,21 @@ struct Marks {
 using Votes = uint32_t[2][kHalves][kConsumerWarps];
 static_assert(sizeof(Votes) <= kScratchBytes);
 
-// Logits of a half, from the thread's first class on, become gradients. Returns whether the warp
+// What the soft cap is applied to (Scores::to_scaled), of a half from the thread's first class on, becomes
+// gradients. Returns whether the warp
 // has anything in it that keeps the tile.
 MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
                                const TokenCoefficients<float> (&coefficients)[2],
                                const int (&target)[2], const Scores& scores, bool has_target,
                                float smallest_mass) {
   const LogitTransform<float>& transform = scores.transform;
-  float target_z[2] = {};
+  float target_scaled[2] = {};
   if (has_target) {
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k)
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (class_offset(k) == target[r] - first) target_z[r] = z[accumulator(r, k)];
+        if (class_offset(k) == target[r] - first) target_scaled[r] = z[accumulator(r, k)];
   }
 
   bool keep = has_target;
@@ -62,15 +63,20 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
     float mass = 0.f;
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) {
-      float& value = z[accumulator(r, k)];
+      float& scaled = z[accumulator(r, k)];
+      const bool exists = class_offset(k) < scores.classes - first;
+      // Capped, -inf past the last class would be a class like others.
+      const float value = transform.softcap == 0.f ? scaled
+                          : exists                 ? transform.capped(scaled)
+                                                   : -INFINITY;
       const float p = fast_exp(value - c.shift);
       mass += p;
       float dz = p * c.softmax;
       if (c.entropy != 0.f && value != -INFINITY) dz += p * c.entropy * (value - c.centre);
-      if (c.weighted != 0.f && class_offset(k) < scores.classes - first)
+      if (c.weighted != 0.f && exists)
         dz += c.weighted * transform.weight_of(first + class_offset(k));
-      if (transform.softcap != 0.f) dz *= transform.slope(value);
-      value = nothing ? 0.f : dz;
+      if (transform.softcap != 0.f) dz *= transform.slope(scaled);
+      scaled = nothing ? 0.f : dz;
     }
     mass = quad_sum(mass);
     keep |= !nothing && !(mass < smallest_mass);
@@ -80,10 +86,10 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool mine = target[r] >= 0 && !coefficients[r].all_zero();
-      const float du =
-          mine ? coefficients[r].target_gradient(target_z[r], transform.weight_of(target[r])) *
-                     transform.slope(target_z[r])
-               : 0.f;
+      const float du = mine ? coefficients[r].target_gradient(transform.capped(target_scaled[r]),
+                                                              transform.weight_of(target[r])) *
+                                  transform.slope(target_scaled[r])
+                            : 0.f;
 #pragma unroll
       for (int k = 0; k < kClassesPerThread; ++k)
         if (mine && class_offset(k) == target[r] - first) z[accumulator(r, k)] = du;
@@ -157,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (first >= scores.classes) break;
       float(&z)[kHalfCount] = reinterpret_cast<float(&)[kHalfCount]>(c[half * kHalfCount]);
       const int mine = first_class_of_thread(first);
-      scores.to_logits(z, mine);
+      scores.to_scaled(z, mine);
       const float smallest_mass = marks.mass_per_class * min(kHalfN, scores.classes - first);
       const bool keep = to_gradient(z, mine, of_token, target, scores,
                                     warp_has_target(target, first), smallest_mass);

@@ -52,7 +52,8 @@ MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)
     auto& state = states[r];
     float half_max = -INFINITY;
 #pragma unroll
-    for (int k = 0; k < kClassesPerThread; ++k) half_max = fmaxf(half_max, z[accumulator(r, k)]);
+    for (int k = 0; k < kClassesPerThread; ++k)
+      half_max = ptx::max_or_nan(half_max, z[accumulator(r, k)]);
     half_max = quad_max(half_max);
     if (kFull) {
       int best = kHalfN;
@@ -64,7 +65,7 @@ MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)
       best = min(best, __shfl_xor_sync(~0u, best, 2));
       if (half_max > state.max) state.argmax = static_cast<int>(scores.first_class + best);
     }
-    state.raise(fmaxf(state.max, half_max));
+    state.raise(ptx::max_or_nan(state.max, half_max));
     const float reference = reference_of(state.max);
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) {

@@ -36,8 +36,8 @@ MEMEFF_DEVICE int token_in_tile(int r) {
 }
 
 MEMEFF_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  x = ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
+  return ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
 }
 MEMEFF_DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
@@ -62,10 +62,10 @@ struct Scores {
     return index >= 0 && index < classes ? static_cast<int>(index) : -1;
   }
 
-  // Products of a half become logits; -inf past the last class. `first` is the thread's first
-  // class. Loops are repeated rather than their conditions: these are the same for the whole
-  // launch.
-  MEMEFF_DEVICE void to_logits(float (&z)[kHalfCount], int first) const {
+  // Products of a half become what the soft cap is applied to; -inf past the last class. `first` is the
+  // thread's first class. Loops are repeated rather than their conditions: these are the same for the
+  // whole launch.
+  MEMEFF_DEVICE void to_scaled(float (&z)[kHalfCount], int first) const {
     if (transform.bias != nullptr) {
 #pragma unroll
       for (int k = 0; k < kClassesPerThread; ++k) {
@@ -75,19 +75,28 @@ struct Scores {
         z[accumulator(1, k)] += bias;
       }
     }
-    if (transform.softcap != 0.f) {
-#pragma unroll
-      for (float& x : z) x = transform.logit(x, 0.f);
-    } else if (transform.scale != 1.f) {
+    if (transform.scale != 1.f) {
 #pragma unroll
       for (float& x : z) x *= transform.scale;
     }
-    if (classes - first < kHalfN) {
+    drop_classes_beyond(z, first);
+  }
+  // And logits.
+  MEMEFF_DEVICE void to_logits(float (&z)[kHalfCount], int first) const {
+    to_scaled(z, first);
+    if (transform.softcap == 0.f) return;
 #pragma unroll
-      for (int k = 0; k < kClassesPerThread; ++k)
-        if (class_offset(k) >= classes - first)
-          z[accumulator(0, k)] = z[accumulator(1, k)] = -INFINITY;
-    }
+    for (float& x : z) x = transform.capped(x);
+    drop_classes_beyond(z, first);
+  }
+
+ private:
+  MEMEFF_DEVICE void drop_classes_beyond(float (&z)[kHalfCount], int first) const {
+    if (classes - first >= kHalfN) return;
+#pragma unroll
+    for (int k = 0; k < kClassesPerThread; ++k)
+      if (class_offset(k) >= classes - first)
+        z[accumulator(0, k)] = z[accumulator(1, k)] = -INFINITY;
   }
 };
 

@@ -66,7 +66,7 @@ constexpr int kStageBytes = kOperandABytes + kOperandBBytes;
 constexpr int kBoxBytes = 64 * 128;
 constexpr int kBoxesAt = kStages * kStageBytes;
 constexpr int kMbarriersAt = kBoxesAt + kConsumerGroups * 2 * kBoxBytes;
-constexpr int kScratchAt = kMbarriersAt + 2 * kStages * 8;
+constexpr int kScratchAt = kMbarriersAt + 3 * kStages * 8;
 constexpr int kScratchBytes = 2176;
 constexpr int kSharedBytes = kScratchAt + kScratchBytes;
 static_assert(kSharedBytes <= 227 * 1024);
@@ -114,6 +114,13 @@ struct OperandTile {
       ptx::tma_load_2d_multicast(to, map, column, row, mbarrier, (1 << kBlocks) - 1);
   }
 
+  // Zeros for a row of k of the MN-major tile; the swizzle moves pieces within their row.
+  MEMEFF_DEVICE static void clear_row(unsigned char* tile, int row) {
+    for (int panel = 0; panel < kExtent / kPanel; ++panel)
+      for (int piece = 0; piece < kPanel * 2; piece += 16)
+        *reinterpret_cast<uint4*>(tile + panel * kPanelBytes + row * kPanel * 2 + piece) = {};
+  }
+
   // The descriptor of the 16 k number `k16` of the step, from row `first_mn` (a multiple of 64) on.
   MEMEFF_DEVICE static uint64_t descriptor(uint32_t tile, int first_mn, int k16) {
     if constexpr (kMajor == Major::kK)
@@ -152,11 +159,15 @@ template <int kCluster>
 struct Ring {
   uint32_t shared;  // address of the block's shared memory
   int stage = 0, parity = 0;
+  int landed_parities = 0;  // a bit per stage, of the producer: that of landed()
 
   MEMEFF_DEVICE uint32_t tile() const { return shared + stage * kStageBytes; }
   MEMEFF_DEVICE uint32_t full() const { return shared + kMbarriersAt + stage * 8; }
   MEMEFF_DEVICE uint32_t empty(int of_stage) const {
     return shared + kMbarriersAt + (kStages + of_stage) * 8;
+  }
+  MEMEFF_DEVICE uint32_t landed() const {
+    return shared + kMbarriersAt + (2 * kStages + stage) * 8;
   }
   MEMEFF_DEVICE void advance() {
     if (++stage < kStages) return;
@@ -174,6 +185,7 @@ MEMEFF_DEVICE Ring<kCluster> start_ring(const unsigned char* shared_memory, int 
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(ring.shared + kMbarriersAt + stage * 8, fillers);
       ptx::mbarrier_init(ring.empty(stage), kCluster * kConsumerWarps);
+      ptx::mbarrier_init(ring.shared + kMbarriersAt + (2 * kStages + stage) * 8, 1);  // landed()
     }
     ptx::fence_mbarrier_init();
   }
@@ -202,6 +214,28 @@ MEMEFF_DEVICE void load_step(Ring<kCluster>& ring, const TensorMap* a, const Ten
   ptx::mbarrier_arrive_expect_tx(ring.full(), kStageBytes);
   A::load(ring.tile(), a, first_m, first_k, ring.full());
   B::load(ring.tile() + kOperandABytes, b, first_n, first_k, ring.full());
+  ring.advance();
+}
+
+// The same, where rows of k whose factor is 0 must count as zeros in B, MN-major, of `rows` rows:
+// when all has landed, which another mbarrier says, the thread overwrites them, and only then is the
+// stage full. Each block of a cluster does so in its own copy. `stages`: the block's shared memory.
+template <class A, class B, int kCluster>
+MEMEFF_DEVICE void load_masked_step(Ring<kCluster>& ring, unsigned char* stages, const TensorMap* a,
+                                    const TensorMap* b, int first_m, int first_n, int first_k,
+                                    const float* factors, int rows) {
+  wait_until_empty(ring);
+  ptx::mbarrier_arrive_expect_tx(ring.landed(), kStageBytes);
+  A::load(ring.tile(), a, first_m, first_k, ring.landed());
+  B::load(ring.tile() + kOperandABytes, b, first_n, first_k, ring.landed());
+  // Not ring.parity: other steps pass through the stage without it.
+  ptx::mbarrier_wait(ring.landed(), ring.landed_parities >> ring.stage & 1);
+  ring.landed_parities ^= 1 << ring.stage;
+  for (int row = 0; row < kStepK && first_k + row < rows; ++row)
+    if (factors[first_k + row] == 0.f)
+      B::clear_row(stages + ring.stage * kStageBytes + kOperandABytes, row);
+  ptx::fence_proxy_async();
+  ptx::mbarrier_arrive(ring.full());
   ring.advance();
 }
 

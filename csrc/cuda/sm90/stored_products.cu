@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (lane_index() == 0) {
       while (tiles.next(&tile)) {
-        load_tile<A, B>(ring, &e, &other, tile);
+        load_tile<A, B>(ring, shared_memory, &e, &other, tile, work);
         load_source(ring, to, out, tile.row * kTileM, tile.column * kTileN);
       }
     }
