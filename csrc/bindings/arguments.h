@@ -51,7 +51,7 @@ struct Arguments : ProblemOptions, PlanOptions {
   bool skip_ignored = false, entropy = false, logit_sum = false, argmax = false;
   int64_t top_k = 0;
 
-  // Of a vocabulary that ranks share: torch.distributed's name of their group ("": none), the first class
+  // A vocabulary that ranks share: torch.distributed's name of their group ("": none), the first class
   // of this rank (-1: after those of the ranks before it), and VocabShard::reduce_input_grad.
   std::string vocab_group;
   int64_t vocab_start = -1;

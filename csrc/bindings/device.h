@@ -33,7 +33,7 @@ class Device {
   virtual std::string run(const Problem& problem, const PlanRequest& request,
                           const at::Tensor& like) const = 0;
 
-  /// Of a device that takes sharded vocabularies; an error on others.
+  /// What ranks that share a vocabulary plan with; an error on devices without such calls.
   virtual DeviceFacts facts(const Problem&) const {
     TORCH_CHECK_NOT_IMPLEMENTED(false,
                                 "vocab_parallel: expected tensors on the CPU; a vocabulary that "

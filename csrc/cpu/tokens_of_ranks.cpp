@@ -160,7 +160,7 @@ void CpuTokens<T>::merge_token_of_ranks(Range tokens, int64_t i) {
     for (int64_t rank = 0; rank < ranks; ++rank) {
       const double value = said(rank, places.maximum, tokens, i);
       const double id = places.argmax >= 0 ? said(rank, places.argmax, tokens, i) : 0;
-      // Of equal ones the first class, whatever the order of the shards.
+      // The first class wins among equal ones, whatever the order of the shards.
       const bool earlier = value == maximum && maximum > -kInfinity && id < argmax;
       if (value > maximum || earlier) maximum = value, argmax = id;
     }

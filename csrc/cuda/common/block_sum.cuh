@@ -28,7 +28,7 @@ MEMEFF_DEVICE double block_sum(double value, double* scratch) {
   return combine_over_block(value, scratch, [](double a, double b) { return a + b; });
 }
 
-// Of numbers that are not negative; those that are not numbers do not count.
+// The numbers are not negative; NaNs do not count.
 MEMEFF_DEVICE double block_max(double value, double* scratch) {
   return combine_over_block(value, scratch, [](double a, double b) { return fmax(a, b); });
 }

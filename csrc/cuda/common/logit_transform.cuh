@@ -12,10 +12,10 @@ MEMEFF_DEVICE float exponential_minus_1(float x) { return expm1f(x); }
 MEMEFF_DEVICE double exponential_minus_1(double x) { return expm1(x); }
 MEMEFF_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 MEMEFF_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
-// Of numbers from 1 to 2; in fp32 with an error of 2^-23, in one instruction.
+// For numbers from 1 to 2; in fp32 with an error of 2^-23, in one instruction.
 MEMEFF_DEVICE float reciprocal(float x) { return __fdividef(1.f, x); }
 MEMEFF_DEVICE double reciprocal(double x) { return 1.0 / x; }
-// Of a number and a NaN the NaN, as torch's max: the maximum of a row with a NaN is NaN, which tells it
+// A number and a NaN give the NaN, as torch's max: the maximum of a row with a NaN is NaN, which tells it
 // from a row whose maximum is +inf.
 template <class A>
 MEMEFF_DEVICE A larger(A a, A b) {
