@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -278,6 +279,21 @@ def test_the_table_of_benchmarks_is_committed_results() -> None:
             figures = results.get(name)
             ratio = figures and f"{figures['floor_ratio']:.2f}, {over_gradients(figures)}"
             assert cell == (ratio or "-"), (file, name)
+
+
+def test_the_figures_of_a_training_step_are_committed_results() -> None:
+    file = ROOT / "benchmarks" / "results" / "step-cpu-avx2-fp32-llama-3.2-1b.json"
+    (run,) = json.loads(file.read_text())["runs"]
+    table = re.search(r"\| step \|.*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert table
+    rows = dict(re.findall(r"^\| \**([a-z. ]+)[^|]*\| (\d.*) \|$", table[0], re.MULTILINE))
+    summary = (ROOT / "benchmarks" / "README.md").read_text()
+    for name, figures in run["variants"].items():
+        seconds = f"{median(figures['seconds']):.1f}"
+        over_state = f"{(figures['peak'] - figures['state']) / 2**20:.0f}"
+        assert rows.pop(name) == f"{seconds} | {over_state}", name
+        assert re.search(rf"{seconds} s and {over_state} MiB", summary), name
+    assert not rows
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

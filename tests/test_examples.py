@@ -85,22 +85,38 @@ def test_the_first_call_gives_the_losses_of_plain_pytorch() -> None:
     assert example["main"]() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_both_ways_as_a_user_starts_them() -> None:
-    """With the two processes of torchrun."""
-    script = str(ROOT / "examples" / "fsdp2.py")
-    command = [sys.executable, script, "vocab=600", "steps=3", "length=16"]
+def started(arguments: list[str]) -> dict[str, tuple[float, float]]:
+    """First and last loss of each way that an example printed, run in processes of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments, "vocab=600", "steps=3", "length=16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     number = r"(\d+\.\d+)"
-    lines = re.findall(
-        rf"^ *(plain|memeff): loss {number} -> {number}, .* peak memory (\d+) MiB$",
-        done.stdout,
-        re.MULTILINE,
-    )
-    (plain, *before), (ours, *after) = lines
-    assert (plain, ours) == ("plain", "memeff")
-    first, last, _ = map(float, before)
-    assert [float(value) for value in after[:2]] == pytest.approx([first, last], abs=2e-5)
-    assert last < first
+    line = rf"^ *(plain|memeff): loss {number} -> {number}, .* peak memory \d+ MiB$"
+    found = re.findall(line, done.stdout, re.MULTILINE)
+    return {way: (float(first), float(last)) for way, first, last in found}
+
+
+def assert_same_training(losses: dict[str, tuple[float, float]]) -> None:
+    assert losses["memeff"] == pytest.approx(losses["plain"], abs=2e-5)
+    assert losses["memeff"][1] < losses["memeff"][0]
+
+
+@pytest.mark.slow
+def test_both_ways_as_a_user_starts_them() -> None:
+    """With the two processes of torchrun."""
+    assert_same_training(started([str(ROOT / "examples" / "fsdp2.py")]))
+
+
+@pytest.mark.slow
+def test_trainer_under_accelerate_launch() -> None:
+    """Data parallel, two processes."""
+    for package in EXAMPLES["finetune_transformers.py"]:
+        pytest.importorskip(package)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    script = str(ROOT / "examples" / "finetune_transformers.py")
+    losses: dict[str, tuple[float, float]] = {}
+    for way in ("plain", "memeff"):
+        losses |= started([*launch, script, way])
+    assert_same_training(losses)

@@ -65,10 +65,9 @@ def over_gradients(measured: dict[str, int]) -> int:
     return measured["peak"] - measured["gradients"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_meter_sees_logits(dtype: str) -> None:
-    """The check below would fail if memeff stored logits, as plain PyTorch does."""
-    measured = call_isolated(measure_step, function="plain", dtype=dtype)
+def test_the_meter_sees_logits() -> None:
+    """The checks below would fail if memeff stored logits, as plain PyTorch does."""
+    measured = call_isolated(measure_step, function="plain", dtype="float32")
     assert over_gradients(measured) > 4 * TOKENS * VOCAB
 
 

@@ -174,8 +174,9 @@ def _batch(settings: StepSettings, sequences: int) -> Tensor:
 
 
 def measure_peak(variant: str, sequences: int, settings: dict[str, Any]) -> dict[str, int]:
-    """Bytes of a first step, in a process of its own: `weights`; `peak` over these; `state`:
-    the gradients and AdamW's averages, which every variant has."""
+    """Bytes of a step, in a process of its own: `weights`; `peak` over these; `state`: what of
+    the peak are gradients and AdamW's averages. The averages are there before the step, as in
+    every step of a training run but the first."""
     chosen = _settings(settings)
     torch.set_num_threads(chosen.threads)
     toy = Architecture(64, 512, 1, 2, 1, 128, True)
@@ -188,11 +189,20 @@ def measure_peak(variant: str, sequences: int, settings: dict[str, Any]) -> dict
     step = _step(model, optimizer, ids, variant)
     gc.collect()
     with PeakMemory(chosen.device) as peak:
+        _make_averages(model, optimizer)
         step()
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    trained = [p for p in model.parameters() if optimizer.state.get(p)]
-    state = 3 * sum(parameter.nbytes for parameter in trained)
+    without_gradient = variant == "no head" and not chosen.sizes.tied
+    state = 3 * weights - (model.head.weight.nbytes if without_gradient else 0)
     return {"weights": weights, "peak": peak.extra_bytes, "state": state}
+
+
+def _make_averages(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    """By one step of gradients that are zero, of one parameter after the other."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        parameter.grad = None
 
 
 def measure_times(settings: dict[str, Any]) -> dict[str, list[float]]:
