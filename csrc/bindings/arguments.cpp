@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iterator>
 #include <sstream>
+#include <vector>
 
 namespace memeff {
 namespace {
@@ -107,6 +108,15 @@ constexpr Row kTable[] = {
 
 static_assert(std::size(kTable) <= kMostArguments, "room for every digest");
 
+/// The arguments of an operator, in order.
+std::vector<const Row*> rows_of(Operators op) {
+  std::vector<const Row*> rows;
+  rows.reserve(std::size(kTable));
+  for (const Row& row : kTable)
+    if ((row.operators & op) != 0) rows.push_back(&row);
+  return rows;
+}
+
 // ---- what ranks compare ----
 
 enum DigestKind : int64_t { kNone, kInteger, kReal, kString, kTensor };  // kTensor + its dtype
@@ -197,18 +207,16 @@ const char* name_of(Operators op) {
 
 std::string describe_difference(Operators op, const ArgumentDigests& first,
                                 const ArgumentDigests& other, size_t rank) {
-  size_t position = 0;
-  for (const Row& row : kTable) {
-    if ((row.operators & op) == 0) continue;
-    const ArgumentDigest &a = first[position], &b = other[position];
-    ++position;
-    if (row.alike == Alike::kNot) continue;
+  const std::vector<const Row*> rows = rows_of(op);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i]->alike == Alike::kNot) continue;
+    const ArgumentDigest &a = first[i], &b = other[i];
     const bool same = std::equal(a.numbers, a.numbers + 2, b.numbers) && a.kind == b.kind;
-    const std::string name(row.name());
+    const std::string name(rows[i]->name());
     const std::string elsewhere = " on rank " + std::to_string(rank);
     if (!same) return name + " is " + show(a) + " on rank 0 and " + show(b) + elsewhere;
     if (a.numbers[2] != b.numbers[2])
-      return name + " holds other " + (row.alike == Alike::kAndZeros ? "zeros" : "values") +
+      return name + " holds other " + (rows[i]->alike == Alike::kAndZeros ? "zeros" : "values") +
              elsewhere + " than on rank 0";
   }
   return "";
@@ -217,36 +225,28 @@ std::string describe_difference(Operators op, const ArgumentDigests& first,
 std::string schema_of(Operators op) {
   std::string schema = "(";
   bool options = false;
-  for (const Row& row : kTable) {
-    if ((row.operators & op) == 0) continue;
+  for (const Row* row : rows_of(op)) {
     if (schema.size() > 1) schema += ", ";
-    if (!options && !row.is_tensor()) {
+    if (!options && !row->is_tensor()) {
       schema += "*, ";
       options = true;
     }
-    schema += row.schema;
+    schema += row->schema;
   }
   return schema + ")";
 }
 
 Arguments take_arguments(Operators op, torch::jit::Stack* stack) {
-  size_t count = 0;
-  for (const Row& row : kTable) count += (row.operators & op) != 0 ? 1 : 0;
+  const std::vector<const Row*> rows = rows_of(op);
+  const IValue* const values = stack->data() + stack->size() - rows.size();
   Arguments arguments;
-  size_t position = stack->size() - count;
-  for (const Row& row : kTable) {
-    if ((row.operators & op) != 0) row.read((*stack)[position++], &arguments);
-  }
   arguments.op = op;
+  for (size_t i = 0; i < rows.size(); ++i) rows[i]->read(values[i], &arguments);
   if (!arguments.vocab_group.empty()) {
-    position = stack->size() - count;
-    size_t digest = 0;
-    for (const Row& row : kTable) {
-      if ((row.operators & op) == 0) continue;
-      arguments.digests[digest++] = digest_of((*stack)[position++], row.alike);
-    }
+    for (size_t i = 0; i < rows.size(); ++i)
+      arguments.digests[i] = digest_of(values[i], rows[i]->alike);
   }
-  stack->erase(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
+  torch::jit::drop(stack, rows.size());
   return arguments;
 }
 

@@ -76,8 +76,8 @@ void Call::describe() {
     bias_ = arguments.linear_bias->contiguous();
     p.bias = address(bias_.const_data_ptr(), ranks_ != nullptr);
   }
-  p.class_weight = as_double(arguments.weight, p.vocab, "weight", &class_weight_);
-  p.token_weight = as_double(arguments.token_weight, p.tokens, "token_weight", &token_weight_);
+  p.class_weight = as_double(arguments.weight, {p.vocab}, "weight", &class_weight_);
+  p.token_weight = as_double(arguments.token_weight, {p.tokens}, "token_weight", &token_weight_);
   if (arguments.num_items) {
     num_items_ = arguments.num_items->to(at::kDouble);
     p.num_items = num_items_.const_data_ptr<double>();
@@ -91,8 +91,7 @@ void Call::describe() {
 
 void Call::allocate_statistics() {
   const bool statistics = arguments_.statistics;
-  const auto options = input_.options().dtype(
-      accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const at::TensorOptions options = accumulation_options();
   const int64_t n = problem_.tokens;
   loss =
       arguments_.reduction == Reduction::kNone ? at::empty({n}, options) : at::empty({}, options);
@@ -108,11 +107,7 @@ void Call::allocate_statistics() {
 }
 
 void Call::use_lse() {
-  const at::Tensor& known = arguments_.lse;
-  TORCH_CHECK(known.dim() == 1 && known.size(0) == problem_.tokens, "lse has shape ", known.sizes(),
-              ": expected [", problem_.tokens, "]");
-  lse = known.to(at::kDouble).contiguous();
-  problem_.lse = const_cast<double*>(lse.const_data_ptr<double>());
+  problem_.lse = const_cast<double*>(as_double(arguments_.lse, {problem_.tokens}, "lse", &lse));
 }
 
 void Call::use_statistics() {
@@ -142,13 +137,11 @@ void Call::allocate_gradients(bool wanted) {
 }
 
 void Call::run(bool statistics_known) {
-  const bool nothing_wanted = problem_.grad_input == nullptr && problem_.grad_weight == nullptr &&
-                              problem_.grad_bias == nullptr;
-  if (statistics_known && nothing_wanted) return;
   PlanRequest request = plan_request(statistics_known);
   request.grad_input = problem_.grad_input != nullptr;
   request.grad_weight = problem_.grad_weight != nullptr;
   request.grad_bias = problem_.grad_bias != nullptr;
+  if (statistics_known && !wants_gradient(request)) return;
   const std::string objection = device_.run(problem_, request, input_);
   TORCH_CHECK_VALUE(objection.empty(), objection);
 }
@@ -161,7 +154,7 @@ void Call::check_budget(const std::vector<Problem>& backward) const {
   request.grad_input = request.grad_weight = request.grad_bias = false;
   objections.add(device_.plan(problem_, request, &plan), plan);
   request = plan_request(true);
-  if (request.grad_input || request.grad_weight || request.grad_bias) {
+  if (wants_gradient(request)) {
     for (const Problem& problem : backward)
       objections.add(device_.plan(problem, request, &plan), plan);
   }
@@ -175,12 +168,7 @@ void Call::check_budget() const {
 }
 
 PlanRequest Call::plan_request(bool statistics_known) const {
-  PlanRequest request;
-  static_cast<PlanOptions&>(request) = arguments_;
-  request.tokens = problem_.tokens;
-  request.features = problem_.features;
-  request.vocab = problem_.vocab;
-  request.dtype = problem_.dtype;
+  PlanRequest request = memeff::plan_request(problem_, arguments_);
   request.statistics_known = statistics_known;
   if (ranks_ != nullptr) ranks_->complete(&request);
   return request;
@@ -203,11 +191,15 @@ void Call::check_shapes() const {
               bias->scalar_type(), ": expected ", input_.scalar_type(), ", as input");
 }
 
-const double* Call::as_double(const OptionalTensor& tensor, int64_t size, const char* name,
+at::TensorOptions Call::accumulation_options() const {
+  return input_.options().dtype(accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble
+                                                                                      : at::kFloat);
+}
+
+const double* Call::as_double(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name,
                               at::Tensor* owner) const {
   if (!tensor) return nullptr;
-  TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size, name, " has shape ", tensor->sizes(),
-              ": expected [", size, "]");
+  TORCH_CHECK(tensor->sizes() == shape, name, " has shape ", tensor->sizes(), ": expected ", shape);
   *owner = tensor->to(at::kDouble).contiguous();
   return address(owner->const_data_ptr<double>(), ranks_ != nullptr);
 }

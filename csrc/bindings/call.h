@@ -40,6 +40,11 @@ class Call {
 
  protected:
   void use_lse();
+  /// Of statistics: the accumulation type, on the input's device.
+  at::TensorOptions accumulation_options() const;
+  /// The numbers of a tensor of that shape, which `owner` keeps; null if there is none.
+  const double* as_double(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name,
+                          at::Tensor* owner) const;
   /// `backward`: what the later op may turn out to compute.
   void check_budget(const std::vector<Problem>& backward) const;
   /// For all gradients that are asked for.
@@ -54,8 +59,6 @@ class Call {
   /// Fills the problem from the arguments.
   void describe();
   void check_shapes() const;
-  const double* as_double(const OptionalTensor& tensor, int64_t size, const char* name,
-                          at::Tensor* owner) const;
   void set_target();
   void check_target_values() const;
 

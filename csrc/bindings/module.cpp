@@ -92,8 +92,7 @@ using Planner = std::function<std::string(const Problem&, const PlanRequest&, Pl
 /// (per-token losses, float16), shape and chunks are its plan's, bytes those of the larger and FLOPs the
 /// sum of the two; token statistics are forward's alone.
 Plan plan_call(const Planner& planner, Problem problem, PlanRequest request) {
-  const bool wants_gradient = request.grad_input || request.grad_weight || request.grad_bias;
-  if (!wants_gradient || gradient_in_forward(problem.reduction, request.dtype)) {
+  if (!wants_gradient(request) || gradient_in_forward(problem.reduction, request.dtype)) {
     Plan plan;
     const std::string objection = planner(problem, request, &plan);
     if (!objection.empty()) throw py::value_error(objection);
@@ -147,13 +146,6 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   problem.dtype = parse_dtype(dtype);
   if (probabilities) problem.probabilities = &problem;  // any address
 
-  PlanRequest request;
-  static_cast<PlanOptions&>(request) = arguments;
-  request.tokens = tokens;
-  request.features = features;
-  request.vocab = vocab;
-  request.dtype = problem.dtype;
-
   Planner planner;
   if (backend == "cpu") {
     planner = [](const Problem& planned, const PlanRequest& asked, Plan* plan) {
@@ -174,7 +166,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     throw py::value_error("backend='" + backend + "': expected 'cpu' or 'cuda'");
   }
 
-  const Plan chosen = plan_call(planner, problem, request);
+  const Plan chosen = plan_call(planner, problem, plan_request(problem, arguments));
   py::dict result;
   result["kind"] = name_of(chosen.kind);
   result["kernels"] = chosen.kernels;

@@ -21,8 +21,7 @@ void StatisticsCall::allocate_outputs() {
   const int64_t vocab = total_vocab(problem_);
   TORCH_CHECK_VALUE(top >= 0 && top <= vocab, "top_k=", top,
                     ": expected a number of classes in [0, ", vocab, "]");
-  const auto floating = input_.options().dtype(
-      accumulation_dtype(problem_.dtype) == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const at::TensorOptions floating = accumulation_options();
   const auto indices = input_.options().dtype(at::kLong);
   statistics_.skip_ignored = arguments_.skip_ignored;
   lse = at::empty({n}, floating.dtype(at::kDouble));
@@ -49,17 +48,14 @@ void StatisticsCall::use_gradients() {
   const int64_t n = problem_.tokens;
   use_lse();
   statistics_.grad_logprob =
-      gradient(arguments_.grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
-  statistics_.grad_lse = gradient(arguments_.grad_lse, {n}, "grad_lse", &grad_lse_);
-  statistics_.grad_entropy = gradient(arguments_.grad_entropy, {n}, "grad_entropy", &grad_entropy_);
+      as_double(arguments_.grad_logprob, {n, problem_.targets}, "grad_logprob", &grad_logprob_);
+  statistics_.grad_lse = as_double(arguments_.grad_lse, {n}, "grad_lse", &grad_lse_);
+  statistics_.grad_entropy =
+      as_double(arguments_.grad_entropy, {n}, "grad_entropy", &grad_entropy_);
   statistics_.grad_logit_sum =
-      gradient(arguments_.grad_logit_sum, {n}, "grad_logit_sum", &grad_logit_sum_);
-  if (statistics_.grad_entropy == nullptr) return;
-  const at::Tensor& known_entropy = arguments_.known_entropy;
-  TORCH_CHECK(known_entropy.dim() == 1 && known_entropy.size(0) == n, "entropy has shape ",
-              known_entropy.sizes(), ": expected [", n, "]");
-  entropy = known_entropy.to(at::kDouble).contiguous();
-  statistics_.known_entropy = entropy.const_data_ptr<double>();
+      as_double(arguments_.grad_logit_sum, {n}, "grad_logit_sum", &grad_logit_sum_);
+  if (statistics_.grad_entropy != nullptr)
+    statistics_.known_entropy = as_double(arguments_.known_entropy, {n}, "entropy", &entropy);
 }
 
 void StatisticsCall::differentiate_in_forward(Differentiate differentiate) {
@@ -124,14 +120,6 @@ void StatisticsCall::check_budget() const {
   std::vector<Problem> backward(later.size(), problem_);
   for (size_t i = 0; i < later.size(); ++i) backward[i].token_statistics = &later[i];
   Call::check_budget(backward);
-}
-
-const double* StatisticsCall::gradient(const OptionalTensor& tensor, at::IntArrayRef shape,
-                                       const char* name, at::Tensor* owner) const {
-  if (!tensor) return nullptr;
-  TORCH_CHECK(tensor->sizes() == shape, name, " has shape ", tensor->sizes(), ": expected ", shape);
-  *owner = tensor->to(at::kDouble).contiguous();
-  return owner->const_data_ptr<double>();
 }
 
 }  // namespace memeff

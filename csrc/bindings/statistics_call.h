@@ -28,8 +28,6 @@ class StatisticsCall : public Call {
 
  private:
   void differentiate_rows(int64_t begin, int64_t end);
-  const double* gradient(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name,
-                         at::Tensor* owner) const;
 
   TokenStatistics statistics_;
   Differentiate differentiate_;

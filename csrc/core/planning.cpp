@@ -14,6 +14,15 @@ std::string megabytes(int64_t bytes) {
 
 }  // namespace
 
+PlanRequest plan_request(const Problem& problem, const PlanOptions& options) {
+  PlanRequest request{options};
+  request.tokens = problem.tokens;
+  request.features = problem.features;
+  request.vocab = problem.vocab;
+  request.dtype = problem.dtype;
+  return request;
+}
+
 int64_t first_chunk(const PlanRequest& r, int64_t score_bytes) {
   if (!r.grad_weight || r.statistics_known) return 0;
   int64_t most = tokens_in_gradient_row(r, score_bytes);

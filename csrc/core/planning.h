@@ -7,12 +7,16 @@
 
 #include "core/math.h"
 #include "core/plan.h"
+#include "core/problem.h"
 
 namespace memeff {
 
-inline bool wants_gradient(const PlanRequest& r) {
+inline bool wants_gradient(const PlanOptions& r) {
   return r.grad_input || r.grad_weight || r.grad_bias;
 }
+
+/// What the planner must know of a problem; of one whose vocabulary ranks share, not yet all.
+PlanRequest plan_request(const Problem& problem, const PlanOptions& options);
 
 /// FLOPs of one matrix product: 2 N D V.
 inline double product_flops(const PlanRequest& r) {

@@ -34,7 +34,7 @@ const uint16_t* Bf16Backend::pack_input(Range tokens, Packing packing) {
   uint16_t* panels = at<uint16_t>(along_features ? layout_.score_step.input_block
                                                  : layout_.weight_step.input_block);
   Range& packed = along_features ? packed_along_features_ : packed_along_tokens_;
-  if (packed.begin == tokens.begin && packed.end == tokens.end) return panels;
+  if (packed == tokens) return panels;
   if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
   packed = tokens;
   const int64_t* rows = tokens_.rows() + tokens.begin;
@@ -108,15 +108,7 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
   tile.panel_stride = round_up(problem_.features, 2) * kPanel;
   tile.panels = panels + column / kPanel * tile.panel_stride;
   tile.tokens = strip.size();
-  tile.transform.scale = static_cast<float>(problem_.logit_scale);
-  tile.transform.softcap = static_cast<float>(problem_.softcap);
-  tile.transform.class_weight = tokens_.class_weight(classes.begin);
-  if (problem_.bias != nullptr) {
-    for (int64_t v = 0; v < classes.size(); ++v) {
-      bias[v] = static_cast<float>(load(problem_.dtype, problem_.bias, classes.begin + v));
-    }
-    tile.transform.bias = bias;
-  }
+  tile.transform = score_transform(classes, bias);
   if (use == ScoreUse::kStatistics) {
     tile.partials = tokens_.tile_partials(classes.begin / kTileVocab, column);
   } else {
@@ -196,7 +188,7 @@ void Bf16Backend::add_grad_input(Range classes, Range tokens, const ScoreBlock& 
   float* const sums = input_sum(tokens);
   const int64_t padded_inner = round_up(classes.size(), 2);
   if (plan_.kind == PlanKind::kTokenChunks) forget_packed();
-  const bool packed = packed_classes_.begin == classes.begin && packed_classes_.end == classes.end;
+  const bool packed = packed_classes_ == classes;
   packed_classes_ = classes;
   // A task: a few rows across all panels, so that it reads memory in order.
   constexpr int64_t kPackRows = 64;

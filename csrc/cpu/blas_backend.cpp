@@ -118,16 +118,7 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
                                  bool statistics) {
   const Problem& p = this->problem_;
   T bias[kTileVocab];
-  ScoreTransform<T> transform;
-  transform.scale = static_cast<T>(p.logit_scale);
-  transform.softcap = static_cast<T>(p.softcap);
-  transform.class_weight = this->tokens_.class_weight(classes.begin);
-  if (p.bias != nullptr) {
-    for (int64_t v = 0; v < classes.size(); ++v) {
-      bias[v] = static_cast<T>(load(p.dtype, p.bias, classes.begin + v));
-    }
-    transform.bias = bias;
-  }
+  const ScoreTransform<T> transform = this->score_transform(classes, bias);
   TilePartials<T> partials;
   const int64_t tile = classes.begin / kTileVocab;
   if (statistics) partials = this->tokens_.tile_partials(tile, columns.begin);
@@ -145,14 +136,6 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
 }
 
 template <class T>
-double BlasBackend<T>::probability(int64_t token, int64_t v) const {
-  const Problem& p = this->problem_;
-  return load(p.probabilities_dtype, p.probabilities,
-              this->tokens_.rows()[token] * p.probabilities_token_stride +
-                  v * p.probabilities_class_stride);
-}
-
-template <class T>
 void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range classes, Range tokens,
                                           int64_t at) {
   const int64_t tile = classes.begin / kTileVocab;
@@ -160,7 +143,7 @@ void BlasBackend<T>::probability_partials(const T* z, int64_t stride, Range clas
   for (int64_t i = 0; i < tokens.size(); ++i) {
     double dot = 0, mass = 0, plain = 0;
     for (int64_t v = 0; v < classes.size(); ++v) {
-      const double q = probability(tokens.begin + i, classes.begin + v);
+      const double q = this->tokens_.probability(tokens.begin + i, classes.begin + v);
       const double weighted = w == nullptr ? q : q * w[v];
       const double score = score_of(z[v * stride + i], static_cast<T>(this->problem_.softcap));
       mass += weighted;
@@ -214,7 +197,7 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
         for (int64_t v = 0; v < rows.size(); ++v) {
           const double w = transform.class_weight == nullptr ? 1.0 : transform.class_weight[v];
           for (int64_t i = 0; i < tokens.size(); ++i) {
-            const double q = probability(tokens.begin + i, rows.begin + v);
+            const double q = this->tokens_.probability(tokens.begin + i, rows.begin + v);
             const double change = w * q * coefficients.scale_target[static_cast<size_t>(i)] *
                                   slope[static_cast<size_t>(v * tokens.size() + i)];
             part[v * block.stride + i] -= static_cast<T>(change);

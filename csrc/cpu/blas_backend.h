@@ -34,7 +34,6 @@ class BlasBackend final : public CpuBackend<T> {
                    bool statistics);
   /// Partial sums of a strip that starts `at` tokens into its block.
   void probability_partials(const T* z, int64_t stride, Range classes, Range tokens, int64_t at);
-  double probability(int64_t token, int64_t v) const;
 };
 
 extern template class BlasBackend<float>;

@@ -102,4 +102,11 @@ struct ColumnKernels {
 template <class T>
 const ColumnKernels<T>& column_kernels();
 
+#if defined(__x86_64__)
+template <class T>
+ColumnKernels<T> column_kernels_avx2();
+template <class T>
+ColumnKernels<T> column_kernels_avx512();
+#endif
+
 }  // namespace memeff

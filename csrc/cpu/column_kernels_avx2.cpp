@@ -5,8 +5,12 @@
 
 namespace memeff {
 
-ColumnKernels<float> float_column_kernels_avx2() { return make_column_kernels<float>(); }
-ColumnKernels<double> double_column_kernels_avx2() { return make_column_kernels<double>(); }
+template <class T>
+ColumnKernels<T> column_kernels_avx2() {
+  return make_column_kernels<T>();
+}
+template ColumnKernels<float> column_kernels_avx2();
+template ColumnKernels<double> column_kernels_avx2();
 
 }  // namespace memeff
 

@@ -4,36 +4,18 @@
 
 namespace memeff {
 
+template <class T>
+const ColumnKernels<T>& column_kernels() {
+  static const ColumnKernels<T> kernels = [] {
 #if defined(__x86_64__)
-// Defined in the files compiled for these instruction sets.
-ColumnKernels<float> float_column_kernels_avx2();
-ColumnKernels<double> double_column_kernels_avx2();
-ColumnKernels<float> float_column_kernels_avx512();
-ColumnKernels<double> double_column_kernels_avx512();
+    if (cpu_features().avx512) return column_kernels_avx512<T>();
+    if (cpu_features().avx2) return column_kernels_avx2<T>();
 #endif
-
-template <>
-const ColumnKernels<float>& column_kernels<float>() {
-  static const ColumnKernels<float> kernels = [] {
-#if defined(__x86_64__)
-    if (cpu_features().avx512) return float_column_kernels_avx512();
-    if (cpu_features().avx2) return float_column_kernels_avx2();
-#endif
-    return make_column_kernels<float>();
+    return make_column_kernels<T>();
   }();
   return kernels;
 }
-
-template <>
-const ColumnKernels<double>& column_kernels<double>() {
-  static const ColumnKernels<double> kernels = [] {
-#if defined(__x86_64__)
-    if (cpu_features().avx512) return double_column_kernels_avx512();
-    if (cpu_features().avx2) return double_column_kernels_avx2();
-#endif
-    return make_column_kernels<double>();
-  }();
-  return kernels;
-}
+template const ColumnKernels<float>& column_kernels();
+template const ColumnKernels<double>& column_kernels();
 
 }  // namespace memeff

@@ -7,7 +7,6 @@
 #include "cpu/number.h"
 #include "cpu/parallel.h"
 #include "cpu/row_update.h"
-#include "cpu/tiling.h"
 
 namespace memeff {
 namespace {
@@ -32,6 +31,20 @@ CpuBackend<T>::CpuBackend(const CpuContext& context)
 }
 
 template <class T>
+ScoreTransform<T> CpuBackend<T>::score_transform(Range classes, T (&bias)[kTileVocab]) const {
+  ScoreTransform<T> transform;
+  transform.scale = static_cast<T>(problem_.logit_scale);
+  transform.softcap = static_cast<T>(problem_.softcap);
+  transform.class_weight = tokens_.class_weight(classes.begin);
+  if (problem_.bias != nullptr) {
+    for (int64_t v = 0; v < classes.size(); ++v)
+      bias[v] = static_cast<T>(load(problem_.dtype, problem_.bias, classes.begin + v));
+    transform.bias = bias;
+  }
+  return transform;
+}
+
+template <class T>
 T* CpuBackend<T>::input_sum(Range tokens) const {
   // Rows of the gradient are first filled densely, in order of the processed tokens, and moved to
   // their places by finish_gradients().
@@ -39,7 +52,7 @@ T* CpuBackend<T>::input_sum(Range tokens) const {
     return static_cast<T*>(problem_.grad_input) + tokens.begin * input_sum_stride();
   }
   // Blocks of kept chunks are finished one by one, before the sums of all other tokens begin.
-  const int64_t kept = plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
+  const int64_t kept = stored_tokens(*context_.request, plan_);
   const bool one_block = !sums_of_all_tokens_ || tokens.begin < kept;
   return at<T>(layout_.input_step.sum) +
          (one_block ? 0 : (tokens.begin - kept) * input_sum_stride());

@@ -11,6 +11,7 @@
 #include "core/problem.h"
 #include "cpu/cpu_context.h"
 #include "cpu/layout.h"
+#include "cpu/tiling.h"
 #include "cpu/tokens.h"
 #include "driver/backend.h"
 
@@ -45,6 +46,8 @@ class CpuBackend : public Backend {
     return reinterpret_cast<U*>(context_.workspace + offset);
   }
   T* bias_sum() const { return bias_sum_; }
+  /// What finishes the scores of a tile. Its bias, as T, lies in `bias`.
+  ScoreTransform<T> score_transform(Range classes, T (&bias)[kTileVocab]) const;
   /// Sums of grad_input for tokens.begin on: the gradient itself when it has full precision.
   T* input_sum(Range tokens) const;
   int64_t input_sum_stride() const;

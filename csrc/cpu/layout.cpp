@@ -16,6 +16,10 @@ int64_t score_bytes(const CpuPlanRequest& r) {
   return r.bf16_kernels ? 2 : size_of(accumulation_dtype(r.dtype));
 }
 
+int64_t stored_tokens(const CpuPlanRequest& r, const Plan& plan) {
+  return std::min(r.tokens, plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens);
+}
+
 int64_t thread_scratch_bytes(const CpuPlanRequest& r, const Plan& plan) {
   if (!r.bf16_kernels) return 0;
   const int64_t weight_task =
@@ -78,8 +82,8 @@ CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan) {
       // A slice adds to the sums of all tokens but those of kept chunks; these, and a sweep of its own,
       // are finished block by block.
       const bool all_tokens = slices && r.grad_weight && !plan.separate_sweeps;
-      const int64_t kept = plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens;
-      const int64_t summed = all_tokens ? std::max(block, r.tokens - kept) : block;
+      const int64_t summed =
+          all_tokens ? std::max(block, r.tokens - stored_tokens(r, plan)) : block;
       at.input_step.sum = cursor.take(summed * sum_row * sum_bytes);
     }
     at.input_step.weight_block = cursor.take(r.bf16_kernels ? slice * features * 2 : upcast_bytes);

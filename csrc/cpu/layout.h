@@ -10,8 +10,7 @@ namespace memeff {
 /// What a step needs only while it runs is grouped by step. Under token chunks the steps follow one
 /// another and share memory; under vocab slices they alternate and each has its own.
 struct CpuLayout {
-  int64_t token_arrays =
-      0;  // kTokenArrays arrays of 8-byte numbers [N], of which three are [N, targets]
+  int64_t token_arrays = 0;    // kTokenArrays of 8-byte numbers [N], three of them [N, targets]
   int64_t class_arrays = 0;    // class weights and sum of the bias gradient, [2, V]
   int64_t thread_scratch = 0;  // [threads, thread_scratch_bytes()]
   int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)
@@ -44,6 +43,8 @@ constexpr int64_t kScoreScratchBytes = 672 * 1024;
 
 /// Bytes of one stored score.
 int64_t score_bytes(const CpuPlanRequest& request);
+/// Vocab slices: tokens whose scores are kept.
+int64_t stored_tokens(const CpuPlanRequest& request, const Plan& plan);
 
 int64_t thread_scratch_bytes(const CpuPlanRequest& request, const Plan& plan);
 CpuLayout layout_workspace(const CpuPlanRequest& request, const Plan& plan);

@@ -28,11 +28,6 @@ constexpr int64_t kMostSlice = 16 * kTileVocab;
 constexpr int64_t kLeastEfficientSlice = 4 * kTileVocab;
 constexpr int64_t kMostFp64Slice = kLeastEfficientSlice;
 
-/// Vocab slices: tokens whose scores are kept.
-int64_t stored_tokens(const CpuPlanRequest& r, const Plan& plan) {
-  return std::min(r.tokens, plan.stored_in_gradient + plan.stored_chunks * plan.chunk_tokens);
-}
-
 /// Vocab slices: tokens whose gradients are computed from scores made for them.
 int64_t fresh_tokens(const CpuPlanRequest& r, const Plan& plan) {
   return r.statistics_known ? r.tokens : r.tokens - stored_tokens(r, plan);

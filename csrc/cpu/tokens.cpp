@@ -209,6 +209,13 @@ void CpuTokens<T>::merge(Range tokens) {
 }
 
 template <class T>
+double CpuTokens<T>::probability(int64_t token, int64_t v) const {
+  return load(
+      problem_.probabilities_dtype, problem_.probabilities,
+      rows_[token] * problem_.probabilities_token_stride + v * problem_.probabilities_class_stride);
+}
+
+template <class T>
 void CpuTokens<T>::restore() {
   // The mass of a probability target is needed before its coefficients: one pass over the targets.
   parallel_for(count_, kTokenGrain, [&](int64_t begin, int64_t end, int) {
@@ -218,10 +225,7 @@ void CpuTokens<T>::restore() {
       if (problem_.probabilities != nullptr) {
         double mass = 0;
         for (int64_t v = 0; v < problem_.vocab; ++v) {
-          const double q = load(problem_.probabilities_dtype, problem_.probabilities,
-                                rows_[token] * problem_.probabilities_token_stride +
-                                    v * problem_.probabilities_class_stride);
-          mass += q * (class_weight_ != nullptr ? class_weight_[v] : 1);
+          mass += probability(token, v) * (class_weight_ != nullptr ? class_weight_[v] : 1);
         }
         target_mass_[token] = mass;
       }
@@ -419,7 +423,7 @@ void CpuTokens<T>::write_loss() {
 
 template <class T>
 const typename CpuTokens<T>::Coefficients& CpuTokens<T>::coefficients(Range tokens) {
-  if (cached_.begin == tokens.begin && cached_.end == tokens.end) return coefficients_;
+  if (cached_ == tokens) return coefficients_;
   const auto size = static_cast<size_t>(tokens.size());
   const auto padded = static_cast<size_t>(round_up(tokens.size(), kPanel));
   for (auto* values :

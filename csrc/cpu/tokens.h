@@ -54,6 +54,8 @@ class CpuTokens {
   int64_t count() const { return count_; }
   const int64_t* rows() const { return rows_; }
   bool contiguous_rows(Range tokens) const;
+  /// The target of a token that is class probabilities: that of class v.
+  double probability(int64_t token, int64_t v) const;
 
   /// Per-tile partial sums, [tiles, token_block] each; null: not requested.
   T* partial(Partial which, int64_t tile) const;

@@ -14,6 +14,7 @@ struct Range {
   int64_t begin = 0;
   int64_t end = 0;
   int64_t size() const { return end - begin; }
+  bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
 };
 
 /// A block of scores, vocabulary-major: the score of class v and token t lies at
