@@ -13,7 +13,7 @@ from torch import Tensor
 from memeff import ops, reference
 from memeff._backends import resolve_backend
 from memeff._dtensor import is_dtensor, local_operands
-from memeff._gradients import refuse_tangents
+from memeff._gradients import records_tangents, refuse_tangents
 from memeff._operands import (
     check_classes,
     check_head,
@@ -263,7 +263,7 @@ def _refuse_tangents(
     linear_bias: Tensor | None,
     others: dict[str, Any],
 ) -> None:
-    if backend != "reference":
+    if backend != "reference" and records_tangents():
         head = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
         refuse_tangents(head | others, '; backend="reference" has them')
 

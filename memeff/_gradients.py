@@ -84,17 +84,20 @@ class Unchanged:
                 )
 
 
+def records_tangents() -> bool:
+    """Whether forward-mode AD is on at all."""
+    return forward_ad._current_level >= 0
+
+
 def has_tangent(value: object) -> bool:
     """Whether forward-mode AD goes through a tensor (forward_ad.make_dual, torch.func.jvp)."""
-    if forward_ad._current_level < 0 or not isinstance(value, Tensor):
+    if not records_tangents() or not isinstance(value, Tensor):
         return False
     return forward_ad.unpack_dual(value).tangent is not None
 
 
 def refuse_tangents(tensors: Mapping[str, object], way_out: str = "") -> None:
     """Raise NotImplementedError where one has a tangent, which would be lost."""
-    if forward_ad._current_level < 0:
-        return
     for name, tensor in tensors.items():
         if has_tangent(tensor):
             raise NotImplementedError(

@@ -216,12 +216,19 @@ def call(
     """Call an op, or where gradients are recorded the autograd.Function of the same formula.
 
     What register_autograd generates refuses to run in transforms such as torch.func.grad, and reads
-    the schema anew for each of its arguments, which takes longer than a small call. A compiler
-    traces the op itself.
+    the schema anew for each of its arguments, which takes longer than a small call: it is left out,
+    also where nothing is recorded. A compiler traces the op itself.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op(*tensors, **options)
+    if torch.is_grad_enabled():
         return functions[op].apply(*tensors, options)
-    return op(*tensors, **options)
+    return _below_autograd(op, tensors, options)
+
+
+def _below_autograd(op: Any, tensors: Sequence[Any], options: dict[str, Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*tensors, **options)
 
 
 def check_flags(op: str, needed: Sequence[bool], computed: Sequence[bool]) -> None:
@@ -239,8 +246,7 @@ def function_of(op: Any, setup_context: Any, backward: Any) -> type[torch.autogr
     """An autograd.Function that runs `op`: its tensors, then a dict of its options."""
 
     def forward(*arguments: Any) -> Any:
-        *tensors, options = arguments
-        return op(*tensors, **options)
+        return _below_autograd(op, arguments[:-1], arguments[-1])
 
     # torch asks for it at every call, and computing it takes longer than the rest.
     forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
