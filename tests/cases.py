@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from tolerances import Result, assert_result
 
 import memeff
+from memeff._options import LossOptions, Options
+from memeff.ops import option_names
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Strides. Equal rows of w would make every logit of a token equal and its dX zero but for rounding.
@@ -118,7 +120,7 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     raise ValueError(f"layout {layout!r}: expected one of {INPUT_LAYOUTS}")
 
 
-# Each option alone, then together; for the parametrised tests. Keys are fields of Case.
+# Each option alone, then together; the one list that tests go through. Keys are fields of Case.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "ignored": {"ignored": 0.3},
@@ -148,6 +150,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "ignore_index": -7,
     },
 }  # fmt: skip
+
+
+def op_options(op: Any, **given: Any) -> dict[str, Any]:
+    """The keyword arguments of an op: of ``given`` those that it has, and else the defaults; of the
+    flags that say which gradients are wanted, all."""
+    defaults = Options()
+    return {name: given.get(name, getattr(defaults, name, True)) for name in option_names(op)}
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -268,23 +277,14 @@ def run_plain(case: Case, inputs: Inputs) -> Result:
 def run_memeff(case: Case, inputs: Inputs, **overrides: Any) -> Result:
     """Loss and gradients from memeff; `overrides` are passed on to linear_cross_entropy."""
     leaves = _leaves(case, inputs)
-    arguments: dict[str, Any] = {
+    arguments = {
+        name: getattr(case, name) for name in LossOptions.__annotations__ if hasattr(case, name)
+    } | {
         "linear_bias": leaves["db"],
         "weight": inputs.class_weights,
-        "reduction": case.reduction,
-        "label_smoothing": case.label_smoothing,
-        "softcap": case.softcap,
-        "logit_scale": case.logit_scale,
-        "z_loss": case.z_loss,
         "token_weight": inputs.token_weight,
         "num_items": case.num_items,
-        "shift": case.shift,
-        "memory_budget": case.memory_budget,
-        "chunk_size": case.chunk_size,
-        "accum_dtype": case.accum_dtype,
     }
-    if case.ignore_index is not None:
-        arguments["ignore_index"] = case.ignore_index
     loss = memeff.linear_cross_entropy(
         leaves["dx"], leaves["dw"], inputs.y, **(arguments | overrides)
     )

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
 
 from memeff import _backends, ops, statistics_ops
 
@@ -50,3 +54,27 @@ def checked(
     yield
     reports = emulator.take_reports()
     assert not reports, f"{len(reports)} reports, the first: " + "\n".join(reports[:3])
+
+
+# ---- what files of emulated tests have in common: `pytestmark = emulated.needed`, and these ----
+
+needed = pytest.mark.skipif(missing() is not None, reason=f"no emulator: {missing()}")
+
+
+@pytest.fixture(autouse=True)
+def no_reports() -> Iterator[None]:
+    """Every test of a file that imports it fails if the emulator reports anything."""
+    with checked():
+        yield
+
+
+def dtype_fixture(variants: Sequence[tuple[str, torch.dtype]]) -> Any:
+    """A fixture: the dtype of the inputs in each of (kernels, dtype), with these kernels chosen."""
+
+    @pytest.fixture(params=variants, ids=lambda v: f"{v[0]}-{v[1]}".replace("torch.", ""))
+    def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+        kernels, chosen = request.param
+        monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+        return chosen  # type: ignore[no-any-return]
+
+    return dtype

@@ -7,7 +7,6 @@ every thread is a function call here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,7 @@ from cases import (
     make_inputs,
     run_memeff,
 )
+from emulated import no_reports  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear_loss import Problem as LossProblem
@@ -38,9 +38,7 @@ from tolerances import assert_close_as_plain
 
 import memeff
 
-pytestmark = pytest.mark.skipif(
-    emulated.missing() is not None, reason=f"no emulator: {emulated.missing()}"
-)
+pytestmark = emulated.needed
 
 KERNELS = ["generic,generic", "sm80,generic", "sm80,sm80", "sm90,generic", "sm90,sm90"]
 # Everything that 16-bit kernels distinguish: families of their own in both types; those that share
@@ -61,18 +59,7 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_reports() -> Iterator[None]:
-    with emulated.checked():
-        yield
-
-
-@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}".replace("torch.", ""))
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Results for the inputs, with the kernels chosen."""
-    kernels, dtype = request.param
-    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
-    return dtype
+dtype = emulated.dtype_fixture(VARIANTS)
 
 
 def check_emulated(case: Case, **overrides: Any) -> None:

@@ -5,19 +5,17 @@ numbers beyond what fp16 holds, saturated soft caps, logits that are infinite or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import emulated
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated import no_reports  # noqa: F401
 
 import memeff
 
-pytestmark = pytest.mark.skipif(
-    emulated.missing() is not None, reason=f"no emulator: {emulated.missing()}"
-)
+pytestmark = emulated.needed
 
 VARIANTS = [
     ("generic,generic", torch.float32),
@@ -31,18 +29,7 @@ VARIANTS = [
 FP16_VARIANTS = ["generic,generic", "sm80,generic", "sm80,sm80", "sm90,sm90", "sm90x2,sm90x2"]
 
 
-@pytest.fixture(autouse=True)
-def _no_reports() -> Iterator[None]:
-    with emulated.checked():
-        yield
-
-
-@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{v[1]}".replace("torch.", ""))
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Of the inputs, with the kernels chosen."""
-    kernels, dtype = request.param
-    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
-    return dtype
+dtype = emulated.dtype_fixture(VARIANTS)
 
 
 # ---- what is ignored is never looked at ----

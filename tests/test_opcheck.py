@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import OPTIONS, op_options
 
-import memeff.ops  # noqa: F401  (registers the ops)
-
+FORWARD = torch.ops.memeff.linear_cross_entropy_forward.default
+BACKWARD = torch.ops.memeff.linear_cross_entropy_backward.default
 SUBSETS = [(i, w, b) for i in (False, True) for w in (False, True) for b in (False, True)]
 
 
@@ -37,22 +38,6 @@ def tensors(
     return x, w, target, b, *others, None
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {
-        "ignore_index": -100, "label_smoothing": 0.0, "softcap": 0.0, "logit_scale": 1.0,
-        "z_loss": 0.0,
-    },
-    "everything": {
-        "ignore_index": 1, "label_smoothing": 0.1, "softcap": 3.0, "logit_scale": 0.7,
-        "z_loss": 0.01,
-    },
-}  # fmt: skip
-PLANNING = {
-    "memory_budget": -1, "chunk_size": 0, "accum_dtype": None, "skip_mass": 0.0,
-    "vocab_group": "", "vocab_start": -1, "reduce_input_grad": True,
-}  # fmt: skip
-
-
 def wanted(subset: tuple[bool, bool, bool]) -> dict[str, bool]:
     return dict(zip(("input_grad", "weight_grad", "bias_grad"), subset, strict=True))
 
@@ -62,12 +47,9 @@ def wanted(subset: tuple[bool, bool, bool]) -> dict[str, bool]:
 @pytest.mark.parametrize("statistics", [False, True], ids=["", "statistics"])
 def test_forward(subset: tuple[bool, bool, bool], reduction: str, statistics: bool) -> None:
     torch.library.opcheck(
-        torch.ops.memeff.linear_cross_entropy_forward.default,
+        FORWARD,
         tensors(subset),
-        {"reduction": reduction, "return_statistics": statistics}
-        | OPTIONS["plain"]
-        | wanted(subset)
-        | PLANNING,
+        op_options(FORWARD, reduction=reduction, return_statistics=statistics, **wanted(subset)),
     )
 
 
@@ -82,12 +64,14 @@ def test_forward_dtypes_and_options(
         subset, shape=(2, 8, 16), dtype=dtype, probabilities=probabilities, everything=True
     )
     torch.library.opcheck(
-        torch.ops.memeff.linear_cross_entropy_forward.default,
+        FORWARD,
         arguments,
-        {"reduction": reduction, "return_statistics": True}
-        | OPTIONS["everything"]
-        | wanted(subset)
-        | PLANNING,
+        op_options(
+            FORWARD,
+            **OPTIONS["everything"] | {"ignore_index": 1},
+            reduction=reduction,
+            return_statistics=True,
+        ),
     )
 
 
@@ -97,13 +81,17 @@ def test_forward_shapes(shape: tuple[int, int, int], bias: bool) -> None:
     x, w, target, b, *others = tensors((True, True, bias), shape=shape)
     others[-1] = torch.tensor(3)  # num_items
     torch.library.opcheck(
-        torch.ops.memeff.linear_cross_entropy_forward.default,
+        FORWARD,
         (x, w, target, b if bias else None, *others),
-        {"reduction": "mean", "return_statistics": True, "memory_budget": 2**26, "chunk_size": 4,
-         "accum_dtype": torch.float32, "skip_mass": 0.0, "vocab_group": "", "vocab_start": -1,
-         "reduce_input_grad": True}
-        | OPTIONS["plain"] | wanted((True, True, bias)),
-    )  # fmt: skip
+        op_options(
+            FORWARD,
+            return_statistics=True,
+            memory_budget=2**26,
+            chunk_size=4,
+            accum_dtype=torch.float32,
+            bias_grad=bias,
+        ),
+    )
 
 
 @pytest.mark.parametrize("subset", SUBSETS, ids=str)
@@ -114,9 +102,9 @@ def test_backward(subset: tuple[bool, bool, bool], reduction: str) -> None:
     lse = F.linear(x, w, b).logsumexp(-1)
     grad_loss = torch.randn(4) if reduction == "none" else torch.randn(())
     torch.library.opcheck(
-        torch.ops.memeff.linear_cross_entropy_backward.default,
+        BACKWARD,
         (grad_loss, lse, *arguments),
-        {"reduction": reduction} | OPTIONS["plain"] | wanted(subset) | PLANNING,
+        op_options(BACKWARD, reduction=reduction, **wanted(subset)),
     )
 
 

@@ -5,26 +5,17 @@ On emulated kernels, whose gradients are compared with those of the same kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import emulated
 import pytest
 import torch
 from cases import Case, make_inputs, run_memeff
+from emulated import no_reports  # noqa: F401
 
 import memeff
 
-pytestmark = pytest.mark.skipif(
-    emulated.missing() is not None, reason=f"no emulator: {emulated.missing()}"
-)
+pytestmark = emulated.needed
 
 TOKENS, FEATURES, VOCAB, TILE = 140, 16, 1000, 128
-
-
-@pytest.fixture(autouse=True)
-def _no_reports() -> Iterator[None]:
-    with emulated.checked():
-        yield
 
 
 @pytest.fixture(params=["sm80,sm80", "sm90,sm90", "sm90,sm90rs"])

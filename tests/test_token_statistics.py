@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import lay_out
+from cases import lay_out, op_options
 from tolerances import assert_close_as_plain
 from torch import Tensor
 
@@ -476,25 +476,17 @@ def test_opcheck(subset: tuple[bool, ...], target: bool) -> None:
         for shape, wanted in zip(((4, 3), (5, 3), (5,)), subset, strict=True)
     )
     y = torch.randint(5, (4, 2)) if target else None
-    options = {
-        "ignore_index": -100, "softcap": 2.0, "logit_scale": 0.7,
-        "input_grad": subset[0], "weight_grad": subset[1], "bias_grad": subset[2],
-        "memory_budget": -1, "chunk_size": 0,
-        "vocab_group": "", "vocab_start": -1, "reduce_input_grad": True,
-    }  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.memeff.linear_token_statistics_forward.default,
-        (x, w, y, b),
-        {"skip_ignored": False, "entropy": True, "logit_sum": True, "argmax": True, "top_k": 2}
-        | options,
-    )
+    flags = dict(zip(("input_grad", "weight_grad", "bias_grad"), subset, strict=True))
+    given = {"softcap": 2.0, "logit_scale": 0.7} | flags
+    given |= {"entropy": True, "logit_sum": True, "argmax": True, "top_k": 2}
+    forward = torch.ops.memeff.linear_token_statistics_forward.default
+    torch.library.opcheck(forward, (x, w, y, b), op_options(forward, **given))
     lse, entropy = torch.randn(4).double(), torch.rand(4)
     upstream = (torch.randn(4, 2) if target else None, None, torch.randn(4), torch.randn(4))
     x, w, b = x.detach(), w.detach(), b.detach()
+    backward = torch.ops.memeff.linear_token_statistics_backward.default
     torch.library.opcheck(
-        torch.ops.memeff.linear_token_statistics_backward.default,
-        (*upstream, lse, entropy, x, w, y, b),
-        options,
+        backward, (*upstream, lse, entropy, x, w, y, b), op_options(backward, **given)
     )
 
 
