@@ -1,32 +1,26 @@
-"""Vocabularies that several processes share: see checks.py."""
+"""Several processes that share a vocabulary or sequences: see checks.py and its neighbours."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import json
 from pathlib import Path
-from typing import Any
 
-_FOLDER = Path(__file__).parent
+from every_check import CHECKS
+from processes import run_processes
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CHECKS = _load("checks").CHECKS
-launch = _load("launch").launch
 PROCESSES = 4
 SECONDS = 240
 
 
 def test_every_check_on_every_rank(tmp_path: Path) -> None:
     """One test: workers of pytest-xdist that share the checks would launch once each."""
-    results: list[dict[str, str]] = launch(PROCESSES, tmp_path, SECONDS)
+    (tmp_path / "names").write_text(json.dumps(list(CHECKS)))
+    logs = run_processes(Path(__file__).with_name("worker.py"), PROCESSES, tmp_path, SECONDS)
+    results = []
+    for rank, log in enumerate(logs):
+        found = tmp_path / f"rank{rank}.json"
+        assert found.exists(), f"rank {rank} has no result:\n{log[-4000:]}"
+        results.append(json.loads(found.read_text()))
     wrong = [
         f"{name}, rank {rank} of {size}: {found}"
         for name, (size, _) in CHECKS.items()

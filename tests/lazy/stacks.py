@@ -14,21 +14,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # processes.py
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import join, run_processes
 from torch import Tensor, nn
 
 import memeff
@@ -410,64 +409,27 @@ def launch(names: list[str], timeout: float) -> dict[str, dict[str, Any]]:
 
     A case that did not end in time, and those after it, are missing.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as port:
-        port.bind(("127.0.0.1", 0))  # DeepSpeed asks for one; nobody listens
-        environment = {
-            **os.environ,
-            "WORLD_SIZE": str(PROCESSES),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port.getsockname()[1]),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        Path(folder, "names").write_text(json.dumps(names))
-        processes = []
-        for rank in range(PROCESSES):
-            with open(f"{folder}/{rank}.log", "w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, "--process", folder],
-                        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
-        end = time.monotonic() + timeout
-        try:
-            for process in processes:
-                process.wait(max(1.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        (folder / "names").write_text(json.dumps(names))
+        logs = run_processes(Path(__file__), PROCESSES, folder, timeout)
         results: dict[str, dict[str, Any]] = {}
-        for rank in range(PROCESSES):
-            lines = Path(folder, f"{rank}.jsonl")
+        for rank, log in enumerate(logs):
+            lines = folder / f"{rank}.jsonl"
             for line in lines.read_text().splitlines() if lines.exists() else ():
                 name, result = json.loads(line)
                 if "error" not in results.get(name, ()):  # of any process
                     results[name] = result
             if not lines.exists():
-                print(Path(folder, f"{rank}.log").read_text()[-3000:])
+                print(log[-3000:])
         return results
 
 
-def _process(folder: str) -> None:
+def _process() -> None:
     """One of the processes."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
-    with open(f"{folder}/{rank}.jsonl", "w") as file:
-        for name in json.loads(Path(folder, "names").read_text()):
+    folder, rank, _ = join(60)
+    with open(folder / f"{rank}.jsonl", "w") as file:
+        for name in json.loads((folder / "names").read_text()):
             try:
                 result = compare(CASES[name])
             except Exception:
@@ -477,8 +439,8 @@ def _process(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--process":
-        _process(sys.argv[2])
+    if len(sys.argv) == 4 and sys.argv[2].isdigit():  # folder, rank, number of processes
+        _process()
     elif sys.argv[1] == "--write":
         text = PAGE.read_text()
         before, rest = text.split(BEGIN)
