@@ -8,6 +8,7 @@ def plan(
     dtype: str,
     backend: str,
     probabilities: bool,
+    ranks: int,
     capability: int,
     gpu: str,
     multiprocessors: int,

@@ -58,6 +58,11 @@ class Call(NamedTuple):
         options = self.options
         return wanted | {name: getattr(options, name) for name in names}
 
+    def count_classes(self) -> int | Tensor:
+        """V, of all ranks that share the vocabulary; they ask each other, so all of them call."""
+        here, shared = self.linear_weight.shape[0], self.options.vocab_parallel
+        return here if shared is None else shared.add_up(here)
+
     @property
     def needs_reference(self) -> bool:
         """Whether plain PyTorch computes it. Without classes there are no logits to avoid, and the
@@ -139,11 +144,6 @@ def _check_sharded(call: Call) -> None:
         raise NotImplementedError(
             "return_statistics is True, expected False for class probabilities with "
             "vocab_parallel: whether the most probable class is the target's is not known to a rank"
-        )
-    if call.options.logit_sum:
-        raise NotImplementedError(
-            "logit_sum is True, expected False with vocab_parallel: a rank does not know the "
-            "number of classes, by which mean_logit divides"
         )
     if call.linear_weight.dim() > 2:
         raise NotImplementedError(

@@ -45,11 +45,15 @@ def local_operands(
     dimension = _vocabulary_dimension(head)
     mesh = head.device_mesh
     shared = VocabParallel(mesh.get_group(dimension))
-    if given is not None and given != shared:
-        raise ValueError(
-            f"vocab_parallel is {given}, expected None: linear_weight is a DTensor, whose mesh "
-            f"says {shared}"
-        )
+    if given is not None:
+        # Of what it says the mesh leaves only reduce_dtype open.
+        others = (given.group_name, given.start, given.reduce_input_grad)
+        if others != (shared.group_name, None, True):
+            raise ValueError(
+                f"vocab_parallel is {given}, expected None or {shared}, with any reduce_dtype: "
+                "linear_weight is a DTensor on that mesh"
+            )
+        shared = given
     everywhere = [Replicate()] * mesh.ndim
     by_class = list(head.placements)
     local = dict(operands)

@@ -194,6 +194,10 @@ class Options(NamedTuple):
     def reduce_input_grad(self) -> bool:
         return self.vocab_parallel is None or self.vocab_parallel.reduce_input_grad
 
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        return None if self.vocab_parallel is None else self.vocab_parallel.reduce_dtype
+
 
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {
     name: hint.__metadata__[0]

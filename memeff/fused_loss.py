@@ -177,6 +177,7 @@ class _Run:
     ) -> None:
         self.call, self.fn, self.rows, self.ignored = call, fn, rows, ignored
         self.total: Tensor | None = None
+        self.classes: int | Tensor | None = None
         self.grad_rows = [torch.zeros_like(t) if t.requires_grad else None for t in rows]
         self.captured: dict[Tensor, Tensor] = {}
 
@@ -248,7 +249,7 @@ class _Run:
                 max_logit=max_logit,
                 argmax=None,
                 logit_sum=leaves[-1] if options.logit_sum else None,
-                mean_logit=leaves[-1] / len(self.call.linear_weight) if options.logit_sum else None,
+                mean_logit=leaves[-1] / self._classes() if options.logit_sum else None,
                 log_sum_sq_probs=None,
                 top_logprobs=None,
                 top_ids=None,
@@ -287,6 +288,11 @@ class _Run:
             gradient = torch.zeros_like(leaf) if gradient is None else gradient
             result.append(self._of_counted(gradient, tokens))
         return result
+
+    def _classes(self) -> int | Tensor:
+        if self.classes is None:
+            self.classes = self.call.count_classes()
+        return self.classes
 
     def _of_counted(self, gradient: Tensor, tokens: slice) -> Tensor:
         """The gradient with zeros for ignored tokens, whatever fn made of their zeros."""

@@ -35,8 +35,11 @@ class Plan:
     tokens: int
     features: int
     vocab: int
+    """Of the largest shard where ranks share the vocabulary; all that follows is for its rank."""
     dtype: torch.dtype
     backend: str
+    ranks: int
+    """That share the vocabulary; 0: nobody does."""
     kind: str
     """"statistics", "token_chunks" or "vocab_slices"."""
     kernels: str
@@ -76,6 +79,11 @@ class Plan:
     predicted_flops: float
     """On GPUs: of products that would fill the GPU for as long as the plan is predicted to take.
     What exceeds ``flops`` is for tiles that stay empty, launches, memory traffic. 0 on the CPU."""
+    gathered_bytes: int
+    """Shared vocabulary: what this rank gives to all-gathers, forward and backward, in addition to
+    about 2 KiB per operator; with class weights it is 8 bytes more per token and operator."""
+    reduced_bytes: int
+    """Shared vocabulary: what it gives to all-reduces, the sums of the input's gradient."""
 
     @property
     def steps(self) -> str:
@@ -100,8 +108,9 @@ class Plan:
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        shared = f" on each of {self.ranks} ranks" if self.ranks else ""
         return (
-            f"<memeff.Plan of {self.tokens} x {self.features} x {self.vocab} {dtype} on "
+            f"<memeff.Plan of {self.tokens} x {self.features} x {self.vocab} {dtype}{shared} on "
             f"{self.backend}: {self.steps}; {_mebibytes(self.workspace_bytes)} of workspace>"
         )
 
@@ -119,6 +128,8 @@ class Plan:
             "gradients": _mebibytes(self.floor_bytes),
             "logits": f"{_mebibytes(4 * self.tokens * self.vocab)} in float32, not stored",
             "products": f"{self.flops:.3g} FLOP, of which needed {self.floor_flops:.3g}",
+            "ranks": f"{self.ranks}; each gives {_mebibytes(self.gathered_bytes)} to all-gathers "
+            f"and {_mebibytes(self.reduced_bytes)} to all-reduces",
         }
         if self.backend == "cuda":
             lines["kernels"] += f" ({self.kernels_reason})"
@@ -126,6 +137,8 @@ class Plan:
             del lines["of the input"]
         if not self.library_bytes:
             del lines["library"]
+        if not self.ranks:
+            del lines["ranks"]
         return "\n".join(f"{name:<12} {value}" for name, value in lines.items())
 
 
@@ -147,6 +160,7 @@ def plan(
     chunk_size: int | None = None,
     accum_dtype: torch.dtype | None = None,
     skip_mass: float = 0.0,
+    vocab_parallel: int | None = None,
     backend: str = "auto",
     compute_capability: tuple[int, int] | None = None,
 ) -> Plan:
@@ -165,6 +179,9 @@ def plan(
         probabilities: whether the targets are class probabilities.
         reduction, label_smoothing, softcap, return_statistics, memory_budget, chunk_size,
             accum_dtype, skip_mass: as in the call.
+        vocab_parallel: number of ranks that share the vocabulary (`memeff.VocabParallel`); the plan
+            is that of each rank. ``vocab`` then counts the classes of all of them, which are
+            divided evenly, and ``linear_weight`` has the rows of the largest shard.
         backend: as in the call; "cuda" needs no GPU, nor a build with CUDA.
         compute_capability: (major, minor) of the GPU to plan for; ``backend="auto"`` then means
             "cuda". None: of the current GPU, else (9, 0).
@@ -173,7 +190,11 @@ def plan(
         TypeError: a missing argument, or one of the wrong type.
         ValueError: a bad value, or a memory_budget in which no plan fits; the message states the
             minimum.
+        NotImplementedError: ``vocab_parallel`` on a GPU.
     """
+    ranks, of_tensors = 0, isinstance(tokens, Tensor)
+    if vocab_parallel is not None:
+        ranks = check_int("vocab_parallel", vocab_parallel, "a number of ranks >= 1, or None", 1)
     if isinstance(tokens, Tensor):
         input, linear_weight = tokens, features
         if not isinstance(linear_weight, Tensor) or linear_weight.dim() != 2 or input.dim() < 1:
@@ -195,6 +216,8 @@ def plan(
     sizes: dict[str, Any] = {"tokens": tokens, "features": features, "vocab": vocab}
     for name, size in sizes.items():
         check_int(name, size, "a number >= 0", least=0)
+    if ranks and not of_tensors:
+        sizes["vocab"] = -(-sizes["vocab"] // ranks)
     largest = sizes["tokens"] + sizes["features"], sizes["features"] + sizes["vocab"]
     if 8 * largest[0] * largest[1] >= 2**63:
         raise ValueError(
@@ -231,6 +254,11 @@ def plan(
         backend = "cuda" if on_gpu else "cpu"
     if backend == "reference":
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
+    if ranks and backend != "cpu":
+        raise NotImplementedError(
+            f'vocab_parallel is {ranks} with backend="{backend}", expected backend="cpu": a '
+            "vocabulary that ranks share is not implemented on this device yet"
+        )
 
     options = {name: flag is not False for name, flag in wanted.items()}
     options |= {name: getattr(parsed, name) for name in _OPTIONS}
@@ -239,10 +267,15 @@ def plan(
         dtype=dtype_name,
         backend=backend,
         probabilities=probabilities,
+        ranks=ranks,
         **_gpu(compute_capability, device),
         options=options,
     )
-    return Plan(**sizes, dtype=_DTYPES[dtype_name], backend=backend, **chosen)
+    dtype = _DTYPES[dtype_name]
+    summed = ranks > 0 and options["input_grad"]
+    width = 8 if dtype == torch.float64 else 4
+    chosen["reduced_bytes"] = sizes["tokens"] * sizes["features"] * width if summed else 0
+    return Plan(**sizes, dtype=dtype, backend=backend, ranks=ranks, **chosen)
 
 
 def _check_capability(capability: Any, backend: str) -> None:

@@ -203,7 +203,9 @@ def _of_rows(call: Call) -> LogitStatistics:
     compute = _call_op if call.backend == "cpu" else _call_on_gpu
     call = call._replace(input=rows, target=several)
     logprob, lse, entropy, logit_sum, max_logit, argmax, top_logprobs, top_ids = compute(call)
-    vocab, squares = call.linear_weight.shape[0], None
+    squares = mean_logit = None
+    if options.logit_sum:
+        mean_logit = (logit_sum / call.count_classes()).reshape(lead)
     if options.log_sum_sq_probs:
         # log sum_v exp(2 z_v) - 2 log sum_v exp(z_v), of float64 numbers.
         squares = (_call_op(_doubled(call))[1] - 2 * lse).to(logprob.dtype).reshape(lead)
@@ -215,7 +217,7 @@ def _of_rows(call: Call) -> LogitStatistics:
         max_logit=max_logit.reshape(lead),
         argmax=argmax.reshape(lead) if options.argmax else None,
         logit_sum=logit_sum.reshape(lead) if options.logit_sum else None,
-        mean_logit=(logit_sum / vocab).reshape(lead) if options.logit_sum else None,
+        mean_logit=mean_logit,
         log_sum_sq_probs=squares,
         top_logprobs=top_logprobs.reshape(top) if options.top_k else None,
         top_ids=top_ids.reshape(top) if options.top_k else None,

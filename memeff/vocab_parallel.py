@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memeff import _library
 from memeff._checks import check_flag, check_int
@@ -31,6 +32,9 @@ class VocabParallel:
         reduce_input_grad: False leaves out the sum over the ranks: the gradient of ``input`` is
             then this rank's contribution, rounded to the dtype of ``input``, for those who sum it
             later.
+        reduce_dtype: of what the ranks add up for the gradient of ``input``. None: float32 (float64
+            for float64 inputs). torch.bfloat16 halves the bytes, and rounds each rank's
+            contribution and the sums.
 
     Raises:
         RuntimeError: torch.distributed is not initialized.
@@ -40,14 +44,28 @@ class VocabParallel:
     group: InitVar[Any] = None
     start: int | None = None
     reduce_input_grad: bool = True
+    reduce_dtype: torch.dtype | None = None
     group_name: str = field(init=False)
     """torch.distributed's name of the group, by which the operators find it."""
 
     def __post_init__(self, group: Any) -> None:
-        object.__setattr__(self, "group_name", _name_of(group))
+        ranks = process_group("VocabParallel", group)
+        object.__setattr__(self, "group_name", str(ranks.group_name))
         if self.start is not None:
             check_int("start", self.start, "this rank's first class, >= 0, or None", least=0)
         check_flag("reduce_input_grad", self.reduce_input_grad)
+        if self.reduce_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"reduce_dtype is {self.reduce_dtype}, expected torch.float32, torch.bfloat16 or "
+                "None"
+            )
+
+    def add_up(self, number: int) -> Tensor:
+        """The sum of a number over the ranks, also in compiled code."""
+        from torch.distributed import _functional_collectives as collectives
+
+        group: Any = self.group_name
+        return collectives.wait_tensor(collectives.all_reduce(torch.tensor(number), "sum", group))
 
     def report_failure(self, error: Exception) -> None:
         """Lets the other ranks, which wait for this one, raise an error as well."""
@@ -67,11 +85,12 @@ def parse_vocab_parallel(name: str, value: Any) -> VocabParallel | None:
     return value
 
 
-def _name_of(group: Any) -> str:
+def process_group(user: str, group: Any) -> Any:
+    """The process group that ``group`` stands for, None for that of all ranks."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         raise RuntimeError(
-            "VocabParallel needs torch.distributed, expected init_process_group to have been called"
+            f"{user} needs torch.distributed, expected init_process_group to have been called"
         )
     if group is None:
         group = distributed.group.WORLD
@@ -87,4 +106,4 @@ def _name_of(group: Any) -> str:
             f"group is {group!r}, expected a torch.distributed.ProcessGroup that this rank belongs "
             "to, a DeviceMesh with one dimension, or None"
         )
-    return str(group.group_name)
+    return group

@@ -47,6 +47,29 @@ def test_tensors() -> None:
     assert (nothing.kind, nothing.floor_bytes) == ("statistics", 0)
 
 
+def test_ranks_that_share_the_vocabulary() -> None:
+    """The plan of a rank; tests/distributed measures products and memory against it."""
+    plan = memeff.plan(4096, 1024, 32767, "bfloat16", vocab_parallel=4)
+    alone = memeff.plan(4096, 1024, 8192, "bfloat16")
+    assert (plan.ranks, plan.vocab, alone.ranks) == (4, 8192, 0)
+    assert (plan.floor_flops, plan.floor_bytes) == (alone.floor_flops, alone.floor_bytes)
+    assert plan.workspace_bytes > alone.workspace_bytes  # the numbers of all ranks
+    # lse and the target's logit; sums of the input's gradient.
+    assert (plan.gathered_bytes, plan.reduced_bytes) == (16 * 4096, 4 * 4096 * 1024)
+    assert (alone.gathered_bytes, alone.reduced_bytes) == (0, 0)
+    assert "4; each gives 0.1 MiB to all-gathers and 16.0 MiB to all-reduces" in str(plan)
+    assert "on each of 4 ranks" in repr(plan) and "ranks" not in str(alone)
+    smooth = memeff.plan(8, 4, 40, "float64", vocab_parallel=2, label_smoothing=0.1)
+    assert (smooth.gathered_bytes, smooth.reduced_bytes) == (24 * 8, 8 * 8 * 4)
+    x, w = torch.empty(8, 4, device="meta"), torch.empty(20, 4, device="meta", requires_grad=True)
+    rows = memeff.plan(x, w, vocab_parallel=2)
+    assert (rows.vocab, rows.reduced_bytes) == (20, 0)
+    with pytest.raises(ValueError, match=r"vocab_parallel is 0, expected a number of ranks >= 1"):
+        memeff.plan(8, 4, 40, "float32", vocab_parallel=0)
+    with pytest.raises(NotImplementedError, match='vocab_parallel is 2 with backend="cuda"'):
+        memeff.plan(8, 4, 40, "float32", vocab_parallel=2, backend="cuda")
+
+
 @pytest.mark.parametrize("budget", ["32MiB", "256MiB", "4GiB"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_budget_bounds_the_workspace(budget: str, reduction: str) -> None:

@@ -61,6 +61,14 @@ void read_accum_dtype(const IValue& value, Arguments* arguments) {
   arguments->accumulation = GradAccumulation::kFloat32;
 }
 
+void read_reduce_dtype(const IValue& value, Arguments* arguments) {
+  if (value.isNone()) return;
+  const at::ScalarType dtype = value.toScalarType();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16, "reduce_dtype is ", dtype,
+                    ", expected float32, bfloat16 or None");
+  arguments->reduce_in_bfloat16 = dtype == at::kBFloat16;
+}
+
 using A = Arguments;
 
 constexpr Row kTable[] = {
@@ -84,6 +92,7 @@ constexpr Row kTable[] = {
     {"str vocab_group", kAll, read<&A::vocab_group>, Alike::kNot},
     {"int vocab_start", kAll, read<&A::vocab_start>, Alike::kNot},
     {"bool reduce_input_grad", kAll, read<&A::reduce_input_grad>},
+    {"ScalarType? reduce_dtype", kAll, read_reduce_dtype},
     {"int handle", kCustomLoss, read<&A::handle>, Alike::kNot},
     {"str reduction", kLoss, read_reduction},
     {"int ignore_index", kAll, read<&A::ignore_index>},

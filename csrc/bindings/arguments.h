@@ -52,10 +52,12 @@ struct Arguments : ProblemOptions, PlanOptions {
   int64_t top_k = 0;
 
   // A vocabulary that ranks share: torch.distributed's name of their group ("": none), the first class
-  // of this rank (-1: after those of the ranks before it), and VocabShard::reduce_input_grad.
+  // of this rank (-1: after those of the ranks before it), VocabShard::reduce_input_grad, and whether the
+  // sums of grad_input are rounded before they are added up over the ranks.
   std::string vocab_group;
   int64_t vocab_start = -1;
   bool reduce_input_grad = true;
+  bool reduce_in_bfloat16 = false;
   ArgumentDigests digests;  // of all arguments, where there is a group
 
   int64_t handle = 0;  // of linear_loss_gradients: whose call it is

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
@@ -131,7 +132,7 @@ c10::IValue to_ivalue(const py::handle& value) {
 }
 
 py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string& dtype,
-              const std::string& backend, bool probabilities, int capability,
+              const std::string& backend, bool probabilities, int64_t ranks, int capability,
               const std::string& gpu, int multiprocessors, const py::dict& options) {
   Arguments arguments;
   for (const auto& [name, value] : options) {
@@ -145,13 +146,21 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   problem.vocab = vocab;
   problem.dtype = parse_dtype(dtype);
   if (probabilities) problem.probabilities = &problem;  // any address
+  VocabShard shard;
+  shard.ranks = ranks;
+  if (ranks > 0) problem.shard = &shard;
 
+  PlanRequest request = plan_request(problem, arguments);
+  request.ranks = std::max<int64_t>(ranks, 1);
+
+  int64_t shared_numbers = 0;  // of a token, in all operators of the call
   Planner planner;
   if (backend == "cpu") {
-    planner = [](const Problem& planned, const PlanRequest& asked, Plan* plan) {
+    planner = [&](const Problem& planned, const PlanRequest& asked, Plan* plan) {
       CpuCallPlan call;
       std::string objection = plan_call(planned, asked, &call);
       *plan = call.plan;
+      shared_numbers += call.request.shared_numbers;
       return objection;
     };
   } else if (backend == "cuda") {
@@ -166,7 +175,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
     throw py::value_error("backend='" + backend + "': expected 'cpu' or 'cuda'");
   }
 
-  const Plan chosen = plan_call(planner, problem, plan_request(problem, arguments));
+  const Plan chosen = plan_call(planner, problem, request);
   py::dict result;
   result["kind"] = name_of(chosen.kind);
   result["kernels"] = chosen.kernels;
@@ -186,6 +195,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["flops"] = chosen.flops;
   result["floor_flops"] = chosen.floor_flops;
   result["predicted_flops"] = chosen.predicted_flops;
+  result["gathered_bytes"] = tokens * shared_numbers * static_cast<int64_t>(sizeof(double));
   return result;
 }
 
@@ -206,6 +216,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("plan", &memeff::plan,
              "The plan of a call, see memeff.plan. Raises ValueError when no plan fits the budget.",
              py::arg("tokens"), py::arg("features"), py::arg("vocab"), py::arg("dtype"),
-             py::arg("backend"), py::arg("probabilities"), py::arg("capability"), py::arg("gpu"),
-             py::arg("multiprocessors"), py::arg("options"));
+             py::arg("backend"), py::arg("probabilities"), py::arg("ranks"), py::arg("capability"),
+             py::arg("gpu"), py::arg("multiprocessors"), py::arg("options"));
 }

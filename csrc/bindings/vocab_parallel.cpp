@@ -1,6 +1,7 @@
 #include "bindings/vocab_parallel.h"
 
 #include <ATen/ops/from_blob.h>
+#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -37,12 +38,41 @@ class RankCall::Group : public RankGroup {
   }
 
   void all_reduce(void* sums, DType dtype, int64_t count) override {
-    const auto type = dtype == DType::kFloat64 ? at::kDouble : at::kFloat;
+    if (reduce_in_bfloat16 && dtype == DType::kFloat32) {
+      narrow(static_cast<char*>(sums), count);
+      all_reduce(sums, count, at::kBFloat16);
+      widen(static_cast<char*>(sums), count);
+    } else {
+      all_reduce(sums, count, dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
+    }
+  }
+
+  bool reduce_in_bfloat16 = false;
+
+ private:
+  void all_reduce(void* sums, int64_t count, at::ScalarType type) {
     std::vector<at::Tensor> tensors{at::from_blob(sums, {count}, type)};
     wait("all-reduce", [&] { return group_->allreduce(tensors); });
   }
 
- private:
+  // Between fp32 and bf16 in the same memory, which the plan knows of.
+  static void narrow(char* numbers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      float wide;
+      std::memcpy(&wide, numbers + i * 4, 4);
+      const c10::BFloat16 rounded = wide;
+      std::memcpy(numbers + i * 2, &rounded, 2);
+    }
+  }
+  static void widen(char* numbers, int64_t count) {
+    for (int64_t i = count - 1; i >= 0; --i) {
+      c10::BFloat16 rounded;
+      std::memcpy(&rounded, numbers + i * 2, 2);
+      const float wide = rounded;
+      std::memcpy(numbers + i * 4, &wide, 4);
+    }
+  }
+
   void gather(void* own, void* all, int64_t count, at::ScalarType type) {
     std::vector<at::Tensor> input{at::from_blob(own, {count}, type)};
     std::vector<std::vector<at::Tensor>> output(1);
@@ -154,6 +184,7 @@ void RankCall::agree(const Device& device, const Arguments& arguments, const Pro
   }
   place_shards(records);
   shard_.reduce_input_grad = arguments.reduce_input_grad;
+  group_->reduce_in_bfloat16 = arguments.reduce_in_bfloat16;
 }
 
 void RankCall::place_shards(const std::vector<Record>& records) {

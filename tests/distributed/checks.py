@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from cases import OPTIONS, Case, Inputs, make_inputs, run_memeff, run_plain
 from tolerances import Result, assert_result
+from torch.utils.flop_counter import FlopCounterMode
 
 import memeff
+from memeff.bench.memory import PeakMemory
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,53 @@ CHECKS: dict[str, tuple[int, Callable[[Ranks], None]]] = {}
 def add(name: str, size: int, check: Callable[..., None], *arguments: Any, **named: Any) -> None:
     assert name not in CHECKS, name
     CHECKS[name] = (size, lambda ranks: check(ranks, *arguments, **named))
+
+
+# ---- what a plan promises: first, as memory that others have freed would hide some ----
+
+
+def check_plan(ranks: Ranks, dtype: torch.dtype) -> None:
+    """Products counted and memory measured on each rank, against memeff.plan(vocab_parallel=R)."""
+    tokens, features, vocab = 512, 32, 8192 * ranks.size
+    budget = 4 * 2**20
+    shared = memeff.VocabParallel(ranks.group)
+
+    def step(vocab: int, budget: int | None) -> PeakMemory:
+        generator = torch.Generator().manual_seed(ranks.rank)
+        w = torch.randn(vocab // ranks.size, features, generator=generator).to(dtype)
+        generator.manual_seed(0)
+        x = torch.randn(tokens, features, generator=generator).to(dtype)
+        y = torch.randint(vocab, (tokens,), generator=generator)
+        x.requires_grad_(), w.requires_grad_()
+        with PeakMemory() as peak:
+            loss = memeff.linear_cross_entropy(x, w, y, memory_budget=budget, vocab_parallel=shared)
+            loss.backward()
+        return peak
+
+    step(64 * ranks.size, None)
+    measured = step(vocab, budget).extra_bytes
+    plan = memeff.plan(
+        tokens, features, vocab, dtype, memory_budget=budget, vocab_parallel=ranks.size
+    )
+    slack = 2 * 2**20
+    assert plan.workspace_bytes + plan.library_bytes <= budget
+    most = plan.floor_bytes + plan.workspace_bytes + plan.library_bytes + slack
+    assert measured <= most, f"{measured} bytes, at most {most}"
+    x, w = torch.randn(tokens, features), torch.randn(vocab // ranks.size, features)
+    with PeakMemory() as peak:  # the meter sees the logits of a shard
+        x @ w.T
+    assert peak.extra_bytes > 4 * tokens * (vocab // ranks.size) - slack > 1.5 * most
+
+    x, w = x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        memeff.linear_cross_entropy(x, w, torch.arange(tokens), vocab_parallel=shared).backward()
+    assert (
+        counter.get_total_flops() == plan.floor_flops == 6 * tokens * features * vocab / ranks.size
+    )
+
+
+for _size, _dtype in ((2, torch.float32), (2, torch.bfloat16), (4, torch.float32)):
+    add(f"plan-{_dtype}-{_size}", _size, check_plan, _dtype)
 
 
 # ---- linear_cross_entropy: every option, all dtypes, every number of ranks ----
@@ -269,8 +318,12 @@ def check_token_statistics(
         total = (found.logprob * weights[:, :targets]).sum() + (found.lse * weights[:, -2]).sum()
         if found.entropy is not None:
             total = total + (found.entropy * weights[:, -1]).sum()
+        value = total.detach()
+        if found.logit_sum is not None:  # sums that cancel: same_statistics compares their values
+            total = total + (found.logit_sum / VOCAB * weights[:, -1]).sum()
+            total = total + (found.mean_logit * weights[:, -2]).sum()
         gradients = torch.autograd.grad(total, leaves)
-        return found, Result(total.detach().to(found.lse.dtype), *gradients)
+        return found, Result(value.to(found.lse.dtype), *gradients)
 
     def detached(found: Any) -> Any:
         return type(found)._make(None if field is None else field.detach() for field in found)
@@ -295,7 +348,7 @@ for _dtype in (torch.float64, torch.float32, torch.bfloat16):
         )  # fmt: skip
         add(
             f"no-entropy-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes, 2,
-            entropy=False, argmax=False, log_sum_sq_probs=True,
+            entropy=False, argmax=False, log_sum_sq_probs=True, logit_sum=True,
         )  # fmt: skip
 
 
@@ -328,11 +381,12 @@ def check_linear_loss(
         slope = torch.tensor(0.7, dtype=per_token.dtype, requires_grad=True)
 
         def fn(s: Any, factor: torch.Tensor) -> torch.Tensor:
-            return -factor * s.logprob * torch.sigmoid(slope * s.logprob) + 0.1 * s.entropy
+            per_token = -factor * s.logprob * torch.sigmoid(slope * s.logprob) + 0.1 * s.entropy
+            return per_token + 0.1 * (s.lse - s.mean_logit)
 
         loss = memeff.linear_loss(
             fn, leaves[0], leaves[1], inputs.y, per_token, linear_bias=leaves[2], entropy=True,
-            chunk_size=32, reduction=reduction, **more,
+            logit_sum=True, chunk_size=32, reduction=reduction, **more,
         )  # fmt: skip
         total = loss if loss.dim() == 0 else (loss * factor.to(loss.dtype)).sum()
         gradients = torch.autograd.grad(total, [*leaves, per_token, slope])
@@ -356,6 +410,63 @@ for _size in SHARDS:
                 SHARDS[_size][_count % 2], _reduction,
             )  # fmt: skip
             _count += 1
+
+
+# ---- memeff.losses: of numbers that every rank has ----
+
+
+def check_losses(ranks: Ranks, sizes: tuple[int, ...]) -> None:
+    """All of them take log-probabilities, entropies and the like, whose gradients are those of one
+    process."""
+    from memeff import losses
+
+    case = Case((4, 9), 24, VOCAB, dtype=torch.float64)
+    whole = make_inputs(case)
+    start, stop = bounds(sizes, ranks.rank)
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(4, 9, generator=generator) < 0.7
+    advantages = torch.randn(4, 9, generator=generator, dtype=torch.float64)
+    teacher_ids = torch.randint(VOCAB, (4, 9, 5), generator=generator)
+    teacher = torch.randn(4, 9, 5, generator=generator, dtype=torch.float64).log_softmax(-1) - 0.1
+
+    def of(w: torch.Tensor, **more: Any) -> tuple[torch.Tensor, ...]:
+        x, w = whole.x.clone().requires_grad_(), w.clone().requires_grad_()
+        numbers = memeff.linear_token_statistics(x, w, whole.y, logit_sum=True, **more)
+        logprobs = numbers.logprob
+        assert logprobs is not None and numbers.entropy is not None
+        assert numbers.mean_logit is not None
+        old = logprobs.detach() - 0.1 * advantages
+        sums = losses.sequence_logprobs(logprobs, mask)
+        averages = losses.sequence_logprobs(logprobs, mask, average=True)
+        among = memeff.linear_logprobs(x, w, teacher_ids, **more)
+        found = (
+            losses.grpo_loss(logprobs, advantages, mask, old_logprobs=old, ref_logprobs=old,
+                             beta=0.1, entropy=numbers.entropy, entropy_coef=0.02),
+            losses.ppo_loss(logprobs, old, advantages, mask),
+            losses.dpo_loss(sums[:2], sums[2:], sums[:2].detach() + 1, sums[2:].detach()),
+            losses.kto_loss(sums, sums.detach() - 1, sums.detach() > sums.detach().mean()),
+            losses.cpo_loss(sums[:2], sums[2:], -averages[:2].mean()),
+            losses.orpo_loss(averages[:2], averages[2:], -averages[:2].mean()),
+            losses.simpo_loss(averages[:2], averages[2:]),
+            losses.focal_loss(logprobs).sum(),
+            losses.label_smoothed_cross_entropy(logprobs, numbers.lse, numbers.mean_logit).sum(),
+            losses.z_loss(numbers.lse).sum(),
+            losses.top_k_distillation_loss(among, teacher, mask),
+        )  # fmt: skip
+        weights = torch.linspace(1, 2, len(found), dtype=torch.float64)
+        values = torch.stack(found)
+        return values.detach(), *torch.autograd.grad((values * weights).sum(), (x, w))
+
+    shared = memeff.VocabParallel(ranks.group)
+    values, dx, dw = of(whole.w[start:stop], vocab_parallel=shared)
+    expected_values, expected_dx, expected_dw = of(whole.w)
+    torch.testing.assert_close(values, expected_values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dx, expected_dx, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(dw, expected_dw[start:stop], rtol=1e-11, atol=1e-11)
+
+
+for _size in SHARDS:
+    add(f"losses-{_size}", _size, check_losses, SHARDS[_size][0])
 
 
 # ---- faults: no rank hangs, and each learns what is wrong ----
@@ -454,7 +565,7 @@ add("fault-function", 2, check_other_function)
 add("fault-missing-rank", 2, check_missing_rank)
 
 
-# ---- compile, partial gradients, memory ----
+# ---- compile, partial gradients ----
 
 
 def check_compile(ranks: Ranks) -> None:
@@ -492,7 +603,35 @@ def check_partial(ranks: Ranks, dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, exact.dx, rtol=tolerance, atol=tolerance * 1e-2)
 
 
+def check_reduce_dtype(ranks: Ranks, dtype: torch.dtype) -> None:
+    """Contributions of the ranks rounded to bf16: an error of their rounding, and no other."""
+    case = Case((300,), 16, VOCAB, dtype=dtype)
+    start, stop = bounds(SHARDS[ranks.size][0], ranks.rank)
+    inputs = shard_inputs(case, make_inputs(case), start, stop)
+
+    def run(**options: Any) -> Result:
+        parallel = memeff.VocabParallel(ranks.group, **options)
+        return whole_result(ranks, run_memeff(case, inputs, vocab_parallel=parallel))
+
+    ours, again = run(reduce_dtype=torch.bfloat16), run(reduce_dtype=torch.bfloat16)
+    same, plain = run(reduce_dtype=torch.float32), run()
+    part = run_memeff(
+        case, inputs, vocab_parallel=memeff.VocabParallel(ranks.group, reduce_input_grad=False)
+    ).dx
+    assert ours.dx is not None and again.dx is not None and plain.dx is not None
+    assert same.dx is not None and part is not None
+    assert torch.equal(ours.dx, again.dx) and torch.equal(same.dx, plain.dx)
+    assert torch.equal(ours.loss, plain.loss) and torch.equal(ours.dw, plain.dw)
+    sizes = torch.stack([other.abs().float() for other in ranks.gather(part)]).sum(0)
+    error = (ours.dx.float() - plain.dx.float()).abs()
+    assert (error <= (ranks.size + 1) * 2.0**-8 * sizes).all()
+    assert error.max() > 0, "reduce_dtype has no effect"
+
+
 add("compile", 2, check_compile)
+for _size in SHARDS:
+    add(f"reduce-float32-{_size}", _size, check_reduce_dtype, torch.float32)
+add("reduce-bfloat16-3", 3, check_reduce_dtype, torch.bfloat16)
 for _dtype in (torch.float64, torch.bfloat16):
     for _size in SHARDS:
         add(f"partial-{_dtype}-{_size}", _size, check_partial, _dtype)
