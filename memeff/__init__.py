@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
     from memeff.fused_loss import linear_loss as linear_loss
+    from memeff.label_shards import shift_labels as shift_labels
     from memeff.lazy.patching import patch as patch
     from memeff.lazy.patching import unpatch as unpatch
     from memeff.memory_efficient_linear import MemoryEfficientLinear as MemoryEfficientLinear
@@ -44,6 +45,7 @@ _HOMES = {
     "linear_token_statistics": "memeff.token_statistics",
     "patch": "memeff.lazy.patching",
     "plan": "memeff.planning",
+    "shift_labels": "memeff.label_shards",
     "unpatch": "memeff.lazy.patching",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "patch",
     "plan",
     "reference",
+    "shift_labels",
     "unpatch",
 ]
 
