@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memeff._backends import resolve_backend
 from memeff._checks import DTYPES
+from memeff._dtensor import is_dtensor
 from memeff._gradients import has_tangent
 from memeff._linear_map import foreign_hook, plain_forwards
 from memeff._operands import autocast_dtype
@@ -35,7 +36,7 @@ class LazyHead(nn.Linear):
         if memeff_compute is not None:
             return memeff_compute(input, self.weight, self.bias)
         weight, bias = self.weight, self.bias
-        dtype = _dtype_of(input, weight, bias)
+        dtype = dtype_of(input, weight, bias)
         if dtype is None or self._must_be_dense(input, weight):
             return F.linear(input, weight, bias)
         source = HeadSource(self, dtype, self.memeff_report)
@@ -57,7 +58,8 @@ class LazyHead(nn.Linear):
         if not _has_kernels(hidden.device):
             return f"this build of memeff has no kernels for {hidden.device.type}"
         if type(hidden) is not Tensor and type(hidden) is not nn.Parameter:
-            return f"its input is a {type(hidden).__name__}"
+            after = "; call memeff.patch after parallelize_module" if is_dtensor(hidden) else ""
+            return f"its input is a {type(hidden).__name__}{after}"
         if hidden.device != weight.device and weight.numel() > 0:
             return f"its input is on {hidden.device}, its weight on {weight.device}"
         if torch._C._are_functorch_transforms_active():
@@ -72,7 +74,7 @@ class LazyHead(nn.Linear):
         return None if hook is None else f"the hook {hook} may look at its logits"
 
 
-def _dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
+def dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype | None:
     """That of the plain logits; None where torch would raise an error, or memeff would."""
     if not isinstance(hidden, Tensor) or hidden.dim() == 0:
         return None
@@ -94,16 +96,18 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 plain_forwards.add(LazyHead.forward)
-_classes: dict[type[nn.Module], type[LazyHead]] = {nn.Linear: LazyHead}
+_classes: dict[tuple[type[LazyHead], type[nn.Module]], type[LazyHead]] = {}
 
 
-def lazy_class(kind: type[nn.Linear]) -> type[LazyHead]:
+def lazy_class(base: type[LazyHead], kind: type[nn.Linear]) -> type[LazyHead]:
     """The class with lazy logits for nn.Linear, or for a subclass that has its forward."""
-    if kind not in _classes:
-        _classes[kind] = type(f"LazyHead_{kind.__name__}", (LazyHead, kind), {})
-    return _classes[kind]
+    if kind is nn.Linear:
+        _classes[base, kind] = base
+    elif (base, kind) not in _classes:
+        _classes[base, kind] = type(f"{base.__name__}_{kind.__name__}", (base, kind), {})
+    return _classes[base, kind]
 
 
 def plain_class(kind: type[LazyHead]) -> type[nn.Module] | None:
     """The class that `lazy_class` made `kind` for; None if it did not."""
-    return next((plain for plain, lazy in _classes.items() if lazy is kind), None)
+    return next((plain for (_, plain), lazy in _classes.items() if lazy is kind), None)

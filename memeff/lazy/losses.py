@@ -78,8 +78,10 @@ def _class_axis(state: State) -> int:
 
 
 def _fits(state: State, target: Tensor, weight: Tensor | None, reduction: str) -> bool:
-    """Whether torch takes these arguments; it explains itself what is wrong with others."""
+    """Whether torch and memeff take these; torch explains what is wrong with others."""
     device = state.hidden.device
+    if state.source.sharded and (weight is not None or target.is_floating_point()):
+        return False  # of which each rank would need its part
     if state.class_axis != _class_axis(state) or reduction not in ("mean", "sum", "none"):
         return False
     if target.device != device or (weight is not None and weight.device != device):

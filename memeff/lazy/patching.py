@@ -15,6 +15,7 @@ from memeff._linear_map import foreign_hook
 from memeff.lazy.head import LazyHead, lazy_class, plain_class
 from memeff.lazy.report import Report
 from memeff.lazy.source import roots
+from memeff.lazy.tensor_parallel import TensorParallelHead, is_tensor_parallel
 
 Head = str | nn.Module
 
@@ -83,7 +84,8 @@ def unpatch(model: nn.Module) -> None:
                     "unpatch the model before it is wrapped"
                 )
             roots.pop(module, None)
-            del module.__dict__["memeff_report"], module.__dict__["memeff_name"]
+            for name in ("memeff_report", "memeff_name", "memeff_layouts"):
+                module.__dict__.pop(name, None)
             module.__class__ = plain  # type: ignore[assignment]
     inner.__dict__.pop("_memeff_report", None)
 
@@ -106,7 +108,8 @@ def _patch_linear(linear: nn.Module, name: str, report: Report) -> None:
             raise RuntimeError(f"memeff.patch: {name} cannot be lazy: {reason}")
         report.stays_dense(name, str(reason))
         return
-    linear.__class__ = lazy_class(type(linear))
+    base = TensorParallelHead if is_tensor_parallel(linear) else LazyHead
+    linear.__class__ = lazy_class(base, type(linear))
     linear.__dict__["memeff_report"] = report
     linear.__dict__["memeff_name"] = name
     report.heads.append(name)
@@ -119,7 +122,7 @@ def _why_not(linear: nn.Module) -> str | None:
         return f"it is a {kind.__name__}, expected an nn.Linear"
     if kind.forward is not nn.Linear.forward:
         return f"{kind.__name__} has a forward of its own, expected that of nn.Linear"
-    if "forward" in linear.__dict__:
+    if "forward" in linear.__dict__ and not is_tensor_parallel(linear):
         return "its forward was replaced (by accelerate's offloading, for example)"
     weight = linear.weight
     sharded = hasattr(weight, "full_tensor")

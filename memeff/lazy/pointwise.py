@@ -107,7 +107,7 @@ def _entropy_term(probabilities: State, other: State) -> State | None:
 @row("add", "__add__", "__radd__", commutes=True, several=True)
 def add(state: State, other: object) -> Any:
     plain = state.kind == LOGITS and state.softcap is None and state.scale == 1.0
-    if not plain or not state.classes_last:
+    if not plain or not state.classes_last or state.source.sharded:
         return NotImplemented
     if isinstance(other, State):
         return or_not(_added_head(state, other))
@@ -128,7 +128,7 @@ def _added_head(state: State, other: State) -> State | None:
         return None
     if other.shape != state.shape or not other.classes_last or other.grad != state.grad:
         return None
-    if other.source.dtype != state.source.dtype:
+    if other.source.dtype != state.source.dtype or other.source.sharded:
         return None
     return state.replace(
         source=SummedSource(state.source, other.source),

@@ -251,7 +251,7 @@ def _sum(state: State) -> Tensor | None:
 
 def _logit_sum(state: State) -> Tensor | None:
     """sum_v z_v, without a soft cap from the sum of the weight's rows."""
-    if state.softcap is not None:
+    if state.softcap is not None or state.source.sharded:
         return statistics(state, logit_sum=True).logit_sum
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

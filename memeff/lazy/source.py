@@ -33,6 +33,7 @@ class Source:
     vocab: int
     requires_grad: bool
     has_bias: bool
+    sharded = False  # whether ranks share the vocabulary: weights are DTensors then
 
     def parameters(self) -> list[Tensor]:
         """The weights as they were when the head was called; perhaps freed since then."""
@@ -78,23 +79,29 @@ class HeadSource(Source):
         if torch.compiler.is_compiling():
             return on_whole(hidden, weight, bias)
         if hasattr(head.weight, "full_tensor") and not hasattr(weight, "full_tensor"):
-            _unshard_owner(head)
+            unshard_owner(head)
             weight, bias = head.weight, head.bias
         elif type(weight) is not nn.Parameter and (unit := _fsdp1_unit(head)) is not None:
             return _in_fsdp_unit(unit, hidden, on_whole)
-        elif self.version is not None and self.version != weight._version:
+        else:
+            self.check_unchanged(weight)
+        return on_whole(hidden, weight, bias)
+
+    def check_unchanged(self, weight: Tensor) -> None:
+        """Raise RuntimeError if the weight is not what it was when the head was called."""
+        if self.version is not None and self.version != weight._version:
             raise RuntimeError(
                 "the weight of a head was modified in place (by an optimizer?) between the "
                 "call of the head and the first use of its lazy logits, whose values are lost; "
                 "call .dense() on logits that have to outlive a change of the weight"
             )
-        elif weight.untyped_storage().size() == 0 and self.vocab > 0:
+        storage = getattr(weight, "_local_tensor", weight).untyped_storage()
+        if storage.size() == 0 and self.vocab > 0:
             raise RuntimeError(
                 "the weight of a head was freed (by FSDP?) between the call of the head and the "
                 "first use of its lazy logits; compute the loss in the forward of the unit that "
                 "has the head, or make the head a unit"
             )
-        return on_whole(hidden, weight, bias)
 
 
 class BiasedSource(Source):
@@ -166,7 +173,7 @@ def runs_once(head: nn.Module) -> bool:
     return unit is not None and unit.mixed_precision.param_dtype is not None
 
 
-def _unshard_owner(head: nn.Module) -> None:
+def unshard_owner(head: nn.Module) -> None:
     """Gather the weight of a head that FSDP2 resharded after the forward of the unit it is in."""
     units: list[Any] = [m for m in _modules_above(head) if hasattr(m, "unshard")]
     if not units:

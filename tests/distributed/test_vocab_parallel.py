@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from every_check import CHECKS
 from processes import run_processes
 
@@ -28,3 +29,8 @@ def test_every_check_on_every_rank(tmp_path: Path) -> None:
         if (found := results[rank].get(name, "not run: the process ended before"))
     ]
     assert not wrong, f"{len(wrong)} checks failed, the first:\n{wrong[0]}"
+
+
+def test_the_tensor_parallel_plan_of_transformers_is_among_them() -> None:
+    pytest.importorskip("transformers")
+    assert "head-transformers" in CHECKS
