@@ -2,7 +2,6 @@
 // headers: torch's own interface to devices and streams is enough, and is there in its CPU build too.
 #include "bindings/cuda_device.h"
 
-#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
 
@@ -28,7 +27,6 @@ class CudaDevice : public CudaLikeDevice {
   }
 
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {
-    const c10::DeviceGuard guard(from.device());
     const at::Tensor factor = scale.to(at::kDouble);
     const Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
                                                dtype_of(from, "gradient"), from.numel(),

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -18,15 +19,18 @@ using Operator = std::vector<at::Tensor>(const Device& device, const Arguments& 
 
 Operator loss_forward, loss_backward, statistics_forward, statistics_backward, custom_loss;
 
-/// As the dispatcher calls it, with the device that D::get() returns.
+/// As the dispatcher calls it, with the device that D::get() returns. The device of the tensors is current
+/// before anything is planned, allocated or launched, whichever device the caller's is.
 template <class D, Operators op, Operator run>
 void boxed(const c10::OperatorHandle&, torch::jit::Stack* stack) {
   const Arguments arguments = take_arguments(op, stack);
+  const c10::DeviceGuard guard(arguments.input.device());
   for (at::Tensor& result : run(D::get(), arguments)) stack->emplace_back(std::move(result));
 }
 
 template <class D>
 at::Tensor scale_gradient(const at::Tensor& gradient, const at::Tensor& scale) {
+  const c10::DeviceGuard guard(gradient.device());
   const at::Tensor source = gradient.contiguous();
   at::Tensor result = at::empty(source.sizes(), source.options());
   D::get().scale(source, scale, result);
@@ -37,6 +41,7 @@ template <class D>
 void scale_gradient_in_place(at::Tensor& gradient, const at::Tensor& scale) {
   TORCH_CHECK(gradient.is_contiguous(), "gradient has strides ", gradient.strides(),
               ": expected a contiguous tensor");
+  const c10::DeviceGuard guard(gradient.device());
   D::get().scale(gradient, scale, gradient);
 }
 

@@ -20,6 +20,7 @@ FOLDER = ROOT / "build" / "kernels-torch"  # of the extension
 NAME = "_memeff_emulated"
 SOURCES = (
     "tests/kernels/torch_backend/emulated_device.cpp",
+    "tests/kernels/torch_backend/watched_device.cpp",
     "csrc/bindings/arguments.cpp",
     "csrc/bindings/call.cpp",
     "csrc/bindings/ops.cpp",
@@ -73,6 +74,8 @@ def load(verbose: bool = False) -> ModuleType:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "one_process_at_a_time", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        # torch's own lock outlives a build that was ended, and the next one would wait forever.
+        (FOLDER / "lock").unlink(missing_ok=True)
         return _load(verbose)
 
 
