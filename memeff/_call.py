@@ -300,7 +300,4 @@ def call_loss(call: Call) -> RowResults:
         call.num_items,
         **call.keywords(library.loss_options),
     )
-    loss, *others = results[:4]
-    # The op keeps its own loss for backward, so code that writes into the loss (loss += auxiliary,
-    # as transformers does) gets another tensor.
-    return RowResults(loss.clone() if loss.dim() == 0 else loss, *others)
+    return RowResults(*results[:4])

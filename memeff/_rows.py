@@ -75,7 +75,7 @@ def _token_statistics(
     results: RowResults, target: Tensor, probabilities: bool, ignore_index: int
 ) -> TokenStatistics:
     """The op's packed rows as fields; each [N] or, for K-dimensional weights, [N, P]."""
-    loss, target_logit, entropy, max_logit = results.statistics.unbind(0)
+    loss, target_logit, entropy, max_logit = results.statistics.detach().unbind(0)
     logprob = (target_logit - results.lse).to(loss.dtype)
     if probabilities:
         correct = results.argmax == target.argmax(1).reshape(loss.shape)

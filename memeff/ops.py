@@ -13,12 +13,12 @@ recomputes.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from memeff import _flops, _library
 from memeff._gradients import is_last_backward
@@ -164,16 +164,17 @@ class Operators:
             gradients = self._call(self._recompute, (grad_loss, *ctx.saved_tensors), options)
         return in_place_of_inputs(ctx, positions, gradients)
 
-    def _scaled(self, grad_loss: Tensor, loss: Tensor, *gradients: Tensor) -> list[Tensor]:
+    def _scaled(self, grad_loss: Tensor, output: Tensor, *gradients: Tensor) -> list[Tensor]:
         """The saved gradients times the upstream one; in their own memory if this is their last
         use."""
         if torch.is_grad_enabled():
             # create_graph: these gradients must not look like constants to a second derivative.
             # Adding the empty sum ties them to this node, so that scale_gradient can refuse.
-            grad_loss = grad_loss + loss.reshape(1)[:0].sum()
+            grad_loss = grad_loss + output.flatten()[:0].sum()
         elif is_last_backward(grad_loss):
             for gradient in gradients:
-                self._scale_in_place(gradient, grad_loss)
+                if gradient.numel():
+                    self._scale_in_place(gradient, grad_loss)
             return list(gradients)
         return [self._call(self._scale, (gradient, grad_loss), {}) for gradient in gradients]
 
@@ -242,20 +243,26 @@ def check_flags(op: str, needed: Sequence[bool], computed: Sequence[bool]) -> No
             )
 
 
+def _apply(cls: Any, *arguments: Any) -> Any:
+    """torch.autograd.Function.apply without its look at the signature of forward, which has no
+    defaults: it takes a tenth of a small call."""
+    if torch._C._are_functorch_transforms_active():
+        return super(cls, cls).apply(*arguments)
+    return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(arguments))
+
+
 def function_of(op: Any, setup_context: Any, backward: Any) -> type[torch.autograd.Function]:
     """An autograd.Function that runs `op`: its tensors, then a dict of its options."""
 
     def forward(*arguments: Any) -> Any:
         return _below_autograd(op, arguments[:-1], arguments[-1])
 
-    # torch asks for it at every call, and computing it takes longer than the rest.
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, options = inputs
         setup_context(ctx, tuple(tensors), options, output)
 
     members = {
+        "apply": classmethod(_apply),
         "forward": staticmethod(forward),
         "setup_context": staticmethod(setup),
         "backward": staticmethod(backward),
@@ -270,7 +277,9 @@ def _setup_context(
     keyword_only_inputs: dict[str, Any],
     output: tuple[Tensor, ...],
 ) -> None:
-    loss, lse, *others = output
+    _, lse, statistics, *others = output
+    # Statistics, mostly empty, stand for this node where backward is itself recorded (_scaled). The
+    # loss could not: code may write into it (loss += auxiliary, as transformers does).
     ctx.mark_non_differentiable(lse, *others)
     # Without this, backward would receive zeros in the shape of each gradient output.
     ctx.set_materialize_grads(False)
@@ -278,7 +287,7 @@ def _setup_context(
     assert inputs[0] is not None
     ctx.scale_only = gradients_in_forward(keyword_only_inputs["reduction"], inputs[0].dtype)
     if ctx.scale_only:
-        ctx.save_for_backward(loss, *others[-3:])
+        ctx.save_for_backward(statistics, *others[-3:])
     else:
         ctx.save_for_backward(lse, *inputs)
 

@@ -108,16 +108,11 @@ def test_grad_accumulates_over_calls() -> None:
         torch.testing.assert_close(leaf.grad, 3 * gradient)
 
 
-def node_of(loss: torch.Tensor) -> Any:
-    """The op's node in the graph; a scalar loss is a copy of what the op returned."""
-    return loss.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-
-
 def test_last_backward_needs_no_second_buffer() -> None:
     """.grad is the memory in which forward put the gradient, scaled in place."""
     leaves, keywords = problem()
     loss = loss_of(leaves, keywords)
-    _, *saved = node_of(loss).saved_tensors
+    _, *saved = loss.grad_fn.saved_tensors
     addresses = [gradient.data_ptr() for gradient in saved[1:]]  # the input was flattened
     del saved
     loss.backward(torch.tensor(0.5, dtype=loss.dtype))
@@ -324,8 +319,8 @@ def test_forward_leaks_no_memory() -> None:
 
     leaves, keywords = problem()
     loss = loss_of(leaves, keywords)
-    saved = [weakref.ref(tensor) for tensor in node_of(loss).saved_tensors]
-    node = weakref.ref(node_of(loss))
+    saved = [weakref.ref(tensor) for tensor in loss.grad_fn.saved_tensors]
+    node = weakref.ref(loss.grad_fn)
     gc.disable()
     try:
         del loss
