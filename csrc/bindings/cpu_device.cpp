@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <new>
 #include <string>
 
 #include "bindings/call.h"
@@ -19,23 +20,32 @@ namespace {
 
 /// Workspace of one call, straight from the system and back to it. Through malloc it would come from the
 /// heap once a call or two have raised glibc's threshold, and the heap, cut up by other allocations, would
-/// keep more than memory_budget.
+/// keep more than memory_budget. That does not matter for small ones, and the system's pages would take
+/// longer than such a call.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {
-    if (bytes_ == 0) return;
+    if (is_small()) {
+      data_ = ::operator new(bytes_, kAlignment);
+      return;
+    }
     data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK(data_ != MAP_FAILED, "no memory for a workspace of ", bytes, " bytes");
   }
   ~Workspace() {
-    if (bytes_ > 0) munmap(data_, bytes_);
+    if (is_small())
+      ::operator delete(data_, kAlignment);
+    else
+      munmap(data_, bytes_);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   char* data() const { return static_cast<char*>(data_); }
 
  private:
-  size_t bytes_;
+  static constexpr std::align_val_t kAlignment{64};
+  bool is_small() const { return bytes_ <= size_t{128} << 10; }
+  const size_t bytes_;
   void* data_ = nullptr;
 };
 

@@ -11,7 +11,11 @@
 namespace memeff {
 namespace {
 
-constexpr int64_t kRowGrain = 8;
+/// Rows of a task: enough numbers that handing it to a thread does not take longer.
+int64_t row_grain(int64_t columns) {
+  constexpr int64_t kLeastRows = 8, kLeastNumbers = 1 << 14;
+  return std::max(kLeastRows, kLeastNumbers / std::max<int64_t>(1, columns));
+}
 
 }  // namespace
 
@@ -79,7 +83,7 @@ void CpuBackend<T>::finish_grad_input(Range tokens) {
   const T scale = static_cast<T>(tokens_.output_scale());
   dispatch(problem_.dtype, [&](auto* type) {
     auto* gradient = static_cast<decltype(type)>(problem_.grad_input);
-    parallel_for(tokens.size(), kRowGrain, [&](int64_t begin, int64_t end, int) {
+    parallel_for(tokens.size(), row_grain(problem_.features), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const T* from = sums + i * input_sum_stride();
         auto* to = gradient + rows[i] * problem_.features;
@@ -97,7 +101,7 @@ void CpuBackend<T>::update_grad_weight(Range classes, WeightUpdate update) {
   dispatch(problem_.dtype, [&](auto* type) {
     using U = std::remove_pointer_t<decltype(type)>;
     U* gradient = static_cast<U*>(problem_.grad_weight);
-    parallel_for(classes.size(), kRowGrain, [&](int64_t begin, int64_t end, int) {
+    parallel_for(classes.size(), row_grain(features), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const T* sum = weight_sum() + i * stride;
         U* row = gradient + (classes.begin + i) * features;
