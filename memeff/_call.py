@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memeff import ops, reference
-from memeff._backends import resolve_backend
+from memeff._backends import DEVICE_TYPES, resolve_backend
 from memeff._dtensor import is_dtensor, local_operands
 from memeff._gradients import records_tangents, refuse_tangents
 from memeff._operands import (
@@ -58,10 +58,18 @@ class Call(NamedTuple):
         options = self.options
         return wanted | {name: getattr(options, name) for name in names}
 
+    @property
+    def merges_ranks(self) -> bool:
+        """Whether ranks share the vocabulary and the kernels do not know: `_rank_statistics`."""
+        return self.options.vocab_parallel is not None and self.backend != "cpu"
+
     def count_classes(self) -> int | Tensor:
         """V, of all ranks that share the vocabulary; they ask each other, so all of them call."""
         here, shared = self.linear_weight.shape[0], self.options.vocab_parallel
-        return here if shared is None else shared.add_up(here)
+        if shared is None:
+            return here
+        own = torch.full((), here, dtype=torch.int64, device=self.input.device)
+        return shared.add_up(own)
 
     @property
     def needs_reference(self) -> bool:
@@ -126,11 +134,18 @@ def _sharing(make: Callable[..., Call]) -> Callable[..., Call]:
             call = make(*tensors, **given)
             _check_sharded(call)
         except Exception as error:
-            shared.report_failure(error)
+            if _compares(tensors[0], given["backend"]):
+                shared.report_failure(error)
             raise
         return call
 
     return make_shared
+
+
+def _compares(input: Any, backend: Any) -> bool:
+    """Whether the ranks of such a call compare what they are about to compute: on the CPU."""
+    others = [name for name in DEVICE_TYPES if name != "cpu"]
+    return getattr(input, "is_cpu", True) and backend not in others
 
 
 def _check_sharded(call: Call) -> None:
@@ -144,6 +159,11 @@ def _check_sharded(call: Call) -> None:
         raise NotImplementedError(
             "return_statistics is True, expected False for class probabilities with "
             "vocab_parallel: whether the most probable class is the target's is not known to a rank"
+        )
+    if call.merges_ranks and (call.probabilities or call.weight is not None):
+        name = "target holds class probabilities" if call.probabilities else "weight is given"
+        raise NotImplementedError(
+            f"{name}, expected class indices without class weights with vocab_parallel on a GPU"
         )
     if call.linear_weight.dim() > 2:
         raise NotImplementedError(

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from memeff._call import Call, RowResults, call_loss
 from memeff._checks import SMALL_INDEX_DTYPES
 from memeff._positions import each_position
+from memeff._rank_statistics import loss_of_ranks
 from memeff.reference import shifted_pairs
 from memeff.statistics import TokenStatistics
 
@@ -43,7 +44,8 @@ def compute(call: Call) -> tuple[Tensor, TokenStatistics | None]:
             token_weight = _flatten_leading(token_weight, len(leading), False)
     if input is not call.input or target is not call.target:
         call = call._replace(input=input, target=target, token_weight=token_weight)
-    results = each_position(call) if positions else call_loss(call)
+    compute_rows = loss_of_ranks if call.merges_ranks else call_loss
+    results = each_position(call) if positions else compute_rows(call)
 
     def in_shape(rows: Tensor) -> Tensor:
         shaped = rows.reshape(leading + positions)

@@ -126,7 +126,7 @@ def linear_cross_entropy(
             kernels can skip (16-bit inputs, sm_80 and newer); elsewhere nothing is left out.
         vocab_parallel: `memeff.VocabParallel` where the ranks of a process group share the
             vocabulary: what has a row or an entry per class is then this rank's shard, and V the
-            classes of all ranks. On the CPU.
+            classes of all ranks.
         backend: "cpu", "cuda", "reference" (plain PyTorch, stores the logits, any device), or
             "auto": the one that fits the tensors. Gradients for ``weight`` or for class
             probabilities exist only in the reference; "auto" takes it when those require grad.

@@ -256,8 +256,8 @@ def plan(
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
     if ranks and backend != "cpu":
         raise NotImplementedError(
-            f'vocab_parallel is {ranks} with backend="{backend}", expected backend="cpu": a '
-            "vocabulary that ranks share is not implemented on this device yet"
+            f'vocab_parallel is {ranks} with backend="{backend}", expected backend="cpu": the plan '
+            "of a rank is that of the CPU's kernels"
         )
 
     options = {name: flag is not False for name, flag in wanted.items()}

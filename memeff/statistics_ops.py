@@ -15,7 +15,7 @@ from torch import Tensor
 from memeff import _flops, ops
 
 
-def _forward_fake(
+def empty_statistics(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor | None,
@@ -27,6 +27,7 @@ def _forward_fake(
     top_k: int,
     **_: Any,
 ) -> tuple[Tensor, ...]:
+    """What the forward op returns, not filled."""
     tokens = input.shape[0]
     targets = 0 if target is None else target.shape[1]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -98,11 +99,14 @@ class StatisticsOperators:
         self._recompute = operators.linear_token_statistics_backward.default
         # Called by memeff/fused_loss.py, whose own autograd.Function has its gradients.
         self.linear_loss_gradients = operators.linear_loss_gradients.default
+        # Called by memeff/_rank_statistics.py, with what it knows of all ranks' classes.
+        self.linear_token_statistics_backward = self._recompute
+        self.backward_options = ops.options_of_calls(self._recompute)
         self.statistics_options = ops.options_of_calls(self._forward)
         self.loss_options = ops.options_of_calls(self.linear_loss_gradients)
         self._recompute_options = ops.option_names(self._recompute)
         forward, recompute = self._forward.name(), self._recompute.name()
-        torch.library.register_fake(forward, _forward_fake)
+        torch.library.register_fake(forward, empty_statistics)
         torch.library.register_fake(recompute, _backward_fake)
         torch.library.register_fake(self.linear_loss_gradients.name(), _gradients_fake)
         torch.library.register_autograd(forward, self._backward, setup_context=_setup_context)

@@ -11,6 +11,7 @@ from torch import Tensor
 from memeff import _rows, reference, statistics_ops
 from memeff._call import Call, statistics_call
 from memeff._checks import check_number, check_tensor
+from memeff._rank_statistics import statistics_of_ranks, top_of_ranks
 from memeff.statistics import LogitStatistics
 from memeff.vocab_parallel import VocabParallel
 
@@ -240,6 +241,8 @@ def _doubled(call: Call) -> Call:
 
 def _call_op(call: Call) -> Sequence[Tensor]:
     """What the op returns for input [N, D] and target [N, K]."""
+    if call.merges_ranks:
+        return statistics_of_ranks(call)
     library = statistics_ops.LIBRARIES[call.backend]
     return library.linear_token_statistics_forward(
         call.input,
@@ -276,7 +279,8 @@ def _call_on_gpu(call: Call) -> Sequence[Tensor]:
 @torch.no_grad()
 def _top(call: Call, lse: Tensor) -> list[Tensor]:
     """The largest log-probabilities and their classes, from blocks of logits of 64 MiB."""
-    top_k, block = call.options.top_k, max(1, 2**24 // call.linear_weight.shape[0])
+    top_k, vocab = call.options.top_k, call.linear_weight.shape[0]
+    block = max(1, 2**24 // max(1, vocab))
     found = []
     for begin in range(0, call.input.shape[0], block):
         part = slice(begin, begin + block)
@@ -287,8 +291,9 @@ def _top(call: Call, lse: Tensor) -> list[Tensor]:
             call.options.softcap,
             call.options.logit_scale,
         )
-        top = logits.topk(top_k)
+        top = logits.topk(min(top_k, vocab))
         found.append((top.values - lse[part, None].to(logits.dtype), top.indices))
     if not found:
         return [lse.new_zeros((0, top_k)), lse.new_zeros((0, top_k), dtype=torch.int64)]
-    return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+    values, ids = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+    return [*top_of_ranks(call, values, ids)] if call.merges_ranks else [values, ids]

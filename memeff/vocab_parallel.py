@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import InitVar, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class VocabParallel:
 
     Args:
         group: a torch.distributed.ProcessGroup or a DeviceMesh with one dimension; None for all
-            ranks. Its backend must take tensors on the CPU, as gloo does.
+            ranks. Its backend must take the tensors of the call, as gloo does on the CPU and NCCL
+            on GPUs.
         start: this rank's first class. None: the shards follow one another in the order of the
             ranks. Shards may have any sizes, also 0.
         reduce_input_grad: False leaves out the sum over the ranks: the gradient of ``input`` is
@@ -47,10 +48,15 @@ class VocabParallel:
     reduce_dtype: torch.dtype | None = None
     group_name: str = field(init=False)
     """torch.distributed's name of the group, by which the operators find it."""
+    rank: int = field(init=False, repr=False, compare=False)
+    """This process's, in the group."""
+    ranks: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self, group: Any) -> None:
         ranks = process_group("VocabParallel", group)
         object.__setattr__(self, "group_name", str(ranks.group_name))
+        object.__setattr__(self, "rank", torch.distributed.get_rank(ranks))
+        object.__setattr__(self, "ranks", torch.distributed.get_world_size(ranks))
         if self.start is not None:
             check_int("start", self.start, "this rank's first class, >= 0, or None", least=0)
         check_flag("reduce_input_grad", self.reduce_input_grad)
@@ -60,12 +66,17 @@ class VocabParallel:
                 "None"
             )
 
-    def add_up(self, number: int) -> Tensor:
-        """The sum of a number over the ranks, also in compiled code."""
-        from torch.distributed import _functional_collectives as collectives
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, also in compiled code."""
+        collectives = torch.ops._c10d_functional
+        reduced = collectives.all_reduce(tensor, "sum", self.group_name)
+        return cast("Tensor", collectives.wait_tensor(reduced))
 
-        group: Any = self.group_name
-        return collectives.wait_tensor(collectives.all_reduce(torch.tensor(number), "sum", group))
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[ranks, ...] what every rank gives, also in compiled code."""
+        collectives = torch.ops._c10d_functional
+        gathered = collectives.all_gather_into_tensor(tensor[None], self.ranks, self.group_name)
+        return cast("Tensor", collectives.wait_tensor(gathered))
 
     def report_failure(self, error: Exception) -> None:
         """Lets the other ranks, which wait for this one, raise an error as well."""

@@ -365,7 +365,11 @@ def check_logprobs(ranks: Ranks, sizes: tuple[int, ...]) -> None:
 
 
 def check_linear_loss(
-    ranks: Ranks, dtype: torch.dtype, sizes: tuple[int, ...], reduction: str
+    ranks: Ranks,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    reduction: str,
+    backend: str = "auto",
 ) -> None:
     """A loss of one's own, with per-token tensors and a parameter that it closes over."""
     case = Case((90,), 24, VOCAB, dtype=dtype, ignored=0.3, bias=True)
@@ -392,7 +396,8 @@ def check_linear_loss(
         gradients = torch.autograd.grad(total, [*leaves, per_token, slope])
         return Result(loss.detach(), *gradients[:3]), list(gradients[3:])
 
-    ours, others = run(inputs, vocab_parallel=memeff.VocabParallel(ranks.group))
+    shared = memeff.VocabParallel(ranks.group)
+    ours, others = run(inputs, vocab_parallel=shared, backend=backend)
     one, expected = run(whole)
     exact, _ = run(whole.in_float64(), wide=torch.float64)
     assert_result(whole_result(ranks, ours), one, exact)
@@ -415,7 +420,7 @@ for _size in SHARDS:
 # ---- memeff.losses: of numbers that every rank has ----
 
 
-def check_losses(ranks: Ranks, sizes: tuple[int, ...]) -> None:
+def check_losses(ranks: Ranks, sizes: tuple[int, ...], backend: str = "auto") -> None:
     """All of them take log-probabilities, entropies and the like, whose gradients are those of one
     process."""
     from memeff import losses
@@ -458,7 +463,7 @@ def check_losses(ranks: Ranks, sizes: tuple[int, ...]) -> None:
         return values.detach(), *torch.autograd.grad((values * weights).sum(), (x, w))
 
     shared = memeff.VocabParallel(ranks.group)
-    values, dx, dw = of(whole.w[start:stop], vocab_parallel=shared)
+    values, dx, dw = of(whole.w[start:stop], vocab_parallel=shared, backend=backend)
     expected_values, expected_dx, expected_dw = of(whole.w)
     torch.testing.assert_close(values, expected_values, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dx, expected_dx, rtol=1e-11, atol=1e-11)

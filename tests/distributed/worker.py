@@ -22,6 +22,7 @@ TIMEOUT = timedelta(seconds=30)
 def main() -> None:
     folder, rank, processes = join(TIMEOUT.total_seconds())
     from checks import Ranks
+    from emulated_checks import EMULATED
     from every_check import CHECKS
 
     def groups(timeout: timedelta) -> dict[int, Any]:
@@ -31,7 +32,7 @@ def main() -> None:
     patient, impatient = groups(TIMEOUT), groups(timedelta(seconds=2))
     results = {}
     for name in json.loads((folder / "names").read_text()):
-        size, check = CHECKS[name]
+        size, check = (CHECKS | EMULATED)[name]
         if rank >= size:
             continue
         start = time.perf_counter()
