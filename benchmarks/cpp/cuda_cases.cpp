@@ -11,8 +11,6 @@
 #include "cpu/number.h"
 #include "cuda/fused_kernels.h"
 #include "cuda/generic_kernels.h"
-#include "cuda/layout.h"
-#include "cuda/plan.h"
 #include "cuda/tokens.h"
 
 namespace memeff::bench {
@@ -169,7 +167,6 @@ class Maker {
                                                   linear(),
                                                   {},
                                                   targets_,
-                                                  kStoredTile,
                                                   partials_,
                                                   static_cast<float*>(tokens_.target_logit),
                                                   kept(scores_)},
@@ -226,21 +223,6 @@ class Maker {
   double all_scores(double bytes) const { return bytes * as_double(n_) * as_double(v_); }
   static double as_double(int64_t x) { return static_cast<double>(x); }
 
-  /// Multiples of a tile of 256 classes: the launcher's choice.
-  std::vector<int64_t> ranges_to_try() const {
-    GpuPlanRequest request;
-    request.tokens = n_, request.features = d_, request.vocab = v_, request.dtype = dtype_;
-    PlanTraits traits;
-    traits.kernels.scores.architecture = &sm80::architecture;
-    Plan plan;
-    plan.token_block = plan.score_block = n_;
-    const int64_t planned = classes_per_range(request, traits, plan, false);
-    std::vector<int64_t> ranges = {256};
-    for (const int64_t range : {int64_t{1024}, planned})
-      if (range > ranges.back() && range <= round_up(v_, 256)) ranges.push_back(range);
-    return ranges;
-  }
-
   void linear_cases() {
     if (product_) {
       const Matrix w{w_, dtype_, v_, d_, d_, 1}, x_transposed{x_, dtype_, d_, n_, 1, d_};
@@ -251,7 +233,7 @@ class Maker {
     }
     for (const Family& family : families_) {
       auto* const target_logit = static_cast<float*>(tokens_.target_logit);
-      const auto statistics = [&](const std::string& variant, int64_t range, bool keep, bool all) {
+      const auto statistics = [&](const std::string& variant, bool keep, bool all) {
         PartialStatistics partials = partials_;
         partials.max = other_maxima_, partials.sum = other_sums_;
         if (all) partials.entropy = entropy(), partials.argmax = argmax();
@@ -259,18 +241,16 @@ class Maker {
         if (keep) to = kept(scratch_), to.maxima = other_maxima_;
         const double arrays = all ? 4 : 2;
         add("linear_statistics", family.name, variant, product_flops(),
-            inputs() + all_scores((keep ? 2 : 0) + 4 * arrays / as_double(range)),
+            inputs() + all_scores((keep ? 2 : 0) + 4 * arrays / as_double(kStoredTile)),
             [=, this_block = block(), operands = linear(), targets = targets_, stream = stream_,
              launch = family.kernels.linear_statistics] {
-              return launch({this_block, operands, {}, targets, range, partials, target_logit, to},
+              return launch({this_block, operands, {}, targets, partials, target_logit, to},
                             stream);
             });
       };
-      statistics("kept", kStoredTile, true, false);
-      statistics("kept, entropy and argmax", kStoredTile, true, true);
-      for (const int64_t range : ranges_to_try())
-        statistics("not kept, " + std::to_string(range) + " classes per range", range, false,
-                   false);
+      statistics("kept", true, false);
+      statistics("kept, entropy and argmax", true, true);
+      statistics("not kept", false, false);
       for (const bool marks : {false, true})
         add("linear_gradient", family.name, marks ? "with marks" : "", product_flops(),
             inputs() + all_scores(2),

@@ -36,14 +36,17 @@ class CudaLikeDevice : public Device {
         at::empty({call.plan.workspace_bytes}, like.options().dtype(at::kByte));
     const cuda::CudaContext context{&problem, &call,
                                     static_cast<char*>(workspace.mutable_data_ptr()), stream};
-    use_workspace(workspace, [&] {
+    use_workspace(workspace, call, [&] {
       memeff::run(problem, call.plan, request.statistics_known, *cuda::make_cuda_backend(context));
     });
     return objection;
   }
 
   /// Calls `run`, which works in the workspace. For devices that want to know of their memory.
-  virtual void use_workspace(const at::Tensor&, const std::function<void()>& run) const { run(); }
+  virtual void use_workspace(const at::Tensor&, const cuda::CallPlan&,
+                             const std::function<void()>& run) const {
+    run();
+  }
 };
 
 }  // namespace memeff

@@ -30,6 +30,20 @@ int64_t first_chunk(const PlanRequest& r, int64_t score_bytes) {
   return std::min(r.tokens, most);
 }
 
+std::vector<Area> united(std::vector<Area> areas) {
+  std::sort(areas.begin(), areas.end(),
+            [](const Area& a, const Area& b) { return a.begin < b.begin; });
+  std::vector<Area> result;
+  for (const Area& area : areas) {
+    if (result.empty() || area.begin > result.back().end) {
+      result.push_back(area);
+    } else {
+      result.back().end = std::max(result.back().end, area.end);
+    }
+  }
+  return result;
+}
+
 void count_work(const PlanRequest& r, int64_t fresh_tokens, Plan* plan) {
   const double product = product_flops(r);
   const int gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/math.h"
 #include "core/plan.h"
@@ -51,13 +52,29 @@ int64_t largest_fitting(int64_t least, int64_t most, int64_t step, const Fits& f
   return low;
 }
 
+/// Part of a workspace.
+struct Area {
+  int64_t begin = 0, end = 0;  // bytes
+};
+
+// Between two areas. Tests of memory accesses put some there, so that one of the wrong size is not hidden
+// by its alignment, or by the area that follows.
+#if defined(MEMEFF_GUARDED_WORKSPACE)
+constexpr int64_t kWorkspaceGuard = 256;
+#else
+constexpr int64_t kWorkspaceGuard = 0;
+#endif
+
 /// Hands out offsets in a workspace.
 class Cursor {
  public:
-  explicit Cursor(int64_t alignment) : alignment_(alignment) {}
+  /// `areas`, if given, gets everything that is handed out, at its exact size.
+  explicit Cursor(int64_t alignment, std::vector<Area>* areas = nullptr)
+      : alignment_(alignment), areas_(areas) {}
   int64_t take(int64_t bytes) {
     const int64_t at = offset_;
-    offset_ += round_up(bytes, alignment_);
+    if (areas_ != nullptr && bytes > 0) areas_->push_back({at, at + bytes});
+    offset_ += round_up(bytes + kWorkspaceGuard, alignment_);
     end_ = std::max(end_, offset_);
     return at;
   }
@@ -68,8 +85,12 @@ class Cursor {
 
  private:
   const int64_t alignment_;
+  std::vector<Area>* const areas_;
   int64_t offset_ = 0, end_ = 0;
 };
+
+/// In order, those that overlap as one: what lies between them belongs to nothing.
+std::vector<Area> united(std::vector<Area> areas);
 
 /// Completes a plan by its FLOPs, bytes of the gradients, and numbers of chunks and slices.
 /// `fresh_tokens`: those whose gradients are computed from scores that are made for them.

@@ -39,7 +39,8 @@ class CudaBackend : public Backend {
                     problem_.probabilities == nullptr),
         scores_(kernels_of(traits_.kernels.scores)),
         products_(kernels_of(traits_.kernels.products)),
-        sum_dtype_(accumulation_dtype(problem_.dtype)) {
+        sum_dtype_(accumulation_dtype(problem_.dtype)),
+        classes_per_range_(classes_per_range(traits_)) {
     convert_class_arrays();
     // The terms are those of any block.
     reads_scores_ = plan_.products_from_scores && products_.accepts_scores(score_gradient({}, {}));
@@ -51,18 +52,17 @@ class CudaBackend : public Backend {
   }
 
   void scores(Range tokens, const ScoreBlock* block) override {
-    last_range_ = classes_per_range(request_, traits_, plan_, block != nullptr);
-    last_partials_ = memory_.partial_statistics(tokens, block, last_range_);
+    last_partials_ = memory_.partial_statistics(tokens, block, classes_per_range_);
     last_block_ = block == nullptr ? ScoreBlock{} : *block;
     void* target_logit = memory_.target_logit(tokens);
     if (fused_) {
       const StoredScores kept =
           block == nullptr ? StoredScores{} : CallMemory::stored_scores(*block);
       const Range all{0, problem_.vocab};
-      check(scores_.linear_statistics({shape_of(all, tokens), memory_.linear_operands(tokens, 0),
-                                       terms_, memory_.targets(tokens), last_range_, last_partials_,
-                                       static_cast<float*>(target_logit), kept},
-                                      stream_));
+      check(scores_.linear_statistics(
+          {shape_of(all, tokens), memory_.linear_operands(tokens, 0), terms_,
+           memory_.targets(tokens), last_partials_, static_cast<float*>(target_logit), kept},
+          stream_));
       return;
     }
     const int64_t step = block == nullptr ? plan_.slice_vocab : problem_.vocab;
@@ -70,15 +70,16 @@ class CudaBackend : public Backend {
       const Range classes{begin, std::min(begin + step, problem_.vocab)};
       const ScoreBlock to = block == nullptr ? slice_block(tokens.size()) : *block;
       compute_scores(classes, tokens, to);
-      check(block_statistics({shape_of(classes, tokens), to.data, to.stride, sum_dtype_, terms_,
-                              memory_.targets(tokens), last_range_,
-                              memory_.advanced(last_partials_, begin / last_range_), target_logit},
-                             stream_));
+      check(block_statistics(
+          {shape_of(classes, tokens), to.data, to.stride, sum_dtype_, terms_,
+           memory_.targets(tokens), classes_per_range_,
+           memory_.advanced(last_partials_, begin / classes_per_range_), target_logit},
+          stream_));
     }
   }
 
   void merge_statistics(Range tokens) override {
-    const int64_t ranges = ceil_div(problem_.vocab, last_range_);
+    const int64_t ranges = ceil_div(problem_.vocab, classes_per_range_);
     check(cuda::merge_statistics(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
                                  ranges, stream_));
     if (last_block_.tiles != nullptr)
@@ -470,6 +471,7 @@ class CudaBackend : public Backend {
   const bool masks_rows_;        // grad_weight's product leaves out rows by itself
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
+  const int64_t classes_per_range_;  // of partial statistics
   LogitTerms terms_;
   bool reads_scores_ = false;  // kept scores go into the gradient products as they are
   bool wrote_grad_input_ = false;
@@ -480,7 +482,6 @@ class CudaBackend : public Backend {
   Range copied_{0, 0};  // tokens whose hidden states counted_input() has copied
   // What the last scores() computed:
   PartialStatistics last_partials_;
-  int64_t last_range_ = 1;
   ScoreBlock last_block_;
 };
 

@@ -22,14 +22,16 @@ struct LinearOperands {
   DType dtype = DType::kBFloat16;  // or fp16
 };
 
-/// Partial statistics of x W^T, never stored, or (scores.data not null) kept as stored scores; then
-/// classes_per_range is kStoredTile and first_class a multiple of it. No probabilities.
+/// Partial statistics of x W^T, one per kStoredTile classes, which are never stored, or (scores.data not
+/// null) kept as stored scores; then first_class is a multiple of kStoredTile. No probabilities.
+///
+/// Those of a token are the same bits whatever the other tokens and its place among them, and whether
+/// scores are kept: a promise to callers (docs/numerics.md), of which the width of ranges is a part.
 struct LinearStatistics {
   Block block;
   LinearOperands operands;
   LogitTerms terms;
   Targets targets;
-  int64_t classes_per_range = kStoredTile;
   PartialStatistics partials;
   float* target_logit = nullptr;  // as in BlockStatistics
   StoredScores scores;

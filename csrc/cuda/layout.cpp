@@ -14,8 +14,6 @@ namespace {
 
 constexpr int64_t kAlignment = 256;  // what kernels and TMA like best
 constexpr int64_t kRow = 8;          // tokens to which rows of blocks are padded: 16 bytes
-// Enough for the GPU to be busy with the scores of one token tile row after row.
-constexpr int64_t kBlocksPerMultiprocessor = 4;
 
 int64_t tiles(int64_t classes) { return ceil_div(classes, kStoredTile); }
 int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
@@ -106,25 +104,18 @@ int64_t kept_score_bytes(const PlanRequest& r, const PlanTraits& t) {
   return t.kernels.stores_16_bits() ? 2 : accumulation_size(r);
 }
 
-int64_t classes_per_range(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
-                          bool kept) {
-  if (!t.kernels.stores_16_bits()) return kGenericRange;
-  if (kept) return kStoredTile;
-  // Two stored tiles are the largest tile of any family.
-  constexpr int64_t kStep = 2 * kStoredTile;
-  const int64_t rows = token_tiles(std::min(plan.score_block, std::max<int64_t>(1, r.tokens)));
-  const int64_t ranges =
-      std::max<int64_t>(1, ceil_div(kBlocksPerMultiprocessor * r.multiprocessors, rows));
-  return round_up(ceil_div(std::max<int64_t>(1, r.vocab), ranges), kStep);
+int64_t classes_per_range(const PlanTraits& t) {
+  return t.kernels.stores_16_bits() ? kStoredTile : kGenericRange;
 }
 
-Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
+Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
+              std::vector<Area>* areas) {
   const int64_t sum_bytes = accumulation_size(r);
   const bool fused = t.kernels.stores_16_bits();
   const int64_t kept = kept_tokens(r, plan);
   const int64_t block = round_up(std::min(plan.score_block, std::max<int64_t>(1, r.tokens)), kRow);
 
-  Cursor cursor(kAlignment);
+  Cursor cursor(kAlignment, areas);
   Layout at;
   at.scalars = cursor.take(sizeof(CallScalars));
   at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
@@ -167,8 +158,8 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   // First the statistics, then the sums of grad_input that kept scores make.
   const int64_t steps = cursor.offset();
   if (!r.statistics_known) {
+    const int64_t ranges = ceil_div(r.vocab, classes_per_range(t));
     const auto bytes = [&](bool is_kept) {
-      const int64_t ranges = ceil_div(r.vocab, classes_per_range(r, t, plan, is_kept));
       const int64_t arrays = t.partials - (fused && is_kept ? 1 : 0);  // the maxima are kept
       return ranges * block * (arrays * sum_bytes + (t.argmax ? 4 : 0)) +
              (t.partials + 1) * kAlignment;

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
+#include "core/planning.h"
 #include "cuda/plan.h"
 
 namespace memeff::cuda {
@@ -35,10 +37,11 @@ struct Layout {
 };
 constexpr int kTokenArrays = 20;
 
-Layout layout(const GpuPlanRequest& request, const PlanTraits& traits, const Plan& plan);
+/// `areas`, if given, gets everything in it at its exact size.
+Layout layout(const GpuPlanRequest& request, const PlanTraits& traits, const Plan& plan,
+              std::vector<Area>* areas = nullptr);
 
-/// Classes that share one entry of the partial statistics, for scores that are kept or not.
-int64_t classes_per_range(const GpuPlanRequest& request, const PlanTraits& traits, const Plan& plan,
-                          bool kept);
+/// Classes that share one entry of the partial statistics.
+int64_t classes_per_range(const PlanTraits& traits);
 
 }  // namespace memeff::cuda

@@ -72,7 +72,6 @@ struct Case {
   int64_t tokens, features, classes;
   int64_t padding = 0;  // between rows of everything 16-bit, in elements
   int64_t first_class = 0;
-  int64_t classes_per_range = 256;
   bool options = false;  // bias, class weights, scale, cap
   bool full = false;     // all statistics
   bool store = false;

@@ -11,14 +11,15 @@ namespace {
 
 struct Options {
   bool entropy = false, smooth = false, argmax = false, target = true;
-  int64_t classes_per_range = 128;
   bool store = false;
   int64_t score_padding = 0, score_offset = 0;
 };
 
+constexpr int64_t kRange = kStoredTile;
+
 struct Computed {
   Computed(const LinearShape& shape, const Options& options)
-      : ranges((shape.classes + options.classes_per_range - 1) / options.classes_per_range),
+      : ranges((shape.classes + kRange - 1) / kRange),
         max("max", ranges, shape.tokens, 5, 0, BufferAccess::kReadWrite),
         sum("sum", ranges, shape.tokens, 3, 0, BufferAccess::kReadWrite),
         entropy("entropy", ranges, shape.tokens, 3, 0, BufferAccess::kReadWrite),
@@ -54,17 +55,15 @@ Status run(LinearCase<T>& c, const Options& options, Computed& out) {
     scores.maxima = out.max.data();
     scores.maxima_stride = out.max.stride;
   }
-  return sm80::linear_statistics(
-      {c.block(), c.operands(), c.terms(), c.targets(), options.classes_per_range, partials,
-       options.target ? out.target.data() : nullptr, scores},
-      nullptr);
+  return sm80::linear_statistics({c.block(), c.operands(), c.terms(), c.targets(), partials,
+                                  options.target ? out.target.data() : nullptr, scores},
+                                 nullptr);
 }
 
 template <class T>
 void check_range(LinearCase<T>& c, const Options& options, Computed& out, int64_t range,
                  int64_t n) {
-  const int64_t begin = range * options.classes_per_range;
-  const int64_t end = std::min(begin + options.classes_per_range, c.shape.classes);
+  const int64_t begin = range * kRange, end = std::min(begin + kRange, c.shape.classes);
   double top = -INFINITY, total = 0, entropy = 0, smooth = 0, runner_up = -INFINITY;
   int64_t argmax = begin;
   for (int64_t v = begin; v < end; ++v) {
@@ -173,17 +172,17 @@ void test_shapes(unsigned seed) {
     Options options;
   } cases[] = {
       {{1, 8, 5}, {}},
-      {{130, 72, 300, 40, 0, 0, true, true, 0.7, 9.0}, {true, true, true, true, 256}},
-      {{5, 33, 259, 1}, {true, true, true, true, 128}},                  // odd rows: unaligned
-      {{129, 40, 129, 0, 3, 0, true}, {false, false, true, true, 256}},  // odd strides
-      {{70, 64, 131, 7, 0, 1, false, true}, {false, true, false, false, 384}},  // odd addresses
-      {{7, 104, 700, 128, 8, 0, true, false, 1.3}, {true, false, false, true, 384}},
-      {{7, 104, 700, 128, 8, 0, true, false, 1.3}, {false, false, false, true, 384}},
+      {{130, 72, 300, 40, 0, 0, true, true, 0.7, 9.0}, {true, true, true, true}},
+      {{5, 33, 259, 1}, {true, true, true, true}},                         // odd rows: unaligned
+      {{129, 40, 129, 0, 3, 0, true}, {false, false, true, true}},         // odd strides
+      {{70, 64, 131, 7, 0, 1, false, true}, {false, true, false, false}},  // odd addresses
+      {{7, 104, 700, 128, 8, 0, true, false, 1.3}, {true, false, false, true}},
+      {{7, 104, 700, 128, 8, 0, true, false, 1.3}, {false, false, false, true}},
       // stored
-      {{1, 8, 5}, {false, false, false, true, 128, true, 3, 1}},
-      {{136, 48, 257, 256, 0, 0, true}, {false, false, false, true, 128, true, 8}},
-      {{131, 16, 300, 128, 0, 0, true, true, 0.5, 7.0}, {true, true, true, true, 128, true, 0}},
-      {{20, 31, 130, 0}, {false, false, false, true, 128, true, 4, 8}},
+      {{1, 8, 5}, {false, false, false, true, true, 3, 1}},
+      {{136, 48, 257, 256, 0, 0, true}, {false, false, false, true, true, 8}},
+      {{131, 16, 300, 128, 0, 0, true, true, 0.5, 7.0}, {true, true, true, true, true, 0}},
+      {{20, 31, 130, 0}, {false, false, false, true, true, 4, 8}},
   };
   for (const auto& test : cases) {
     LinearCase<T> c(test.shape, seed++);
@@ -225,6 +224,40 @@ void test_sums_are_not_rounded() {
   CHECK(worst < 1e-6);
 }
 
+// The same bits whether scores are stored or not, and wherever a token stands among which others.
+template <class T>
+void test_bits() {
+  LinearCase<T> c({133, 72, 300, 0, 0, 0, true}, 9);
+  c.compute_logits();
+  Options options{true, true, true};
+  Options store = options;
+  store.store = true;
+  Computed all(c.shape, options), stored(c.shape, options);
+  CHECK(run(c, options, all).ok() && run(c, store, stored).ok());
+  // Half of them, each elsewhere.
+  LinearCase<T> some({60, 72, 300, 0, 0, 0, true}, 9);
+  const auto from = [](int64_t n) { return (n * 37 + 11) % 133; };
+  for (int64_t n = 0; n < 60; ++n)
+    for (int64_t k = 0; k < 72; ++k) some.x.at(n, k) = c.x.at(from(n), k);
+  for (int64_t v = 0; v < 300; ++v) {
+    some.bias[v] = c.bias[v];
+    for (int64_t k = 0; k < 72; ++k) some.w.at(v, k) = c.w.at(v, k);
+  }
+  Computed few(some.shape, options);
+  CHECK(run(some, options, few).ok());
+  const auto same = [&](Computed& one, int64_t i, Computed& other, int64_t j) {
+    for (int64_t range = 0; range < one.ranges; ++range) {
+      CHECK(one.max.at(range, i) == other.max.at(range, j));
+      CHECK(one.sum.at(range, i) == other.sum.at(range, j));
+      CHECK(one.entropy.at(range, i) == other.entropy.at(range, j));
+      CHECK(one.smooth.at(range, i) == other.smooth.at(range, j));
+      CHECK(one.argmax[range * one.sum.stride + i] == other.argmax[range * other.sum.stride + j]);
+    }
+  };
+  for (int64_t n = 0; n < 133; ++n) same(all, n, stored, n);
+  for (int64_t n = 0; n < 60; ++n) same(few, n, all, from(n));
+}
+
 // Classes masked by the lowest finite number, a whole warp's half of a tile and more.
 void test_lowest_logits() {
   LinearCase<__nv_bfloat16> c({70, 16, 300, 0, 0, 0, true}, 7);
@@ -232,43 +265,35 @@ void test_lowest_logits() {
   c.compute_logits();
   Options options;
   options.entropy = true;
-  options.classes_per_range = 384;
   check_all(c, options);
 }
 
 void test_errors() {
   LinearCase<__half> c({4, 8, 8}, 1);
-  Options options;
-  Computed out(c.shape, options);
+  Computed out(c.shape, {});
   const auto refused = [&](const Status& status, const char* part) {
     CHECK(!status.ok() && std::strstr(status.message, part) != nullptr);
   };
-  options.classes_per_range = 100;
-  refused(run(c, options, out), "multiple of 128");
-  options = {};
-  options.store = true;
-  options.classes_per_range = 256;
-  refused(run(c, options, out), "classes_per_range = 128");
   PartialStatistics none;
   refused(sm80::linear_statistics(
-              {c.block(), c.operands(), c.terms(), c.targets(), 128, none, nullptr, {}}, nullptr),
+              {c.block(), c.operands(), c.terms(), c.targets(), none, nullptr, {}}, nullptr),
           "max and sum");
   Targets probabilities;
   probabilities.probabilities = c.bias.data();
   refused(sm80::linear_statistics(
-              {c.block(), c.operands(), c.terms(), probabilities, 128, none, nullptr, {}}, nullptr),
+              {c.block(), c.operands(), c.terms(), probabilities, none, nullptr, {}}, nullptr),
           "probabilities");
   LinearOperands wrong = c.operands();
   wrong.dtype = DType::kFloat32;
   none.max = out.max.data();
   none.sum = out.sum.data();
-  refused(sm80::linear_statistics(
-              {c.block(), wrong, c.terms(), c.targets(), 128, none, nullptr, {}}, nullptr),
+  refused(sm80::linear_statistics({c.block(), wrong, c.terms(), c.targets(), none, nullptr, {}},
+                                  nullptr),
           "bfloat16 or float16");
   Block empty = c.block();
   empty.tokens = 0;
-  CHECK(sm80::linear_statistics(
-            {empty, c.operands(), c.terms(), c.targets(), 128, none, nullptr, {}}, nullptr)
+  CHECK(sm80::linear_statistics({empty, c.operands(), c.terms(), c.targets(), none, nullptr, {}},
+                                nullptr)
             .ok());
 }
 
@@ -282,6 +307,7 @@ int main() {
   test_targets<__nv_bfloat16>();
   test_targets<__half>();
   test_sums_are_not_rounded();
+  test_bits<__nv_bfloat16>();
   test_lowest_logits();
   test_errors();
   CHECK(emulator::counters().ldmatrix_conflicts == 0);

@@ -104,14 +104,14 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
 }
 
 void test_linear_gradient(bool thorough) {
-  test_gradient<__nv_bfloat16>({130, 72, 700, 8, 0, 0, true, true}, true, true, 0);
+  test_gradient<__nv_bfloat16>({130, 72, 700, 8, 0, true, true}, true, true, 0);
   // Four tokens: most tiles have no target, and a generous bound leaves some of them out.
   test_gradient<__half>({4, 72, 1500, 0, 1000}, true, false, 30);
   if (!thorough) return;
   test_gradient<__half>({77, 200, 389, 0, 1000}, false, false);
   test_gradient<__nv_bfloat16>({1, 8, 5}, false, false);
   test_gradient<__nv_bfloat16>({150, 64, 2300, 8, 128}, true, false, 40);
-  test_gradient<__half>({20, 72, 600, 8, 128, 0, false, true, false, true}, true, true, 0);
+  test_gradient<__half>({20, 72, 600, 8, 128, false, true, false, true}, true, true, 0);
 }
 
 // ---- G^T W and G x ----

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int64_t first_token = int64_t{index.row} * kRows;
   const int64_t first_class = int64_t{index.column} * kColumns;
   Accumulators c;
-  multiply_tiles<kAligned>(shared, x, w, first_token, first_class, 1, c, [](int64_t) {});
+  multiply_tile<kAligned>(shared, x, w, first_token, first_class, c);
 
   auto* staged = reinterpret_cast<float*>(shared);
   auto& masses = *reinterpret_cast<Masses*>(shared + kMassesAt);

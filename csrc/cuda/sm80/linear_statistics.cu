@@ -2,20 +2,19 @@
 // softmax in one kernel.
 //
 //   x [tokens, features], W [classes, features]:   u = x W^T, z of u (kernel_arguments.h)
-//   per token and range of classes:   max_v z,  sum_v exp(z - max),  and on request
-//                                     sum_v exp(z - max) (z - max),  sum_v w_v z,  argmax
-//   per token:                        z_y, written by the one thread that meets the target
-//   kStore, per tile of 128 classes:  E [classes, tokens] = exp(z - max) in fp16
+//   per token and tile of 128 classes:   max_v z,  sum_v exp(z - max),  and on request
+//                                        sum_v exp(z - max) (z - max),  sum_v w_v z,  argmax
+//   per token:                           z_y, written by the one thread that meets the target
+//   kStore, per tile of 128 classes:     E [classes, tokens] = exp(z - max) in fp16
 //
-// A thread block computes 128 tokens x a range of classes, tile by tile of 128 classes
-// (logits_tile.cuh). After each tile, while copies of the next are in flight, the accumulators are
-// folded into running statistics in registers: the 4 lanes that share 8 rows agree on their maxima
-// by shuffles, add up, and keep the states of 2 rows each. At the end the two warps that share a
-// row merge through shared memory. A fixed tree: results do not depend on timing.
-// With kStore a range is one tile; its maximum is shared first, and E is stored transposed.
+// A thread block computes one tile of 128 tokens x 128 classes (logits_tile.cuh). The 4 lanes that
+// share 8 rows agree on their maxima by shuffles, the two warps that share a row through shared memory;
+// then they add up the same way, and 4 lanes keep the states of 2 rows each. With kStore, E is stored
+// transposed. A fixed tree: the statistics of a token depend neither on timing, nor on other tokens,
+// nor on whether scores are stored.
 //
 // Shared memory: 48 KiB of pipeline; after the last slice the same memory takes E (34 KiB) and what
-// warps exchange. Two blocks of 128 threads per SM. x is read once per range, W once per 128
+// warps exchange. Two blocks of 128 threads per SM. x is read once per 128 classes, W once per 128
 // tokens, both mostly from L2; 2 tokens features classes FLOPs on tensor cores, and an exponential
 // per logit, 1 per 2 features FLOPs.
 // Numerics: fp32 accumulators; sums are of fp32 exponentials, not of the rounded E.
@@ -183,8 +182,8 @@ MEMEFF_DEVICE int kept_row(int s) {
   return row_in_tile(static_cast<int>(threadIdx.x) % 4 * kKeptRows + s);
 }
 
-// Folds a tile into the kept states. With kStore the maximum is that of all 128 classes (else of
-// the warp's 64), and exp(z - max) stays in `c`.
+// The states of the warp's 64 classes, relative to the maximum of all 128. With kStore, exp(z - max)
+// stays in `c`.
 template <bool kFull, bool kStore>
 MEMEFF_DEVICE void fold_tile(State<kFull> (&kept)[kKeptRows], Accumulators& c,
                              unsigned char* shared, const LogitBlock& logits, int64_t first_class) {
@@ -197,21 +196,18 @@ MEMEFF_DEVICE void fold_tile(State<kFull> (&kept)[kKeptRows], Accumulators& c,
     for (int v = 1; v < kThreadColumns; ++v) max[r] = ptx::max_or_nan(max[r], c.at(r, v));
     max[r] = quad_max(max[r]);
   }
-  if (kStore) {
-    auto* maxima = reinterpret_cast<float*>(shared + kMaximaAt);
+  auto* maxima = reinterpret_cast<float*>(shared + kMaximaAt);
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r)
-      if (thread % 4 == 0) maxima[half * kRows + row_in_tile(r)] = max[r];
-    __syncthreads();
+  for (int r = 0; r < kThreadRows; ++r)
+    if (thread % 4 == 0) maxima[half * kRows + row_in_tile(r)] = max[r];
+  __syncthreads();
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r)
-      max[r] = ptx::max_or_nan(max[r], maxima[(1 - half) * kRows + row_in_tile(r)]);
-  }
+  for (int r = 0; r < kThreadRows; ++r)
+    max[r] = ptx::max_or_nan(max[r], maxima[(1 - half) * kRows + row_in_tile(r)]);
 
   float smooth[kThreadRows] = {};
   if (kFull) add_weighted(smooth, c, logits, first_class);
 
-  State<kFull> tile[kKeptRows];
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
     State<kFull> row;
@@ -235,39 +231,27 @@ MEMEFF_DEVICE void fold_tile(State<kFull> (&kept)[kKeptRows], Accumulators& c,
       if (row.argmax != kNoClass)
         row.argmax += static_cast<int>(logits.block.first_class + first_class);
     }
-    if (thread % 4 == r / kKeptRows) tile[r % kKeptRows] = row;
+    if (thread % 4 == r / kKeptRows) kept[r % kKeptRows] = row;
   }
-#pragma unroll
-  for (int s = 0; s < kKeptRows; ++s) kept[s].merge(tile[s]);
 }
 
 template <class T, bool kAligned, bool kFull, bool kStore>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    linear_statistics_kernel(Matrix<T> x, Matrix<T> w, LogitBlock logits, int64_t tiles_per_range,
-                             unsigned token_tiles, unsigned ranges, Results results) {
+    linear_statistics_kernel(Matrix<T> x, Matrix<T> w, LogitBlock logits, unsigned token_tiles,
+                             unsigned class_tiles, Results results) {
   MEMEFF_DYNAMIC_SHARED(shared);
-  const TileIndex index = tile_of_block(token_tiles, ranges);
+  const TileIndex index = tile_of_block(token_tiles, class_tiles);
   const int64_t first_token = int64_t{index.row} * kRows;
-  const int64_t first_class = index.column * tiles_per_range * kColumns;
-  const int64_t tiles_left = (logits.block.classes - first_class + kColumns - 1) / kColumns;
-  const auto tiles = static_cast<int>(tiles_left < tiles_per_range ? tiles_left : tiles_per_range);
-
-  State<kFull> kept[kKeptRows];
-  for (State<kFull>& state : kept)
-    state.argmax = static_cast<int>(logits.block.first_class + first_class);
+  const int64_t first_class = int64_t{index.column} * kColumns;
   Accumulators c;
-  multiply_tiles<kAligned>(
-      shared, x, w, first_token, first_class, tiles, c, [&](int64_t tile_class) {
-        to_logits(c, logits, tile_class);
-        write_target_logits(c, logits, first_token, tile_class, results.target_logit);
-        if (!kStore) fold_tile<kFull, false>(kept, c, shared, logits, tile_class);
-      });
+  multiply_tile<kAligned>(shared, x, w, first_token, first_class, c);
+  to_logits(c, logits, first_class);
+  write_target_logits(c, logits, first_token, first_class, results.target_logit);
 
   __syncthreads();  // all have read the last slice
-  if (kStore) {
-    fold_tile<kFull, true>(kept, c, shared, logits, first_class);
-    put_scores(shared, c);
-  }
+  State<kFull> kept[kKeptRows];
+  fold_tile<kFull, kStore>(kept, c, shared, logits, first_class);
+  if (kStore) put_scores(shared, c);
   const bool right = threadIdx.x >= kThreads / 2;                            // half of the classes
   auto* right_states = reinterpret_cast<State<kFull>*>(shared + kStatesAt);  // [kRows]
 #pragma unroll
@@ -284,44 +268,44 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     const int64_t token = first_token + kept_row(s);
     if (token >= logits.block.tokens) continue;
     kept[s].merge(right_states[kept_row(s)]);
+    if (kFull && kept[s].argmax == kNoClass)  // NaN: no logit is the maximum
+      kept[s].argmax = static_cast<int>(logits.block.first_class + first_class);
     kept[s].write(results.partials, index.column, token);
   }
 }
 
 template <class T, bool kAligned, bool kFull, bool kStore>
 Status launch(const Matrix<T>& x, const Matrix<T>& w, const LogitBlock& logits,
-              int64_t tiles_per_range, const Results& results, void* stream) {
+              const Results& results, void* stream) {
   const auto token_tiles = static_cast<unsigned>(count_tiles(logits.block.tokens, kRows));
-  const auto ranges =
-      static_cast<unsigned>(count_tiles(logits.block.classes, tiles_per_range * kColumns));
+  const auto class_tiles = static_cast<unsigned>(count_tiles(logits.block.classes, kColumns));
   const auto kernel = linear_statistics_kernel<T, kAligned, kFull, kStore>;
   const Status allowed = allow_shared_memory(kernel, kPipelineBytes);
   if (!allowed.ok()) return allowed;
-  MEMEFF_LAUNCH(kernel, dim3(token_tiles * ranges), dim3(kThreads), kPipelineBytes, stream, x, w,
-                logits, tiles_per_range, token_tiles, ranges, results);
+  MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream, x,
+                w, logits, token_tiles, class_tiles, results);
   return launch_status();
 }
 
 template <class T, bool kStore>
-Status select(const LinearOperands& operands, const LogitBlock& logits, int64_t tiles_per_range,
-              const Results& results, void* stream) {
+Status select(const LinearOperands& operands, const LogitBlock& logits, const Results& results,
+              void* stream) {
   const Matrix<T> x{static_cast<const T*>(operands.input), logits.block.tokens, operands.features,
                     operands.input_stride};
   const Matrix<T> w{static_cast<const T*>(operands.weight), logits.block.classes, operands.features,
                     operands.weight_stride};
   if (!chunks_are_aligned(x) || !chunks_are_aligned(w))
-    return launch<T, false, true, kStore>(x, w, logits, tiles_per_range, results, stream);
+    return launch<T, false, true, kStore>(x, w, logits, results, stream);
   if (wants_full(results.partials))
-    return launch<T, true, true, kStore>(x, w, logits, tiles_per_range, results, stream);
-  return launch<T, true, false, kStore>(x, w, logits, tiles_per_range, results, stream);
+    return launch<T, true, true, kStore>(x, w, logits, results, stream);
+  return launch<T, true, false, kStore>(x, w, logits, results, stream);
 }
 
 template <class T>
-Status select(const LinearOperands& operands, const LogitBlock& logits, int64_t tiles_per_range,
-              const Results& results, void* stream) {
-  return results.scores != nullptr
-             ? select<T, true>(operands, logits, tiles_per_range, results, stream)
-             : select<T, false>(operands, logits, tiles_per_range, results, stream);
+Status select(const LinearOperands& operands, const LogitBlock& logits, const Results& results,
+              void* stream) {
+  return results.scores != nullptr ? select<T, true>(operands, logits, results, stream)
+                                   : select<T, false>(operands, logits, results, stream);
 }
 
 }  // namespace
@@ -335,18 +319,12 @@ Status linear_statistics(const LinearStatistics& call, void* stream) {
   if (call.partials.max == nullptr || call.partials.sum == nullptr)
     return {"linear_statistics: max and sum must be given"};
   if (operands.features <= 0) return {"linear_statistics: features must be positive"};
-  if (call.classes_per_range <= 0 || call.classes_per_range % kColumns != 0)
-    return {"linear_statistics: classes_per_range must be a multiple of 128"};
-  if (scores.data != nullptr && call.classes_per_range != kStoredTile)
-    return {"linear_statistics: stored scores need classes_per_range = 128"};
   const Results results{call.partials, call.target_logit, static_cast<__half*>(scores.data),
                         scores.stride};
   const LogitBlock logits = logit_block(call.block, call.terms, call.targets);
-  const int64_t tiles_per_range = call.classes_per_range / kColumns;
   switch (operands.dtype) {
-    case DType::kBFloat16:
-      return select<__nv_bfloat16>(operands, logits, tiles_per_range, results, stream);
-    case DType::kFloat16: return select<__half>(operands, logits, tiles_per_range, results, stream);
+    case DType::kBFloat16: return select<__nv_bfloat16>(operands, logits, results, stream);
+    case DType::kFloat16: return select<__half>(operands, logits, results, stream);
     default: return {"linear_statistics: operands are bfloat16 or float16"};
   }
 }

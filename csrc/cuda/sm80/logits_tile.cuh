@@ -16,38 +16,24 @@ static_assert(kColumns == kStoredTile && kRows == kTokenTile);
 
 // ---- the product ----
 
-// Products of tokens [first_token, +128) with `tiles` tiles of classes from first_class on. Calls
-// finish(first_class of the tile) when `c` holds a tile; loads of the next are then in flight.
-template <bool kAligned, class T, class Finish>
-MEMEFF_DEVICE void multiply_tiles(unsigned char* stages, const Matrix<T>& x, const Matrix<T>& w,
-                                  int64_t first_token, int64_t first_class, int tiles,
-                                  Accumulators& c, Finish finish) {
+// Products of tokens [first_token, +128) with classes [first_class, +128).
+template <bool kAligned, class T>
+MEMEFF_DEVICE void multiply_tile(unsigned char* stages, const Matrix<T>& x, const Matrix<T>& w,
+                                 int64_t first_token, int64_t first_class, Accumulators& c) {
   using Source = SliceSource<kAligned, Contiguous::kDepth, T>;
-  const Source source_x(x, first_token);
-  Source source_w(w, first_class);
+  const Source source_x(x, first_token), source_w(w, first_class);
   const int features = static_cast<int>(x.columns);
-  int loaded_tile = 0, loaded_k = 0, k = 0;
+  int loaded = 0;
   const auto load = [&](unsigned char* stage) {
-    if (loaded_tile == tiles) return false;
-    source_x.load(stage, loaded_k);
-    source_w.load(stage + kOperandBytes, loaded_k);
-    loaded_k += kDepth;
-    if (loaded_k >= features) {
-      loaded_k = 0;
-      ++loaded_tile;
-      source_w = Source(w, first_class + int64_t{loaded_tile} * kColumns);
-    }
+    if (loaded >= features) return false;
+    source_x.load(stage, loaded);
+    source_w.load(stage + kOperandBytes, loaded);
+    loaded += kDepth;
     return true;
   };
-  int64_t tile_class = first_class;
+  c.clear();
   run_pipeline(stages, load, [&](const unsigned char* stage) {
-    if (k == 0) c.clear();
     multiply_slice<T, Contiguous::kDepth, Contiguous::kDepth>(c, stage);
-    k += kDepth;
-    if (k < features) return;
-    finish(tile_class);
-    tile_class += kColumns;
-    k = 0;
   });
 }
 

@@ -1,17 +1,16 @@
 // Softmax statistics of logits that are never stored, or are stored in 16 bits, on sm_90a.
 //
-//   u = x W^T  ->  z  ->  per range of classes and token: max z, sum exp(z - max), z_y, ...
-//                         (kStore) E = exp(z - max of 128 classes), fp16, [classes, tokens]
+//   u = x W^T  ->  z  ->  per 128 classes and token: max z, sum exp(z - max), z_y, ...
+//                         (kStore) E = exp(z - max), fp16, [classes, tokens]
 //
-// x [tokens, features], W [classes, features], partial statistics [ranges, tokens]. The pipeline,
-// its tiles of 128 tokens x 256 classes and its map of shared memory are pipeline.cuh's.
+// x [tokens, features], W [classes, features], partial statistics [classes / 128, tokens]. The
+// pipeline, its tiles of 128 tokens x 256 classes and its map of shared memory are pipeline.cuh's.
 //
-// A block takes units of one or more tiles of 256 classes and 128 tokens, such that no range of
-// classes is shared between units. M is tokens, so that a thread's 128 accumulators belong to two
-// tokens: their statistics run in its registers and the 4 lanes of a quad meet by shuffles. A tile
-// is folded in two halves of 128 classes, of which each has its own maximum: kept scores need one,
-// and a range ends after any number of halves. Kept scores are transposed on the way to shared
-// memory (stmatrix) and are stored by TMA while the next half is computed and the next tile multiplied.
+// M is tokens, so that a thread's 128 accumulators belong to two tokens: their statistics are made in
+// its registers and the 4 lanes of a quad meet by shuffles. A tile is two halves of 128 classes, each
+// with statistics of its own. Kept scores are transposed on the way to shared memory (stmatrix) and are
+// stored by TMA while the next half is computed and the next tile multiplied. The statistics of a token
+// depend neither on other tokens nor on whether scores are kept.
 //
 // Numerics: fp32 throughout; sums are of fp32 exponentials, not of the rounded E. The exponential's
 // relative error is 2^-22 near the maximum and grows by 2^-24 per unit of z below it, where terms
@@ -22,8 +21,6 @@
 // per tile 32768 exponentials, 2048 cycles of the special function units, against 16 * features
 // cycles of tensor cores: 3 % at 4096 features, as far as it does not overlap. Kept scores are 2.1
 // GB there.
-#include <algorithm>
-
 #include "cuda/common/online_softmax.cuh"
 #include "cuda/sm90/logits.cuh"
 
@@ -31,19 +28,17 @@ namespace memeff::cuda::sm90 {
 
 namespace {
 
-// Where statistics go, and how classes are divided.
+// Where statistics go.
 struct StatisticsOutput {
   PartialStatistics partials;
   float* target_logit;  // [tokens] or null
   float* kept_maxima;   // [halves, tokens] of kept scores; null where partials.max is the same
   int64_t maxima_stride;
-  int halves_per_range;
-  int tiles_per_unit;
 };
 
-// Adds logits of 128 classes to the states of the thread's two tokens; `first` is its first class.
-// With kStore, z becomes exp(z - max); then a range is one half. Maximum and argmax are the same in
-// all lanes of a quad; the sums are each lane's own until the range ends.
+// The states of the thread's two tokens from logits of 128 classes; `first` is the thread's first
+// class. With kStore, z becomes exp(z - max). Maximum and argmax are the same in all lanes of a quad;
+// the sums are each lane's own.
 template <bool kFull, bool kStore>
 MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)[kHalfCount],
                              int first, const Scores& scores) {
@@ -65,8 +60,8 @@ MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)
       best = min(best, __shfl_xor_sync(~0u, best, 2));
       if (half_max > state.max) state.argmax = static_cast<int>(scores.first_class + best);
     }
-    state.raise(ptx::max_or_nan(state.max, half_max));
-    const float reference = reference_of(state.max);
+    state.max = half_max;
+    const float reference = reference_of(half_max);
 #pragma unroll
     for (int k = 0; k < kClassesPerThread; ++k) {
       float& value = z[accumulator(r, k)];
@@ -81,18 +76,18 @@ MEMEFF_DEVICE void fold_half(SoftmaxState<float, kFull> (&states)[2], float (&z)
   }
 }
 
-// The range ends: the quad's sums meet, one lane writes them.
+// The quad's sums meet, one lane writes them.
 template <bool kFull>
-MEMEFF_DEVICE void write_range(SoftmaxState<float, kFull> state, int64_t range, int token,
-                               const Scores& scores, const StatisticsOutput& out) {
+MEMEFF_DEVICE void write_half(SoftmaxState<float, kFull> state, int64_t half, int token,
+                              const Scores& scores, const StatisticsOutput& out) {
   state.sum = quad_sum(state.sum);
   if (kFull) {
     state.entropy = quad_sum(state.entropy);
     state.smooth = quad_sum(state.smooth);
   }
   if (lane_index() % 4 != 0 || token >= scores.tokens) return;
-  state.write(out.partials, range, token);
-  if (out.kept_maxima != nullptr) out.kept_maxima[range * out.maxima_stride + token] = state.max;
+  state.write(out.partials, half, token);
+  if (out.kept_maxima != nullptr) out.kept_maxima[half * out.maxima_stride + token] = state.max;
 }
 
 template <class T, bool kFull, bool kStore, int kCluster>
@@ -106,9 +101,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Classes = ClassesOperand<kCluster>;
   auto ring = start_ring<kCluster>(shared_memory);
   const int steps = (features + kStepK - 1) / kStepK;
-  const auto tiles_of_unit = [&](int first_class) {
-    return min(out.tiles_per_unit, (scores.classes - first_class + kTileN - 1) / kTileN);
-  };
 
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
@@ -116,11 +108,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int number = order.first(); number < order.count(); number += order.stride()) {
       int row, column;
       order.place(number, &row, &column);
-      const int unit_class = column * out.tiles_per_unit * kTileN;
-      for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile)
-        for (int step = 0; step < steps; ++step)
-          load_step<TokensOperand, Classes>(ring, &x, &w, row * kTileM, unit_class + tile * kTileN,
-                                            step * kStepK);
+      for (int step = 0; step < steps; ++step)
+        load_step<TokensOperand, Classes>(ring, &x, &w, row * kTileM, column * kTileN,
+                                          step * kStepK);
     }
     finish_loads(ring);
     return;
@@ -131,53 +121,43 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int number = order.first(); number < order.count(); number += order.stride()) {
     int row, column;
     order.place(number, &row, &column);
-    const int unit_class = column * out.tiles_per_unit * kTileN;
     int token[2], target[2];
-    SoftmaxState<float, kFull> states[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       token[r] = row * kTileM + token_in_tile(r);
       target[r] = scores.target_of(token[r]);
     }
-    for (int tile = 0; tile < tiles_of_unit(unit_class); ++tile) {
-      float c[kTileN / 2];
-      mainloop<T, TokensOperand, Classes>(c, ring, steps);
+    float c[kTileN / 2];
+    mainloop<T, TokensOperand, Classes>(c, ring, steps);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const int half_number = tile * kHalves + half, first = unit_class + half_number * kHalfN;
-        if (first >= scores.classes) break;
-        float(&z)[kHalfCount] = reinterpret_cast<float(&)[kHalfCount]>(c[half * kHalfCount]);
-        const int mine = first_class_of_thread(first);
-        scores.to_logits(z, mine);
-        if (out.target_logit != nullptr && warp_has_target(target, first)) {
+    for (int half = 0; half < kHalves; ++half) {
+      const int first = column * kTileN + half * kHalfN;
+      if (first >= scores.classes) break;
+      float(&z)[kHalfCount] = reinterpret_cast<float(&)[kHalfCount]>(c[half * kHalfCount]);
+      const int mine = first_class_of_thread(first);
+      scores.to_logits(z, mine);
+      if (out.target_logit != nullptr && warp_has_target(target, first)) {
 #pragma unroll
-          for (int k = 0; k < kClassesPerThread; ++k)
+        for (int k = 0; k < kClassesPerThread; ++k)
 #pragma unroll
-            for (int r = 0; r < 2; ++r)
-              if (class_offset(k) == target[r] - mine)
-                out.target_logit[token[r]] = z[accumulator(r, k)];
-        }
-        if (half_number % out.halves_per_range == 0) {
-#pragma unroll
-          for (auto& state : states) {
-            state = {};
-            state.argmax = static_cast<int>(scores.first_class + first);
-          }
-        }
-        fold_half<kFull, kStore>(states, z, mine, scores);
-        if (kStore) {
-#pragma unroll
-          for (int part = 0; part < kHalfN / kPanel; ++part) {
-            fill_box_transposed<__half>(boxes.begin(), z + part * kPanel / 2);
-            boxes.end(&kept, row * kTileM + consumer_group() * kGroupM, first + part * kPanel);
-          }
-        }
-        const bool range_ends = (half_number + 1) % out.halves_per_range == 0;
-        if (!range_ends && first + kHalfN < scores.classes) continue;
-        const int64_t range = first / kHalfN / out.halves_per_range;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) write_range<kFull>(states[r], range, token[r], scores, out);
+          for (int r = 0; r < 2; ++r)
+            if (class_offset(k) == target[r] - mine)
+              out.target_logit[token[r]] = z[accumulator(r, k)];
       }
+      SoftmaxState<float, kFull> states[2];
+#pragma unroll
+      for (auto& state : states) state.argmax = static_cast<int>(scores.first_class + first);
+      fold_half<kFull, kStore>(states, z, mine, scores);
+      if (kStore) {
+#pragma unroll
+        for (int part = 0; part < kHalfN / kPanel; ++part) {
+          fill_box_transposed<__half>(boxes.begin(), z + part * kPanel / 2);
+          boxes.end(&kept, row * kTileM + consumer_group() * kGroupM, first + part * kPanel);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        write_half<kFull>(states[r], first / kHalfN, token[r], scores, out);
     }
   }
   if (kStore) boxes.finish();
@@ -192,8 +172,7 @@ Status launch(const LinearStatistics& call, const StatisticsOutput& out, void* s
   if (status.ok() && kStore)
     status = make_block_map(block, call.scores.data, call.scores.stride, TensorMapElement::kFloat16,
                             &kept_map);
-  const auto order = tile_order<kCluster>(
-      block.tokens, count_tiles(block.classes, int64_t{out.tiles_per_unit} * kTileN));
+  const auto order = tile_order<kCluster>(block.tokens, count_tiles(block.classes, kTileN));
   const auto kernel = linear_statistics_kernel<T, kFull, kStore, kCluster>;
   unsigned blocks = 0;
   if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
@@ -225,24 +204,15 @@ Status linear_statistics(const LinearStatistics& call, void* stream) {
     return {"linear_statistics: max and sum must be given"};
   if (call.targets.probabilities != nullptr)
     return {"linear_statistics: class probabilities need stored products"};
-  if (call.classes_per_range <= 0 || call.classes_per_range % kHalfN != 0)
-    return {"linear_statistics: classes_per_range must be a multiple of 128"};
-  if (scores.data != nullptr && call.classes_per_range != kStoredTile)
-    return {"linear_statistics: a range of kept scores has 128 classes"};
   if (!accepts(call.operands, scores.data, scores.stride))
     return {"linear_statistics: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
 
-  const int64_t whole = int64_t{count_tiles(block.classes, kTileN)} * kHalves;
-  const int64_t halves = std::min(call.classes_per_range / kHalfN, whole);
   StatisticsOutput out;
   out.partials = partials;
   out.target_logit = call.target_logit;
   out.kept_maxima =
       scores.data != nullptr && scores.maxima != partials.max ? scores.maxima : nullptr;
   out.maxima_stride = scores.maxima_stride;
-  out.halves_per_range = static_cast<int>(halves);
-  // An odd number of halves: two ranges make a unit, or one half does not need the other.
-  out.tiles_per_unit = static_cast<int>(halves % kHalves == 0 ? halves / kHalves : halves);
   const auto typed = call.operands.dtype == DType::kBFloat16 ? select<__nv_bfloat16, kCluster>
                                                              : select<__half, kCluster>;
   return typed(call, out, stream);

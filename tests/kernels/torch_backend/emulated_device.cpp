@@ -1,6 +1,6 @@
 // The GPU of the emulator as a device of the operators: the library memeff_emulated has the operators
 // of memeff, takes CPU tensors, and runs the real CUDA kernels on them. Every tensor is registered with
-// the emulator at its exact size; results and workspace start as NaN.
+// the emulator at its exact size, every part of the workspace, too; results and workspace start as NaN.
 //
 // Python module _memeff_emulated: configure(), take_reports(), counters().
 #include <pybind11/pybind11.h>
@@ -18,6 +18,7 @@
 #include "bindings/ops.h"
 #include "bindings/schema.h"
 #include "cuda/generic_kernels.h"
+#include "cuda/layout.h"
 #include "emulator/emulator.h"
 
 namespace memeff {
@@ -123,10 +124,18 @@ class EmulatedDevice : public CudaLikeDevice {
   }
 
  protected:
-  void use_workspace(const at::Tensor& workspace, const std::function<void()>& run) const override {
+  /// The parts of the workspace are buffers of their own: nothing lies between them.
+  void use_workspace(const at::Tensor& workspace, const cuda::CallPlan& call,
+                     const std::function<void()>& run) const override {
+    auto* const data = static_cast<char*>(workspace.mutable_data_ptr());
+    std::memset(data, kPoison, workspace.nbytes());
+    std::vector<Area> areas;
+    cuda::layout(call.request, call.traits, call.plan, &areas);
     Buffers buffers;
-    buffers.output(workspace.mutable_data_ptr(), static_cast<int64_t>(workspace.nbytes()),
-                   "workspace", 1);  // flags of tiles are bytes
+    for (const Area& area : united(areas)) {
+      const std::string name = "workspace from byte " + std::to_string(area.begin);
+      buffers.output(data + area.begin, area.end - area.begin, name.c_str(), 1);  // marks are bytes
+    }
     run();
   }
 };
