@@ -43,9 +43,9 @@ class Plan:
     kind: str
     """"statistics", "token_chunks" or "vocab_slices"."""
     kernels: str
-    """What computes: "avx512_bf16", "bf16_portable" or "blas" (torch's products) on the CPU; on a
-    GPU the families of kernels for scores and for products of gradients: "sm90,generic" (generic:
-    cuBLAS)."""
+    """What computes: "avx512_bf16", "bf16_portable", "blas" (torch's products) or "batch_invariant"
+    (torch's products, but for the scores) on the CPU; on a GPU the families of kernels for scores
+    and for products of gradients: "sm90,generic" (generic: cuBLAS)."""
     kernels_reason: str
     """Why these: "default"; "predicted", where handwritten products are expected to win in the
     memory that is allowed; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the

@@ -160,6 +160,36 @@ def test_chunk_sizes(chunk_size: int, dtype: torch.dtype, reduction: str) -> Non
     )
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads_wanted", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "seeds"),
+    [
+        (Case((27,), 256, 4306, ignored=0.8), 3),  # about five tokens count
+        (Case((27,), 256, 4306, ignored=0.9, reduction="none"), 3),
+        (Case((8,), 4096, 700), 2),
+        (Case((8,), 4096, 700, reduction="none"), 2),
+    ],
+    ids=str,
+)
+def test_sums_for_few_tokens(case: Case, seeds: int, threads_wanted: int) -> None:
+    """Where tokens are few, a BLAS adds up classes, or features, one after the other."""
+    torch.set_num_threads(threads_wanted)
+    for seed in range(seeds):
+        check(replace(case, seed=seed))
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_bias_gradient_of_many_chunks(probabilities: bool) -> None:
+    """28 additions to each entry, which must not be 28 roundings to float32."""
+    case = Case(
+        (224,), 5, 2002, reduction="sum", bias=True, probabilities=probabilities, chunk_size=1,
+        differentiate=("db",), spread=0.3,
+    )  # fmt: skip
+    for seed in range(3):
+        check(replace(case, seed=seed))
+
+
 @pytest.mark.parametrize("accum_dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_chunks_do_not_cost_accuracy(

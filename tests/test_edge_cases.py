@@ -94,6 +94,21 @@ def test_one_class(dtype: torch.dtype, probabilities: bool) -> None:
         assert value is not None and value.abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_class_with_smoothing(dtype: torch.dtype, reduction: str) -> None:
+    """Terms that cancel, whatever their weights: the gradients are 0, not nearly 0."""
+    for smoothing in (0.1, 0.3, 0.9):
+        leaves = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((50, 5), (1, 5))]
+        loss = memeff.linear_cross_entropy(
+            *leaves, torch.zeros(50, dtype=torch.int64), label_smoothing=smoothing,
+            weight=torch.rand(1, dtype=torch.promote_types(dtype, torch.float32)) + 0.1,
+            token_weight=torch.rand(50), logit_scale=0.7, reduction=reduction,
+        )  # fmt: skip
+        for gradient in torch.autograd.grad(loss.sum(), leaves):
+            assert not gradient.any()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_features(reduction: str) -> None:
     """D = 0: all logits are the bias."""

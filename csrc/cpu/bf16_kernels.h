@@ -61,7 +61,7 @@ struct GradientTile {
   const float* scale_w;       // or null
   const float* class_weight;  // [classes] or null
   float* factors;             // scratch [2, tokens], padded
-  float* bias_sum;            // [classes] or null
+  double* bias_sum;           // [classes] or null
 };
 
 /// A product whose result is stored in, or added to, fp32 sums.

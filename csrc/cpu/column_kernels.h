@@ -2,6 +2,7 @@
 // softmax statistics of a token never need a reduction across lanes.
 //
 //   z       [classes, tokens], rows `stride` elements apart
+//   multiply         products that no BLAS shall compute
 //   finish_scores    z <- softcap(scale * (z + bias)); per-token partial sums of the tile
 //   to_gradient      z <- dlogits
 //
@@ -19,6 +20,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "cpu/tiling.h"
 
 namespace memeff {
 
@@ -86,6 +88,11 @@ constexpr int64_t kFewFeatures = 15;
 
 template <class T>
 struct ColumnKernels {
+  /// C[rows, columns] = or += A B. A's element (i, k) lies at a + i * row_stride + k * inner_stride.
+  /// Each sum has the same order of additions, whatever the shapes: sums of sums of 16.
+  void (*multiply)(const T* a, int64_t row_stride, int64_t inner_stride, int64_t rows, const T* b,
+                   int64_t b_stride, int64_t inner, int64_t columns, bool accumulate, T* c,
+                   int64_t c_stride);
   void (*finish_scores)(T* z, int64_t stride, int64_t classes, int64_t tokens,
                         const ScoreTransform<T>& transform, const TilePartials<T>& partials);
   void (*to_gradient)(T* z, int64_t stride, int64_t classes, int64_t tokens,
@@ -95,7 +102,7 @@ struct ColumnKernels {
                            const T* weight, int64_t weight_stride, int64_t features,
                            bool accumulate, T* sums, int64_t sums_stride);
   /// sums[v] += sum over the tokens of row v.
-  void (*add_row_sums)(const T* z, int64_t stride, int64_t classes, int64_t tokens, T* sums);
+  void (*add_row_sums)(const T* z, int64_t stride, int64_t classes, int64_t tokens, double* sums);
 };
 
 /// The fastest version that this machine runs.

@@ -28,6 +28,56 @@ inline void store_strip(T* data, Vec<T> value, int64_t count) {
   }
 }
 
+/// `kRows` rows of multiply(), for some of the sum: sums of 16 terms, added up.
+template <class T, int kRows>
+inline void multiply_rows_of_c(const T* a, int64_t row_stride, int64_t inner_stride, const T* b,
+                               int64_t b_stride, int64_t inner, int64_t columns, bool accumulate,
+                               T* c, int64_t c_stride) {
+  constexpr int64_t kTerms = 16;
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    const int64_t count = columns - j;
+    Vec<T> sum[kRows] = {};
+    for (int64_t first = 0; first < inner; first += kTerms) {
+      const int64_t end = inner - first < kTerms ? inner : first + kTerms;
+      Vec<T> part[kRows] = {};
+      const auto add = [&](int64_t k, Vec<T> right) {
+        for (int i = 0; i < kRows; ++i) part[i] += a[i * row_stride + k * inner_stride] * right;
+      };
+      if (count >= kLanes<T>) {
+        for (int64_t k = first; k < end; ++k) add(k, load_vector(b + k * b_stride + j));
+      } else {
+        for (int64_t k = first; k < end; ++k) add(k, load_strip(b + k * b_stride + j, count));
+      }
+      for (int i = 0; i < kRows; ++i) sum[i] += part[i];
+    }
+    for (int i = 0; i < kRows; ++i) {
+      T* const to = c + i * c_stride + j;
+      store_strip(to, accumulate ? load_strip(to, count) + sum[i] : sum[i], count);
+    }
+  }
+}
+
+template <class T>
+void multiply(const T* a, int64_t row_stride, int64_t inner_stride, int64_t rows, const T* b,
+              int64_t b_stride, int64_t inner, int64_t columns, bool accumulate, T* c,
+              int64_t c_stride) {
+  constexpr int64_t kTerms = 128;  // at a time; few columns of B then stay in the first-level cache
+  constexpr int kRows = 4;
+  for (int64_t k = 0; k < inner || k == 0; k += kTerms) {
+    const int64_t terms = inner - k < kTerms ? inner - k : kTerms;
+    const T* left = a + k * inner_stride;
+    const T* right = b + k * b_stride;
+    const bool adds = accumulate || k > 0;
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows)
+      multiply_rows_of_c<T, kRows>(left + i * row_stride, row_stride, inner_stride, right, b_stride,
+                                   terms, columns, adds, c + i * c_stride, c_stride);
+    for (; i < rows; ++i)
+      multiply_rows_of_c<T, 1>(left + i * row_stride, row_stride, inner_stride, right, b_stride,
+                               terms, columns, adds, c + i * c_stride, c_stride);
+  }
+}
+
 /// The magnitude of one vector with the signs of another.
 template <class T>
 inline Vec<T> with_sign(Vec<T> magnitude, Vec<T> sign) {
@@ -205,7 +255,7 @@ void add_few_features(const T* z, int64_t stride, int64_t classes, int64_t token
 }
 
 template <class T>
-void add_row_sums(const T* z, int64_t stride, int64_t classes, int64_t tokens, T* sums) {
+void add_row_sums(const T* z, int64_t stride, int64_t classes, int64_t tokens, double* sums) {
   for (int64_t v = 0; v < classes; ++v) {
     Vec<T> sum = {};
     for (int64_t t = 0; t < tokens; t += kLanes<T>) {
@@ -217,7 +267,7 @@ void add_row_sums(const T* z, int64_t stride, int64_t classes, int64_t tokens, T
 
 template <class T>
 ColumnKernels<T> make_column_kernels() {
-  return {finish_scores<T>, to_gradient<T>, add_few_features<T>, add_row_sums<T>};
+  return {multiply<T>, finish_scores<T>, to_gradient<T>, add_few_features<T>, add_row_sums<T>};
 }
 
 }  // namespace

@@ -27,8 +27,8 @@ CpuBackend<T>::CpuBackend(const CpuContext& context)
       layout_(layout_workspace(*context.request, *context.plan)),
       tokens_(context, layout_) {
   if (problem_.grad_bias != nullptr) {
-    bias_sum_ = at<T>(layout_.class_arrays) + problem_.vocab;
-    std::fill_n(bias_sum_, problem_.vocab, T{0});
+    bias_sum_ = at<double>(layout_.bias_sum);
+    std::fill_n(bias_sum_, problem_.vocab, 0.0);
   }
   sums_of_all_tokens_ = plan_.kind == PlanKind::kVocabSlices && !plan_.separate_sweeps &&
                         problem_.grad_weight != nullptr;

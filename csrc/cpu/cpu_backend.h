@@ -45,7 +45,8 @@ class CpuBackend : public Backend {
   U* at(int64_t offset) const {
     return reinterpret_cast<U*>(context_.workspace + offset);
   }
-  T* bias_sum() const { return bias_sum_; }
+  /// In fp64: chunks of a few tokens add to it one after the other.
+  double* bias_sum() const { return bias_sum_; }
   /// What finishes the scores of a tile. Its bias, as T, lies in `bias`.
   ScoreTransform<T> score_transform(Range classes, T (&bias)[kTileVocab]) const;
   /// Sums of grad_input for tokens.begin on: the gradient itself when it has full precision.
@@ -62,7 +63,7 @@ class CpuBackend : public Backend {
   CpuTokens<T> tokens_;
 
  private:
-  T* bias_sum_ = nullptr;
+  double* bias_sum_ = nullptr;
   bool sums_of_all_tokens_ = false;
 };
 
@@ -79,6 +80,8 @@ std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context);
 ///   avx512_bf16     handwritten kernels; the default on processors with AVX512-BF16
 ///   bf16_portable   the same kernels in plain C++, slow, for tests on any processor
 ///   blas            torch's products of fp32 numbers; the default on other processors
+/// or of all calls:
+///   batch_invariant   as blas, but scores are sums in a fixed order (blas_backend.h)
 /// Returns "", or what is wrong with the variable's value.
 std::string complete_request(const Problem& problem, CpuPlanRequest* request);
 /// What computes the products of a completed request: one of these.

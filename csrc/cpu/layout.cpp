@@ -28,7 +28,7 @@ int64_t thread_scratch_bytes(const CpuPlanRequest& r, const Plan& plan) {
                   kAlignment);
 }
 
-CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan) {
+CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan, std::vector<Area>* areas) {
   const int64_t sum_bytes = size_of(accumulation_dtype(r.dtype));
   const int64_t tiles = ceil_div(r.vocab, kTileVocab);
   const int64_t block = plan.token_block;
@@ -41,11 +41,12 @@ CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan) {
   const int64_t input_bytes = block * (r.bf16_kernels ? features * 2 : r.features * sum_bytes);
   const int64_t upcast_bytes = upcasts ? slice * r.features * sum_bytes : 0;
 
-  Cursor cursor(kAlignment);
+  Cursor cursor(kAlignment, areas);
   CpuLayout at;
   const int64_t arrays = kTokenArrays - 3 + 3 * std::max<int64_t>(1, r.targets);
   at.token_arrays = cursor.take(arrays * 8 * r.tokens);
-  at.class_arrays = cursor.take(2 * r.vocab * sum_bytes);
+  at.class_weight = cursor.take(r.vocab * sum_bytes);
+  at.bias_sum = cursor.take(r.vocab * 8);
   at.thread_scratch = cursor.take(r.threads * thread_scratch_bytes(r, plan));
 
   const int64_t free_chunk = round_up(plan.stored_in_gradient, kPanel);

@@ -1,6 +1,9 @@
 // The workspace of a plan on the CPU.
 #pragma once
 
+#include <vector>
+
+#include "core/planning.h"
 #include "cpu/plan.h"
 
 namespace memeff {
@@ -11,7 +14,8 @@ namespace memeff {
 /// another and share memory; under vocab slices they alternate and each has its own.
 struct CpuLayout {
   int64_t token_arrays = 0;    // kTokenArrays of 8-byte numbers [N], three of them [N, targets]
-  int64_t class_arrays = 0;    // class weights and sum of the bias gradient, [2, V]
+  int64_t class_weight = 0;    // [V]
+  int64_t bias_sum = 0;        // sum of the bias gradient [V], in fp64
   int64_t thread_scratch = 0;  // [threads, thread_scratch_bytes()]
   int64_t kept_maxima = 0;     // per-tile maxima of stored chunks (bf16 kernels)
   int64_t scores = 0;          // stored scores [V, chunk_tokens]
@@ -47,6 +51,8 @@ int64_t score_bytes(const CpuPlanRequest& request);
 int64_t stored_tokens(const CpuPlanRequest& request, const Plan& plan);
 
 int64_t thread_scratch_bytes(const CpuPlanRequest& request, const Plan& plan);
-CpuLayout layout_workspace(const CpuPlanRequest& request, const Plan& plan);
+/// `areas`, if given, gets everything in it at its exact size.
+CpuLayout layout_workspace(const CpuPlanRequest& request, const Plan& plan,
+                           std::vector<Area>* areas = nullptr);
 
 }  // namespace memeff

@@ -11,10 +11,11 @@
 namespace memeff {
 namespace {
 
-constexpr char kAvx512Bf16[] = "avx512_bf16", kPortable[] = "bf16_portable", kBlas[] = "blas";
+constexpr char kAvx512Bf16[] = "avx512_bf16", kPortable[] = "bf16_portable", kBlas[] = "blas",
+               kBatchInvariant[] = "batch_invariant";
 
-/// What computes the products of bf16 calls.
-std::string bf16_products() {
+/// What computes the products of bf16 calls, or the scores of all.
+std::string chosen_products() {
   const char* forced = std::getenv("MEMEFF_CPU_KERNELS");
   if (forced != nullptr && *forced != '\0') return forced;
   return cpu_features().avx512_bf16 ? kAvx512Bf16 : kBlas;
@@ -42,11 +43,11 @@ int count_partials(const Problem& problem) {
 }  // namespace
 
 std::string complete_request(const Problem& problem, CpuPlanRequest* request) {
-  const std::string products = bf16_products();
+  const std::string products = chosen_products();
   const bool handwritten = products == kAvx512Bf16 || products == kPortable;
-  if (!handwritten && products != kBlas) {
+  if (!handwritten && products != kBlas && products != kBatchInvariant) {
     return "MEMEFF_CPU_KERNELS='" + products + "': expected '" + kAvx512Bf16 + "', '" + kPortable +
-           "' or '" + kBlas + "'";
+           "', '" + kBlas + "' or '" + kBatchInvariant + "'";
   }
   if (products == kAvx512Bf16 && !cpu_features().avx512_bf16) {
     return std::string("MEMEFF_CPU_KERNELS='") + kAvx512Bf16 +
@@ -54,6 +55,7 @@ std::string complete_request(const Problem& problem, CpuPlanRequest* request) {
   }
   request->bf16_kernels = handwritten && bf16_kernels_support(problem);
   request->blas = !request->bf16_kernels;
+  request->fixed_order = products == kBatchInvariant;
   request->targets = problem.targets;
   request->partials = count_partials(problem);
   request->threads = std::max(max_threads(), request->most_threads);
@@ -63,7 +65,8 @@ std::string complete_request(const Problem& problem, CpuPlanRequest* request) {
 }
 
 std::string kernels_of(const CpuPlanRequest& request) {
-  return request.bf16_kernels ? bf16_products() : kBlas;
+  if (request.bf16_kernels) return chosen_products();
+  return request.fixed_order ? kBatchInvariant : kBlas;
 }
 
 std::string plan_call(const Problem& problem, const PlanRequest& request, CpuCallPlan* call) {
@@ -79,7 +82,7 @@ std::string plan_call(const Problem& problem, const PlanRequest& request, CpuCal
 std::unique_ptr<Backend> make_cpu_backend(const CpuContext& context) {
   if (context.request->bf16_kernels) {
 #if defined(__x86_64__)
-    if (bf16_products() == kAvx512Bf16)
+    if (chosen_products() == kAvx512Bf16)
       return std::make_unique<Bf16Backend>(context, bf16_kernels_avx512bf16());
 #endif
     return std::make_unique<Bf16Backend>(context, bf16_kernels_portable());

@@ -231,14 +231,16 @@ int64_t library_bytes(const CpuPlanRequest& r) {
   // adds another for a product that needs a larger one: at worst, one per kind of product. Other
   // libraries and processors may differ.
   const int64_t block = std::min(r.tokens, kPreferredBlock);
-  const int64_t kinds = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
+  const int64_t scores = r.fixed_order ? 0 : 1;
+  const int64_t gradients = (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
+  const int64_t kinds = scores + gradients;
   if (accumulation_dtype(r.dtype) == DType::kFloat64) {
     const int64_t rows = std::max(block, std::min(r.vocab, kMostFp64Slice));
     // Rows are classes in two kinds of product, which share a buffer.
     return r.threads * std::min<int64_t>(kinds, 2) * ((1 << 20) + 256 * 8 * rows);
   }
   const auto columns = [](int64_t count) { return std::min<int64_t>(6240, count); };
-  const int64_t packed = columns(block) + (kinds - 1) * columns(r.features);
+  const int64_t packed = scores * columns(block) + gradients * columns(r.features);
   return r.threads * (kinds * (300 << 10) + 192 * 4 * packed);
 }
 
@@ -265,8 +267,7 @@ int64_t least_budget(CpuPlanRequest r) {
 
 std::string make_plan(const CpuPlanRequest& wanted, Plan* plan) {
   CpuPlanRequest request = wanted;
-  // MKL sums the products of a few tokens one class after the other: 1.6 times the error of larger
-  // blocks, measured at 466 classes, and slowly.
+  // Each chunk adds to the sums of grad_weight: with one token each, one rounding more per token.
   constexpr int64_t kLeastBlasChunk = 8;
   if (request.blas && request.chunk_size > 0)
     request.chunk_size = std::max(request.chunk_size, kLeastBlasChunk);

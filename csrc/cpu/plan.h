@@ -10,9 +10,10 @@ namespace memeff {
 
 struct CpuPlanRequest : PlanRequest {
   bool bf16_kernels = false;  // scores come from the fused bf16 kernels (16 bits each)
-  bool blas = false;    // a BLAS computes the products; it packs operands in memory of its own
-  int partials = 2;     // per-tile partial sums: max, sum [, of logits] [, entropy, argmax]
-  int64_t targets = 1;  // class indices per token
+  bool blas = false;         // a BLAS computes the products; it packs operands in memory of its own
+  bool fixed_order = false;  // scores come from ColumnKernels::multiply
+  int partials = 2;          // per-tile partial sums: max, sum [, of logits] [, entropy, argmax]
+  int64_t targets = 1;       // class indices per token
   int64_t shared_numbers = 0;  // of a token, which ranks exchange: see RankNumbers in cpu/tokens.h
   int threads = 1;
 };

@@ -41,7 +41,7 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
 
   class_weight_total_ = static_cast<double>(total_vocab(problem_));
   if (problem_.class_weight != nullptr) {
-    class_weight_ = reinterpret_cast<T*>(context.workspace + layout.class_arrays);
+    class_weight_ = reinterpret_cast<T*>(context.workspace + layout.class_weight);
     class_weight_total_ = 0;
     for (int64_t v = 0; v < problem_.vocab; ++v) {
       class_weight_[v] = static_cast<T>(problem_.class_weight[v]);
@@ -274,11 +274,12 @@ void CpuTokens<T>::set_coefficients(int64_t token) {
   if (!scales_sums) g *= problem_.logit_scale / denominator_;
   const double z_share = denominator_ / z_denominator_;
   const double eps = problem_.label_smoothing;
-  const double per_class = eps / static_cast<double>(total_vocab(problem_));
-  const double cross_entropy = (1 - eps) * target_mass_[token] + per_class * class_weight_total_;
-  scale_p_[token] = g * (cross_entropy + 2 * problem_.z_loss * lse_[token] * z_share);
   scale_target_[token] = g * (1 - eps);
-  scale_w_[token] = g * per_class;
+  scale_w_[token] = g * eps / static_cast<double>(total_vocab(problem_));
+  // The same products as in target_gradient(): with one class they cancel, and the gradient is 0.
+  scale_p_[token] = scale_target_[token] * target_mass_[token] +
+                    scale_w_[token] * class_weight_total_ +
+                    g * 2 * problem_.z_loss * lse_[token] * z_share;
 }
 
 template <class T>

@@ -228,13 +228,22 @@ CpuPlanRequest request_of(const Problem& p, bool bf16_kernels, bool statistics_k
 void execute(const Problem& problem, CpuPlanRequest request, const Plan& plan, int threads) {
   set_max_threads(threads);
   request.threads = threads;
-  const int64_t bytes = layout_workspace(request, plan).total;
+  std::vector<Area> areas;
+  const int64_t bytes = layout_workspace(request, plan, &areas).total;
   const bool planned = plan.workspace_bytes > 0;  // by make_plan(), for one thread
   if (planned && threads == 1) CHECK_EQ(plan.workspace_bytes, bytes);
   GuardedBuffer workspace(bytes);
   const CpuContext context{&problem, &request, &plan, workspace.as<char>()};
   run(problem, plan, request.statistics_known, *make_cpu_backend(context));
   CHECK(workspace.intact());
+  // Nothing is written between the parts of the workspace.
+  int64_t end = 0;
+  areas.push_back({bytes, bytes});
+  for (const Area& area : united(areas)) {
+    CHECK(std::all_of(workspace.as<uint8_t>() + end, workspace.as<uint8_t>() + area.begin,
+                      [](uint8_t byte) { return byte == 0xff; }));
+    end = area.end;
+  }
 }
 
 struct NamedPlan {

@@ -365,8 +365,8 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
   std::vector<float> shift(padded, 4.0f), scale_p(padded, 0.5f), scale_w(padded, 0.01f),
       factors(padded);
   GuardedBuffer before = exponentials;
-  GuardedBuffer bias_sum(classes * 4);
-  std::fill_n(bias_sum.as<float>(), classes, 1.0f);
+  GuardedBuffer bias_sum(classes * 8);
+  std::fill_n(bias_sum.as<double>(), classes, 1.0);
   GradientTile gradient = {};
   gradient.data = exponentials.as<uint16_t>(), gradient.stride = stride;
   gradient.classes = classes, gradient.tokens = tokens, gradient.maxima = maximum.as<float>();
@@ -374,7 +374,7 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
   gradient.factors = factors.data();
   gradient.scale_w = smoothing ? scale_w.data() : nullptr;
   gradient.class_weight = smoothing ? class_weight.data() : nullptr;
-  gradient.bias_sum = bias_sum.as<float>();
+  gradient.bias_sum = bias_sum.as<double>();
   kernels.gradient_tile(gradient);
   for (int64_t v = 0; v < classes; ++v) {
     double row_sum = 1;
@@ -386,7 +386,7 @@ void test_tile(int64_t classes, int64_t tokens, int64_t features, float softcap,
       CHECK_NEAR(from_bf16(gradient.data[v * stride + t]), expected,
                  0.004 * std::abs(expected) + 1e-7);
     }
-    CHECK_NEAR(bias_sum.as<float>()[v], row_sum, 1e-4 * (1 + std::abs(row_sum)));
+    CHECK_NEAR(bias_sum.as<double>()[v], row_sum, 1e-4 * (1 + std::abs(row_sum)));
     for (int64_t t = tokens; t < stride && v + 1 < classes; ++t) {
       CHECK_EQ(int{gradient.data[v * stride + t]}, 0xffff);
     }

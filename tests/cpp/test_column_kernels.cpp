@@ -137,6 +137,46 @@ void test_finish_scores(const test::KernelVariant<T>& variant, const Shape& shap
         argmax.intact());
 }
 
+/// Right, and the same bits for a column wherever it stands among others, and for a row.
+template <class T>
+void test_multiply(const test::KernelVariant<T>& variant, int64_t rows, int64_t inner,
+                   int64_t columns, bool by_columns, bool accumulate) {
+  test::context() = test::describe(variant.name, " multiply, ", sizeof(T), " bytes, ", rows, " x ",
+                                   inner, " x ", columns, " accumulate ", accumulate);
+  const int64_t row_stride = by_columns ? 1 : inner + 3, inner_stride = by_columns ? rows + 2 : 1;
+  const int64_t b_stride = columns + 5;
+  const std::vector<T> a = random_values<T>(rows * (inner + 3) + inner * (rows + 2), 11, -1, 1);
+  const std::vector<T> b = random_values<T>(inner * b_stride, 12, -1, 1);
+  const auto a_at = [&](int64_t i, int64_t k) {
+    return a[static_cast<size_t>(i * row_stride + k * inner_stride)];
+  };
+  Tile<T> c({rows, columns, 3}, 13, 1);
+  Tile<T> before = c;
+  variant.kernels.multiply(a.data(), row_stride, inner_stride, rows, b.data(), b_stride, inner,
+                           columns, accumulate, c.buffer.template as<T>(), c.stride);
+  CHECK(c.gaps_intact());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      double wanted = accumulate ? static_cast<double>(before.at(i, j)) : 0;
+      double size = 1 + std::abs(wanted);
+      for (int64_t k = 0; k < inner; ++k) {
+        const double term = static_cast<double>(a_at(i, k)) *
+                            static_cast<double>(b[static_cast<size_t>(k * b_stride + j)]);
+        wanted += term;
+        size += std::abs(term);
+      }
+      CHECK_NEAR(c.at(i, j), wanted, static_cast<double>(std::numeric_limits<T>::epsilon()) * size);
+    }
+  }
+  if (accumulate) return;
+  const int64_t row = rows / 2, column = columns / 3;
+  Tile<T> one({1, columns - column, 0}, 14, 1);
+  variant.kernels.multiply(a.data() + row * row_stride, row_stride, inner_stride, 1,
+                           b.data() + column, b_stride, inner, columns - column, false,
+                           one.buffer.template as<T>(), one.stride);
+  for (int64_t j = column; j < columns; ++j) CHECK_EQ(one.at(0, j - column), c.at(row, j));
+}
+
 /// Without partial sums only the scores change, and plain ones not at all.
 template <class T>
 void test_scores_only(const test::KernelVariant<T>& variant, const Shape& shape) {
@@ -306,20 +346,24 @@ void test_add_row_sums(const test::KernelVariant<T>& variant, const Shape& shape
   test::context() =
       test::describe(variant.name, " add_row_sums, ", shape.classes, " x ", shape.tokens);
   Tile<T> tile(shape, 12, 1);
-  GuardedBuffer sums(shape.classes * static_cast<int64_t>(sizeof(T)));
-  for (int64_t v = 0; v < shape.classes; ++v) sums.as<T>()[v] = static_cast<T>(v);
+  GuardedBuffer sums(shape.classes * 8);
+  for (int64_t v = 0; v < shape.classes; ++v) sums.as<double>()[v] = static_cast<double>(v);
   variant.kernels.add_row_sums(tile.buffer.template as<T>(), tile.stride, shape.classes,
-                               shape.tokens, sums.as<T>());
+                               shape.tokens, sums.as<double>());
   for (int64_t v = 0; v < shape.classes; ++v) {
     double expected = static_cast<double>(v);
     for (int64_t t = 0; t < shape.tokens; ++t) expected += tile.at(v, t);
-    CHECK_NEAR(sums.as<T>()[v], expected, tolerance<T>(static_cast<double>(shape.tokens + v)));
+    CHECK_NEAR(sums.as<double>()[v], expected, tolerance<T>(static_cast<double>(shape.tokens + v)));
   }
   CHECK(sums.intact() && tile.gaps_intact());
 }
 
 template <class T>
 void test_variant(const test::KernelVariant<T>& variant) {
+  for (const int64_t inner : {0, 1, 127, 300})
+    for (const int64_t columns : {1, 17, 32})
+      for (const bool by_columns : {false, true})
+        test_multiply(variant, 7, inner, columns, by_columns, by_columns);
   for (const Shape& shape : kShapes) {
     for (const double softcap : {0.0, 3.0}) {
       for (const bool more : {false, true}) {

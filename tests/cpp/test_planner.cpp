@@ -54,7 +54,8 @@ std::vector<Region> regions_of(const CpuPlanRequest& r, const Plan& plan) {
   // Twelve numbers of 8 bytes per token, and three per target (cpu/tokens.cpp).
   add("token arrays", at.token_arrays, (12 + 3 * std::max<int64_t>(1, r.targets)) * 8 * r.tokens,
       kAlways);
-  add("class arrays", at.class_arrays, 2 * r.vocab * sum_bytes, kAlways);
+  add("class weights", at.class_weight, r.vocab * sum_bytes, kAlways);
+  add("sums of the bias gradient", at.bias_sum, r.vocab * 8, kAlways);
   if (r.bf16_kernels) {
     // A tile of scores and its weight rows; sums of a task of grad_weight and its rows of gradients.
     const int64_t tile = kTileVocab * (kTileStride * 4 + copy_stride(kInnerBlock) * 2);
