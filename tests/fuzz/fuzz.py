@@ -176,9 +176,11 @@ def _inputs(call: Call) -> tuple[Inputs, Inputs]:
         hit = masked[inputs.y.long().where(counted, 0)] & counted
         inputs.y[hit] = 0
     if call.bad_token:  # one that counts: plain PyTorch looks at those that are ignored
-        inputs.x.select(-2, inputs.x.shape[-2] // 2).fill_(math.nan)
+        shift = call.case.shift
+        place = (inputs.x.shape[-2] - shift) // 2
+        inputs.x.select(-2, place).fill_(math.nan)
         if not call.case.probabilities:
-            inputs.y.select(-1, inputs.y.shape[-1] // 2).fill_(0)
+            inputs.y.select(-1, place + shift).fill_(0)
     ours = replace(inputs, x=inputs.x.clone()) if call.poison_ignored else inputs
     if call.poison_ignored:
         ignored = inputs.y == call.case.kept_ignore_index
