@@ -67,16 +67,12 @@ class VocabParallel:
             )
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks, also in compiled code."""
-        collectives = torch.ops._c10d_functional
-        reduced = collectives.all_reduce(tensor, "sum", self.group_name)
-        return cast("Tensor", collectives.wait_tensor(reduced))
+        """The sum over the ranks."""
+        return add_up(tensor, self.group_name)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """[ranks, ...] what every rank gives, also in compiled code."""
-        collectives = torch.ops._c10d_functional
-        gathered = collectives.all_gather_into_tensor(tensor[None], self.ranks, self.group_name)
-        return cast("Tensor", collectives.wait_tensor(gathered))
+        """[ranks, ...] what every rank gives."""
+        return gather(tensor, self.group_name, self.ranks)
 
     def report_failure(self, error: Exception) -> None:
         """Lets the other ranks, which wait for this one, raise an error as well."""
@@ -85,6 +81,20 @@ class VocabParallel:
         # If they do not wait, the error of this rank is still the one to see.
         with contextlib.suppress(RuntimeError):
             _library.load().report_failure(self.group_name, f"{type(error).__name__}: {error}")
+
+
+def add_up(tensor: Tensor, group_name: str) -> Tensor:
+    """The sum over the ranks of a group, also in compiled code."""
+    collectives = torch.ops._c10d_functional
+    reduced = collectives.all_reduce(tensor, "sum", group_name)
+    return cast("Tensor", collectives.wait_tensor(reduced))
+
+
+def gather(tensor: Tensor, group_name: str, ranks: int) -> Tensor:
+    """[ranks, ...] what every rank of a group gives, also in compiled code."""
+    collectives = torch.ops._c10d_functional
+    gathered = collectives.all_gather_into_tensor(tensor[None], ranks, group_name)
+    return cast("Tensor", collectives.wait_tensor(gathered))
 
 
 def parse_vocab_parallel(name: str, value: Any) -> VocabParallel | None:

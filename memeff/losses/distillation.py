@@ -22,6 +22,7 @@ from memeff._options import parse_options
 from memeff.losses import checks
 from memeff.losses.distillation_op import Distillation, Transform, distill
 from memeff.losses.masking import kept, masked_mean, wide
+from memeff.vocab_parallel import VocabParallel
 
 __all__ = ["linear_distillation_loss", "top_k_distillation_loss"]
 
@@ -47,6 +48,7 @@ def linear_distillation_loss(
     num_items: int | float | Tensor | None = None,
     chunk_size: int | None = None,
     memory_budget: int | str | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """Mean divergence between two linear heads, neither one's logits stored.
 
@@ -73,6 +75,10 @@ def linear_distillation_loss(
         num_items: what the sum is divided by; None: the tokens that count. 0 counts as 1.
         chunk_size: tokens per chunk.
         memory_budget: instead, bytes for the blocks of logits of a chunk, as int or like "64MiB".
+        vocab_parallel: `memeff.VocabParallel` where the ranks of a process group share both
+            vocabularies: weights and biases are then this rank's rows, of the same classes on both
+            sides, and all else is the same on every rank. The ranks are not compared: an error of
+            one alone ends the others' calls when the group's timeout does.
 
     Returns:
         The loss, 0-d, float32 (float64 for float64 students). Second derivatives raise an error.
@@ -93,7 +99,7 @@ def linear_distillation_loss(
             f"teacher_input has shape {tuple(teacher_input.shape)}, expected the tokens of "
             f"student_input, {tuple(lead)}, in front of its features"
         )
-    vocab_size = _shared_classes(student_weight, teacher_weight, vocab_size)
+    classes = _shared_classes(student_weight, teacher_weight, vocab_size)
     if mask is not None:
         _checks.check_tensor("mask", mask)
         if mask.shape != lead:
@@ -105,7 +111,14 @@ def linear_distillation_loss(
         raise ValueError(
             f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
         )
-    planning = parse_options(chunk_size=chunk_size, memory_budget=memory_budget)
+    if vocab_parallel is not None and vocab_size is not None:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected None with vocab_parallel: padded classes get a "
+            "bias of -inf on both sides, or no rank"
+        )
+    planning = parse_options(
+        chunk_size=chunk_size, memory_budget=memory_budget, vocab_parallel=vocab_parallel
+    )
     settings = Distillation(
         beta=float(beta),
         temperature=float(temperature),
@@ -113,14 +126,13 @@ def linear_distillation_loss(
         teacher=_transform("teacher", teacher_softcap, teacher_logit_scale),
         chunk_size=planning.chunk_size,
         memory_budget=planning.memory_budget,
+        vocab_parallel=planning.vocab_parallel,
     )
     counted = None if mask is None else mask.bool().reshape(-1)
     if num_items is None and counted is None:
         num_items = lead.numel()
     divisor = checks.divisor_of(num_items, counted if counted is not None else student_input)
-    return distill(
-        _rows(*student, vocab_size), _rows(*teacher, vocab_size), counted, divisor, settings
-    )
+    return distill(_rows(*student, classes), _rows(*teacher, classes), counted, divisor, settings)
 
 
 def _shared_classes(student_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:

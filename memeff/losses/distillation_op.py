@@ -10,6 +10,9 @@ With u the student's logits over the temperature, p = softmax(u), and r_v = log 
 written out rather than left to autograd: they are finite where a class is impossible, and take a
 handful of blocks [c, V] instead of one per operation. An operator, so that compiled code has one
 node for what loops over chunks.
+
+Where ranks share the vocabulary each has a part of every row of logits: they exchange maxima and
+sums of exponentials, then the sums over the classes above, a few numbers per token each.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from memeff import _flops, ops
 from memeff._gradient_sums import GradientSum, row_slices
 from memeff._gradients import first_derivatives_only, is_last_backward
 from memeff._heads import BLOCKS_PER_CHUNK, Head, choose_chunk_size
+from memeff.vocab_parallel import VocabParallel, add_up, gather
 
 __all__ = ["Distillation", "Transform", "distill"]
 
@@ -50,6 +54,29 @@ class Distillation(NamedTuple):
     teacher: Transform
     chunk_size: int  # tokens, 0: ours to choose
     memory_budget: int  # bytes, -1: none given
+    vocab_parallel: VocabParallel | None
+
+
+class Ranks(NamedTuple):
+    """The ranks that share the vocabulary, or this process alone."""
+
+    group: str  # "": alone
+    size: int
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of the ranks' parts, in their order: the same bits on all of them."""
+        return gather(part, self.group, self.size).sum(0) if self.group else part
+
+    def log_softmax_(self, logits: Tensor) -> Tensor:
+        """log softmax over the classes of all ranks; ``logits`` may be overwritten."""
+        if not self.group:
+            return logits.log_softmax(-1)
+        own = logits.amax(-1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
+        sums = (logits - own.masked_fill(own == -torch.inf, 0)[:, None]).exp_().sum(-1)
+        maxima, sums = gather(torch.stack([own, sums]), self.group, self.size).unbind(1)
+        largest = maxima.amax(0)
+        total = (sums * (maxima - largest).exp()).sum(0)
+        return logits.sub_(largest[:, None]).sub_(total.log()[:, None])
 
 
 def distill(
@@ -73,6 +100,7 @@ def distill(
     input_grad, weight_grad, bias_grad = (
         want and student[0].dtype != torch.float16 for want in wanted
     )
+    shared = settings.vocab_parallel
     options = {
         "beta": settings.beta,
         "temperature": settings.temperature,
@@ -82,6 +110,10 @@ def distill(
         "teacher_logit_scale": teacher_logit_scale,
         "chunk_size": settings.chunk_size,
         "memory_budget": settings.memory_budget,
+        "vocab_group": "" if shared is None else shared.group_name,
+        "ranks": 1 if shared is None else shared.ranks,
+        "reduce_input_grad": shared is not None and shared.reduce_input_grad,
+        "reduce_dtype": None if shared is None else shared.reduce_dtype,
         "input_grad": input_grad,
         "weight_grad": weight_grad,
         "bias_grad": bias_grad,
@@ -108,6 +140,10 @@ def _linear_distillation(
     teacher_logit_scale: float,
     chunk_size: int,
     memory_budget: int,
+    vocab_group: str,
+    ranks: int,
+    reduce_input_grad: bool,
+    reduce_dtype: torch.dtype | None,
     input_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
@@ -126,11 +162,13 @@ def _linear_distillation(
     if input_grad:
         grad_input = GradientSum(student_input.shape, student_input.dtype, student_input.device)
     any_grad = input_grad or student.wants_gradient
+    group = Ranks(vocab_group, ranks)
 
     positions = torch.arange(len(student_input), device=student_input.device)
     if counted is not None:
         positions = positions[counted]
-    size = _chunk_size(len(positions), student_weight, dtype.itemsize, chunk_size, memory_budget)
+    largest = _largest_shard(student_weight, group)
+    size = _chunk_size(len(positions), largest, dtype.itemsize, chunk_size, memory_budget)
     total = torch.zeros((), dtype=torch.float64, device=student_input.device)
     for chunk in positions.split(size):
         rows = student_input[chunk]
@@ -138,11 +176,15 @@ def _linear_distillation(
             teacher.logits(teacher_input[chunk]).to(dtype),
             (teacher_softcap, teacher_logit_scale, temperature),
             False,
+            group,
         )
         log_p, slope = _log_softmax(
-            student.logits(rows), (student_softcap, student_logit_scale, temperature), any_grad
+            student.logits(rows),
+            (student_softcap, student_logit_scale, temperature),
+            any_grad,
+            group,
         )
-        losses, gradient = _divergence(log_p, log_q, beta, any_grad)
+        losses, gradient = _divergence(log_p, log_q, beta, any_grad, group)
         del log_p, log_q
         total += losses.sum(dtype=torch.float64)
         if gradient is None:
@@ -152,12 +194,24 @@ def _linear_distillation(
             gradient *= slope
         grad_rows = student.add_gradients(gradient, rows, input_grad)
         if grad_input is not None and grad_rows is not None:
+            if reduce_input_grad:
+                reduced = add_up(grad_rows.to(reduce_dtype or dtype), vocab_group)
+                grad_rows = reduced.to(dtype)
             grad_input.write(chunk, grad_rows)
     sums = grad_input, *student.take_gradients()
     gradients = [
         student_input.new_empty(0) if s is None else s.times(scale, last=True) for s in sums
     ]
     return total.to(dtype) * scale, gradients[0], gradients[1], gradients[2]
+
+
+def _largest_shard(weight: Tensor, group: Ranks) -> Tensor:
+    """A weight of the shape of the largest one of any rank, so that all have the same chunks."""
+    if not group.group:
+        return weight
+    own = torch.full((), len(weight), dtype=torch.int64, device=weight.device)
+    rows = int(gather(own, group.group, group.size).max())
+    return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device="meta")
 
 
 def _chunk_size(tokens: int, weight: Tensor, itemsize: int, chunk_size: int, budget: int) -> int:
@@ -170,7 +224,7 @@ def _chunk_size(tokens: int, weight: Tensor, itemsize: int, chunk_size: int, bud
 
 
 def _log_softmax(
-    logits: Tensor, transform: tuple[float, float, float], slope: bool
+    logits: Tensor, transform: tuple[float, float, float], slope: bool, group: Ranks
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax of softcap * tanh(scale * z / softcap) / temperature, and if asked for the
     derivative of the cap. ``logits`` are overwritten."""
@@ -185,11 +239,11 @@ def _log_softmax(
             derivative = decay.mul(4).div_(decay.add_(1).square_())
         logits.tanh_().mul_(softcap)
     logits /= temperature
-    return logits.log_softmax(-1), derivative
+    return group.log_softmax_(logits), derivative
 
 
 def _divergence(
-    log_p: Tensor, log_q: Tensor, beta: float, wants_gradient: bool
+    log_p: Tensor, log_q: Tensor, beta: float, wants_gradient: bool, group: Ranks
 ) -> tuple[Tensor, Tensor | None]:
     """[c] and its gradient with respect to the student's logits over the temperature [c, V].
 
@@ -197,17 +251,17 @@ def _divergence(
     """
     if beta == 0:
         p, q = log_p.exp() if wants_gradient else None, log_q.exp()
-        losses = _expectation(q, log_q.sub_(log_p))
+        losses = group.total(_expectation(q, log_q.sub_(log_p)))
         return losses, None if p is None else p.sub_(q)
     losses = log_p.new_zeros(())
     other = log_q
     if beta < 1:
         other = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-        losses = beta * _expectation(log_q.exp(), log_q.sub_(other))
+        losses = beta * group.total(_expectation(log_q.exp(), log_q.sub_(other)))
     p, log_ratio = log_p.exp(), log_p.sub_(other)
     del log_q, other
     factor = 1 - beta if beta < 1 else 1.0
-    expectation = _expectation(p, log_ratio)
+    expectation = group.total(_expectation(p, log_ratio))
     losses = losses + factor * expectation
     if not wants_gradient:
         return losses, None
@@ -215,7 +269,7 @@ def _divergence(
 
 
 def _expectation(p: Tensor, values: Tensor) -> Tensor:
-    """sum_v p_v values_v [c]; ``values`` become 0 where the probability is."""
+    """sum_v p_v values_v [c], of the classes here; ``values`` become 0 where the probability is."""
     values.masked_fill_(p == 0, 0)
     return (p * values).sum(-1)
 
@@ -228,6 +282,7 @@ _SCHEMA = """linear_distillation(
     Tensor? counted, Tensor scale, *, float beta, float temperature,
     float student_softcap, float student_logit_scale,
     float teacher_softcap, float teacher_logit_scale, int chunk_size, int memory_budget,
+    str vocab_group, int ranks, bool reduce_input_grad, ScalarType? reduce_dtype,
     bool input_grad, bool weight_grad, bool bias_grad
 ) -> (Tensor, Tensor, Tensor, Tensor)"""
 _SCALE = 7  # the last tensor

@@ -470,8 +470,75 @@ def check_losses(ranks: Ranks, sizes: tuple[int, ...], backend: str = "auto") ->
     torch.testing.assert_close(dw, expected_dw[start:stop], rtol=1e-11, atol=1e-11)
 
 
+def check_distillation(
+    ranks: Ranks, dtype: torch.dtype, sizes: tuple[int, ...], beta: float, **options: Any
+) -> None:
+    """Two heads whose rows the ranks have, some classes impossible, some tokens masked."""
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    heads = [(random(3, 13, d), random(VOCAB, d), random(VOCAB)) for d in (24, 16)]
+    for k, (_, _, bias) in enumerate(heads):
+        bias[1] = -torch.inf  # on both sides
+        if 0 < beta < 1:  # otherwise the divergence may be infinite
+            bias[2 * k] = -torch.inf
+    mask = torch.rand(3, 13, generator=generator) < 0.7
+    start, stop = bounds(sizes, ranks.rank)
+
+    def run(heads: list[tuple[torch.Tensor, ...]], **more: Any) -> Result:
+        (x, w, b), (teacher_x, teacher_w, teacher_b) = heads
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        loss = memeff.losses.linear_distillation_loss(
+            leaves[0], leaves[1], teacher_x, teacher_w, mask, student_bias=leaves[2],
+            teacher_bias=teacher_b, beta=beta, temperature=1.3, teacher_logit_scale=0.7,
+            # A cap makes every class possible, of which the reverse divergence is infinite.
+            student_softcap=None if beta == 1 else 9.0, chunk_size=10, **more,
+        )  # fmt: skip
+        factor = torch.tensor(0.7, dtype=loss.dtype)
+        return Result(loss.detach(), *torch.autograd.grad(loss, leaves, factor))
+
+    shared = memeff.VocabParallel(ranks.group, **options)
+    rows = [(x, w[start:stop], b[start:stop]) for x, w, b in heads]
+    ours, again = (whole_result(ranks, run(rows, vocab_parallel=shared)) for _ in range(2))
+    for name in ("loss", "dx", "dw", "db"):
+        assert torch.equal(getattr(ours, name), getattr(again, name)), name
+    one = run(heads)
+    exact = run([tuple(t.double() for t in head) for head in heads])
+    if options:  # contributions to dX are rounded to bf16
+        assert ours.dx is not None and exact.dx is not None
+        assert 0 < (ours.dx - exact.dx).norm() < 2**-7 * exact.dx.norm()
+        ours, one, exact = (replace(result, dx=None) for result in (ours, one, exact))
+    assert_result(ours, one, exact)
+
+
 for _size in SHARDS:
     add(f"losses-{_size}", _size, check_losses, SHARDS[_size][0])
+    for _beta in (0.0, 0.3, 1.0):
+        for _dtype in (torch.float64, (torch.float32, torch.bfloat16, torch.float16)[_count % 3]):
+            add(
+                f"distillation-{_beta}-{_dtype}-{_size}", _size, check_distillation, _dtype,
+                SHARDS[_size][_count % 2], _beta,
+            )  # fmt: skip
+            _count += 1
+
+
+def check_vocab_size(ranks: Ranks) -> None:
+    x, w, shared = torch.randn(3, 4), torch.randn(5, 4), memeff.VocabParallel(ranks.group)
+    message = raised(
+        lambda: memeff.losses.linear_distillation_loss(
+            x, w, x, w, vocab_size=4, vocab_parallel=shared
+        )
+    )
+    assert "ValueError: vocab_size is 4, expected None with vocab_parallel" in message, message
+
+
+add("distillation-vocab-size", 2, check_vocab_size)
+add(
+    "distillation-reduce", 2, check_distillation, torch.float32, SHARDS[2][0], 0.3,
+    reduce_dtype=torch.bfloat16,
+)  # fmt: skip
 
 
 # ---- faults: no rank hangs, and each learns what is wrong ----

@@ -28,9 +28,13 @@ import memeff
 from memeff import _backends, ops, statistics_ops
 
 MERGED = "merged"
-for _libraries in (ops.LIBRARIES, statistics_ops.LIBRARIES):
-    _libraries[MERGED] = _libraries["cpu"]  # type: ignore[index, assignment]
-_backends.DEVICE_TYPES[MERGED] = "cpu"
+
+
+def make_merged() -> None:
+    """Makes the backend known to memeff, in a process of checks."""
+    ops.LIBRARIES[MERGED] = ops.LIBRARIES["cpu"]
+    statistics_ops.LIBRARIES[MERGED] = statistics_ops.LIBRARIES["cpu"]
+    _backends.DEVICE_TYPES[MERGED] = "cpu"
 
 
 def check_loss(ranks: Ranks, case: Case, sizes: tuple[int, ...], backend: str = MERGED) -> None:

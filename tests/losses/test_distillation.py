@@ -414,6 +414,7 @@ def test_opcheck() -> None:
     options = {
         "beta": 0.5, "temperature": 2.0, "student_softcap": 3.0, "student_logit_scale": 1.0,
         "teacher_softcap": 0.0, "teacher_logit_scale": 1.5, "chunk_size": 4, "memory_budget": -1,
+        "vocab_group": "", "ranks": 1, "reduce_input_grad": False, "reduce_dtype": None,
         "input_grad": True, "weight_grad": True, "bias_grad": True,
     }  # fmt: skip
     torch.library.opcheck(torch.ops.memeff.linear_distillation.default, tensors, options)
