@@ -57,14 +57,6 @@ struct Area {
   int64_t begin = 0, end = 0;  // bytes
 };
 
-// Between two areas. Tests of memory accesses put some there, so that one of the wrong size is not hidden
-// by its alignment, or by the area that follows.
-#if defined(MEMEFF_GUARDED_WORKSPACE)
-constexpr int64_t kWorkspaceGuard = 256;
-#else
-constexpr int64_t kWorkspaceGuard = 0;
-#endif
-
 /// Hands out offsets in a workspace.
 class Cursor {
  public:
@@ -74,7 +66,7 @@ class Cursor {
   int64_t take(int64_t bytes) {
     const int64_t at = offset_;
     if (areas_ != nullptr && bytes > 0) areas_->push_back({at, at + bytes});
-    offset_ += round_up(bytes + kWorkspaceGuard, alignment_);
+    offset_ += round_up(bytes, alignment_);
     end_ = std::max(end_, offset_);
     return at;
   }

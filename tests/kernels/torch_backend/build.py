@@ -95,7 +95,6 @@ def _load(verbose: bool) -> ModuleType:
             "-O2",
             "-fvisibility=hidden",
             "-DMEMEFF_GEMM_DEVICE=at::kCPU",
-            "-DMEMEFF_GUARDED_WORKSPACE",
             f"-isystem{cuda_include()}",
         ],
         extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests")],
