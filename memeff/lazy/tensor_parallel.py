@@ -57,7 +57,7 @@ class TensorParallelHead(LazyHead):
         compiling = torch.compiler.is_compiling() or torch.compiler.is_exporting()
         if compiling or len(args) != 1 or kwargs:
             return super().__call__(*args, **kwargs)
-        reason = self._why_plain(args[0])
+        reason = self._why_plain()
         if reason is not None:
             self.memeff_report.stays_dense(self.memeff_name, reason)
             return super().__call__(*args)
@@ -71,7 +71,7 @@ class TensorParallelHead(LazyHead):
         state = State(source, hidden.to(dtype).contiguous(), dtype, torch.is_grad_enabled())
         return carrier_of(Node(state))
 
-    def _why_plain(self, hidden: Tensor) -> str | None:
+    def _why_plain(self) -> str | None:
         from torch.distributed.tensor import Shard
 
         weight: Any = self.weight
