@@ -1,6 +1,6 @@
 // One kernel per primitive of sm80.cuh, and per warp function whose emulation is not obvious.
-#include "cuda/ptx/sm80.cuh"
 #include "emulator/conformance_run.cuh"
+#include "emulator/more_ptx.cuh"
 
 namespace memeff::conformance {
 

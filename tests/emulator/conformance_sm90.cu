@@ -1,6 +1,6 @@
 // One kernel per primitive of sm90.cuh.
-#include "cuda/ptx/sm90.cuh"
 #include "emulator/conformance_run.cuh"
+#include "emulator/more_ptx.cuh"
 #include "emulator/wgmma_images.cuh"
 
 namespace memeff::conformance {

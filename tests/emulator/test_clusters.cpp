@@ -3,8 +3,8 @@
 #include <random>
 #include <vector>
 
-#include "cuda/ptx/sm90.cuh"
 #include "emulator/check.h"
+#include "emulator/more_ptx.cuh"
 
 using namespace memeff;
 using emulator::BufferAccess;

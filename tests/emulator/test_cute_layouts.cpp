@@ -3,9 +3,9 @@
 #include <random>
 #include <vector>
 
-#include "cuda/ptx/sm90.cuh"
 #include "emulator/check.h"
 #include "emulator/cute_layouts.h"
+#include "emulator/more_ptx.cuh"
 #include "emulator/wgmma_images.cuh"
 
 using namespace memeff;

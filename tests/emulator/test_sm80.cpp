@@ -2,8 +2,8 @@
 #include <random>
 #include <vector>
 
-#include "cuda/ptx/sm80.cuh"
 #include "emulator/check.h"
+#include "emulator/more_ptx.cuh"
 
 using namespace memeff;
 using emulator::BufferAccess;

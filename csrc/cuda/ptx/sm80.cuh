@@ -74,20 +74,6 @@ MEMEFF_DEVICE void cp_async_16(uint32_t destination, const void* source, int sou
 #endif
 }
 
-// The same for 4 or 8 bytes, for rows that are not 16-byte aligned.
-template <int kBytes>
-MEMEFF_DEVICE void cp_async_narrow(uint32_t destination, const void* source,
-                                   int source_bytes = kBytes) {
-  static_assert(kBytes == 4 || kBytes == 8);
-#if defined(__CUDACC__)
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source),
-               "n"(kBytes), "r"(source_bytes)
-               : "memory");
-#else
-  emulator::cp_async(destination, source, kBytes, source_bytes);
-#endif
-}
-
 // Closes the group of copies that this thread issued since the last commit.
 MEMEFF_DEVICE void cp_async_commit() {
 #if defined(__CUDACC__)
@@ -113,28 +99,6 @@ MEMEFF_DEVICE void cp_async_wait() {
 // Lane 8 j + i passes the address of row i of matrix j, a multiple of 16. Register j then holds row
 // lane / 4, columns 2 (lane % 4) and the next of matrix j; _trans swaps rows and columns.
 
-MEMEFF_DEVICE void ldmatrix_x2(uint32_t (&r)[2], uint32_t row_address) {
-#if defined(__CUDACC__)
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row_address)
-               : "memory");
-#else
-  emulator::ldmatrix(r, 2, row_address, false);
-#endif
-}
-
-MEMEFF_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t row_address) {
-#if defined(__CUDACC__)
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(row_address)
-               : "memory");
-#else
-  emulator::ldmatrix(r, 2, row_address, true);
-#endif
-}
-
 MEMEFF_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row_address) {
 #if defined(__CUDACC__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -158,31 +122,6 @@ MEMEFF_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row_address) {
 }
 
 // ---- mma.sync: D += A B with fp32 accumulation, whole warp ----
-
-// sm_75: the one product that Turing has for 16-bit floats.
-MEMEFF_DEVICE void mma_m16n8k8_fp16(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
-#if defined(__CUDACC__)
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-#else
-  emulator::mma_m16n8(emulator::MmaType::kFp16, 8, d, a, &b);
-#endif
-}
-
-MEMEFF_DEVICE void mma_m16n8k8_bf16(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
-#if defined(__CUDACC__)
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
-#else
-  emulator::mma_m16n8(emulator::MmaType::kBf16, 8, d, a, &b);
-#endif
-}
 
 MEMEFF_DEVICE void mma_m16n8k16_fp16(float (&d)[4], const uint32_t (&a)[4],
                                      const uint32_t (&b)[2]) {

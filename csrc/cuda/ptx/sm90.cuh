@@ -45,16 +45,6 @@ MEMEFF_DEVICE uint32_t cluster_rank() {  // of this block in its cluster
 #endif
 }
 
-MEMEFF_DEVICE uint32_t cluster_size() {
-#if defined(__CUDACC__)
-  uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-#else
-  return emulator::cluster_size();
-#endif
-}
-
 // Whole warps; every thread of the cluster that has not exited. What a thread did before it arrived
 // is visible to the others after they have waited.
 MEMEFF_DEVICE void cluster_arrive() {
@@ -117,14 +107,6 @@ MEMEFF_DEVICE void mbarrier_init(uint32_t mbarrier, int count) {
 #endif
 }
 
-MEMEFF_DEVICE void mbarrier_inval(uint32_t mbarrier) {
-#if defined(__CUDACC__)
-  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(mbarrier) : "memory");
-#else
-  emulator::mbarrier_inval(mbarrier);
-#endif
-}
-
 // Makes this thread's mbarrier_init visible to TMA; other threads see it after a barrier, those of
 // other blocks after one of the cluster.
 MEMEFF_DEVICE void fence_mbarrier_init() {
@@ -164,32 +146,6 @@ MEMEFF_DEVICE void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes) 
 #endif
 }
 
-MEMEFF_DEVICE void mbarrier_expect_tx(uint32_t mbarrier, uint32_t bytes) {
-#if defined(__CUDACC__)
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbarrier),
-               "r"(bytes)
-               : "memory");
-#else
-  emulator::mbarrier_expect_tx(mbarrier, bytes, false);
-#endif
-}
-
-MEMEFF_DEVICE bool mbarrier_test(uint32_t mbarrier, int parity) {
-#if defined(__CUDACC__)
-  uint32_t ended;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(ended)
-      : "r"(mbarrier), "r"(parity)
-      : "memory");
-  return ended != 0;
-#else
-  return emulator::mbarrier_test(mbarrier, parity);
-#endif
-}
-
 MEMEFF_DEVICE void mbarrier_wait(uint32_t mbarrier, int parity) {
 #if defined(__CUDACC__)
   // try_wait sleeps for a while by itself; the label must be unique in every inlined copy.
@@ -219,14 +175,6 @@ MEMEFF_DEVICE void fence_proxy_async() {
 //
 // `column` and `row` are where the map's box starts in the tensor; what lies outside reads as zero
 // and is not written. The map is a __grid_constant__ kernel argument.
-
-MEMEFF_DEVICE void prefetch_tensor_map(const TensorMap* map) {
-#if defined(__CUDACC__)
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-#else
-  (void)map;
-#endif
-}
 
 // Completes on `mbarrier`, with the bytes of the whole box.
 MEMEFF_DEVICE void tma_load_2d(uint32_t destination, const TensorMap* map, int column, int row,
@@ -299,16 +247,6 @@ MEMEFF_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 #else
   emulator::bulk_wait(kPending, true);
-#endif
-}
-
-// Waits until at most kPending groups are incomplete: the others are visible in global memory.
-template <int kPending>
-MEMEFF_DEVICE void bulk_wait() {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-#else
-  emulator::bulk_wait(kPending, false);
 #endif
 }
 
