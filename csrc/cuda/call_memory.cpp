@@ -238,7 +238,7 @@ SplitSums CallMemory::split_sums_of_input(int64_t token) const {
   SplitSums split;
   split.exponents_stride = compact_exponent_stride(problem_.features);
   split.exponents = place<uint8_t>(layout_.input_exponents) +
-                    (token - kept_under_slices()) * split.exponents_stride;
+                    (token - kept_tokens(request_, plan_)) * split.exponents_stride;
   return split;
 }
 
@@ -247,7 +247,7 @@ void* CallMemory::input_sum(Range tokens) const {
   const bool of_all = plan_.kind == PlanKind::kVocabSlices && problem_.grad_weight != nullptr &&
                       !plan_.separate_sweeps && !plan_.compact_input_sums;
   // Blocks of kept tokens are finished one by one, before the sums of all others begin.
-  const int64_t kept = kept_under_slices();
+  const int64_t kept = kept_tokens(request_, plan_);
   const int64_t row = of_all && tokens.begin >= kept ? tokens.begin - kept : 0;
   return place<float>(layout_.input_sum) + row * problem_.features;
 }

@@ -128,10 +128,6 @@ class CallMemory {
     const void* first = at(matrix, range.begin * stride);
     return {first, problem_.dtype, range.size(), problem_.features, stride, 1};
   }
-  /// Tokens whose scores are kept under vocab slices come first.
-  int64_t kept_under_slices() const {
-    return plan_.stored_in_gradient + plan_.stored_chunks * plan_.chunk_tokens;
-  }
   void place_token_arrays();
   void add_kept(ScoreBlock* block, int64_t before, int64_t count) const;
 

@@ -115,16 +115,15 @@ class CudaBackend : public Backend {
 
   void fresh_gradient(Range classes, Range tokens, const ScoreBlock& block,
                       bool add_bias) override {
-    const Block shape = shape_of(classes, tokens);
-    if (fused_) {
-      check(scores_.linear_gradient(
-          {shape, memory_.linear_operands(tokens, classes.begin), terms_, memory_.targets(tokens),
-           memory_.coefficients(tokens), block.data, block.stride, marks_of(block)},
-          stream_));
-    } else {
+    if (!fused_) {
       compute_scores(classes, tokens, block);
-      scores_to_gradient(shape, tokens, block);
+      return to_gradient(classes, tokens, block, add_bias);
     }
+    const Block shape = shape_of(classes, tokens);
+    check(scores_.linear_gradient(
+        {shape, memory_.linear_operands(tokens, classes.begin), terms_, memory_.targets(tokens),
+         memory_.coefficients(tokens), block.data, block.stride, marks_of(block)},
+        stream_));
     if (add_bias) add_to_bias(shape, tokens, block);
   }
 
@@ -137,7 +136,9 @@ class CudaBackend : public Backend {
            memory_.coefficients(tokens), tokens_.target_gradient + tokens.begin},
           stream_));
     } else {
-      scores_to_gradient(shape, tokens, block);
+      check(block_gradient({shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
+                            memory_.targets(tokens), memory_.coefficients(tokens)},
+                           stream_));
     }
     if (add_bias) add_to_bias(shape, tokens, block);
   }
@@ -337,12 +338,6 @@ class CudaBackend : public Backend {
   void compute_scores(Range classes, Range tokens, const ScoreBlock& block) const {
     gemm(memory_.weight_rows(classes), transposed(memory_.input_rows(tokens)), false, block.data,
          block.stride);
-  }
-
-  void scores_to_gradient(const Block& shape, Range tokens, const ScoreBlock& block) {
-    check(block_gradient({shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
-                          memory_.targets(tokens), memory_.coefficients(tokens)},
-                         stream_));
   }
 
   void add_to_bias(const Block& shape, Range tokens, const ScoreBlock& block) {

@@ -111,6 +111,40 @@ struct ScoreGradient {
   const float* target_gradient = nullptr;
 };
 
+// ---- what every architecture asks of a call ----
+
+inline Status check(const LinearStatistics& call) {
+  if (!is_16_bit(call.operands.dtype) || call.operands.features <= 0)
+    return {"linear_statistics: operands are bfloat16 or float16, and have features"};
+  if (call.targets.probabilities != nullptr)
+    return {"linear_statistics: class probabilities need stored products"};
+  if (call.partials.max == nullptr || call.partials.sum == nullptr)
+    return {"linear_statistics: max and sum must be given"};
+  return {};
+}
+
+inline Status check(const LinearGradient& call) {
+  if (!is_16_bit(call.operands.dtype) || call.operands.features <= 0)
+    return {"linear_gradient: operands are bfloat16 or float16, and have features"};
+  if (call.targets.probabilities != nullptr)
+    return {"linear_gradient: class probabilities need stored products"};
+  if (call.coefficients.shift == nullptr || call.coefficients.softmax == nullptr)
+    return {"linear_gradient: shift and softmax must be given"};
+  return {};
+}
+
+inline Status check(const GradientProduct& call) {
+  const ProductOutput& output = call.output;
+  if (!is_16_bit(call.operands.dtype))
+    return {"gradient product: operands are bfloat16 or float16"};
+  if (output.sums != nullptr) return {};
+  if (output.gradient == nullptr) return {"gradient product: sums or gradient must be given"};
+  if (output.update != WeightUpdate::kWrite && output.split.exponents == nullptr &&
+      (call.operands.dtype != DType::kBFloat16 || output.split.remainder == nullptr))
+    return {"gradient product: split sums need exponents, or a remainder of bfloat16 gradients"};
+  return {};
+}
+
 // ---- the functions of an architecture ----
 
 /// Null: the architecture has no such kernel.

@@ -11,6 +11,13 @@ namespace memeff::cuda {
 
 constexpr int64_t kTokenTile = 128;
 
+/// TileMarks as the kernels take them that compute gradients.
+struct GradientMarks {
+  uint8_t* tiles;  // null: not requested
+  int64_t stride;
+  float mass_per_class;
+};
+
 /// Where a kernel marks tiles, or reads their marks. It marks a tile 0 where no target lies in it and
 /// each token that has a gradient has a probability mass of less than mass * (classes of the tile) /
 /// vocab there, else 1.
@@ -20,7 +27,9 @@ struct TileMarks {
   double mass = 0;
   int64_t vocab = 1;
 
-  float mass_per_class() const { return static_cast<float>(mass / static_cast<double>(vocab)); }
+  GradientMarks of_gradient() const {
+    return {marks, stride, static_cast<float>(mass / static_cast<double>(vocab))};
+  }
 };
 
 /// A row of tiles of the result, and how many of its k tiles count.

@@ -10,15 +10,7 @@
 namespace memeff::cuda {
 
 template <class T>
-struct AccumulationType {
-  using type = float;
-};
-template <>
-struct AccumulationType<double> {
-  using type = double;
-};
-template <class T>
-using Accumulation = typename AccumulationType<T>::type;
+using Accumulation = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 MEMEFF_DEVICE float widen(float x) { return x; }
 MEMEFF_DEVICE double widen(double x) { return x; }
@@ -61,29 +53,15 @@ constexpr int kPerVector = kVectorBytes / static_cast<int>(sizeof(T));
 
 // The type of one access of 16, 8, 4 or 2 bytes.
 template <int kBytes>
-struct VectorOf;
-template <>
-struct VectorOf<16> {
-  using type = uint4;
-};
-template <>
-struct VectorOf<8> {
-  using type = uint2;
-};
-template <>
-struct VectorOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct VectorOf<2> {
-  using type = uint16_t;
-};
+using VectorOf = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
 
 // Elements of one access when kCount adjacent ones are moved.
 template <int kCount, class T>
 constexpr int kPerAccess = kCount < kPerVector<T> ? kCount : kPerVector<T>;
 template <int kCount, class T>
-using Access = typename VectorOf<kPerAccess<kCount, T>* static_cast<int>(sizeof(T))>::type;
+using Access = VectorOf<kPerAccess<kCount, T>* static_cast<int>(sizeof(T))>;
 
 template <int kCount, class T>
 MEMEFF_DEVICE bool is_aligned(const T* pointer) {

@@ -23,20 +23,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kColumns = 8;  // of a thread: 16 bytes of a 16-bit gradient, 32 of its fp32 sums
 
-// Thread blocks over a matrix [rows, columns].
-struct RowGrid {
-  unsigned lanes;
-  int64_t blocks_per_row, blocks;
+// Launches a kernel over the matrix [rows, columns] of `call`.
+template <class Call>
+Status launch(void (*kernel)(Call, int64_t), const Call& call, void* stream) {
+  if (call.rows == 0 || call.columns == 0) return {};
+  const unsigned lanes = threads_along(call.columns, kColumns, kThreads);
+  const int64_t blocks_per_row = ceil_div(call.columns, lanes * kColumns);
+  const auto blocks = static_cast<unsigned>(blocks_per_row * ceil_div(call.rows, kThreads / lanes));
+  MEMEFF_LAUNCH(kernel, dim3(blocks), dim3(lanes, kThreads / lanes), 0, stream, call,
+                blocks_per_row);
+  return launch_status();
+}
 
-  RowGrid(int64_t rows, int64_t columns)
-      : lanes(threads_along(columns, kColumns, kThreads)),
-        blocks_per_row(ceil_div(columns, lanes * kColumns)),
-        blocks(blocks_per_row * ceil_div(rows, kThreads / lanes)) {}
-  dim3 grid() const { return dim3(static_cast<unsigned>(blocks)); }
-  dim3 block() const { return dim3(lanes, kThreads / lanes); }
-};
-
-// Where a thread of such a grid works; nowhere when count is 0.
+// Where a thread of such a kernel works; nowhere when count is 0.
 struct RowPosition {
   int64_t row, column;
   int count;
@@ -83,15 +82,6 @@ __global__ void __launch_bounds__(kThreads) copy_rows_kernel(RowCopy copy, int64
     }
   }
   store(static_cast<To*>(copy.to) + at.row * copy.to_stride + at.column, converted, at.count);
-}
-
-template <class From, class To>
-Status launch_copy(const RowCopy& copy, void* stream) {
-  const RowGrid grid(copy.rows, copy.columns);
-  const int64_t blocks_per_row = grid.blocks_per_row;
-  const auto kernel = copy_rows_kernel<From, To>;
-  MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, copy, blocks_per_row);
-  return launch_status();
 }
 
 template <class T>
@@ -146,7 +136,6 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 Status update_rows(const RowUpdate& update, void* stream) {
-  if (update.rows == 0 || update.columns == 0) return {};
   if (update.update == WeightUpdate::kAccumulate) {
     if (is_16_bit(update.dtype)) return {"update_rows: gradients of 16 bits add up in split sums"};
   } else if (update.update != WeightUpdate::kWrite) {
@@ -157,51 +146,37 @@ Status update_rows(const RowUpdate& update, void* stream) {
       return {"update_rows: split sums need a remainder or exponents"};
   }
   return dispatch(update.dtype, [&](auto* type) {
-    const RowGrid grid(update.rows, update.columns);
-    const int64_t blocks_per_row = grid.blocks_per_row;
-    const auto kernel = update_rows_kernel<std::remove_pointer_t<decltype(type)>>;
-    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, update, blocks_per_row);
-    return launch_status();
+    return launch(update_rows_kernel<std::remove_pointer_t<decltype(type)>>, update, stream);
   });
 }
 
 Status copy_rows(const RowCopy& copy, void* stream) {
-  if (copy.rows == 0 || copy.columns == 0) return {};
   const DType from = copy.from_dtype;
   if (from == copy.to_dtype) {
     switch (size_of(from)) {
-      case 2: return launch_copy<uint16_t, uint16_t>(copy, stream);
-      case 4: return launch_copy<float, float>(copy, stream);
-      default: return launch_copy<double, double>(copy, stream);
+      case 2: return launch(copy_rows_kernel<uint16_t, uint16_t>, copy, stream);
+      case 4: return launch(copy_rows_kernel<float, float>, copy, stream);
+      default: return launch(copy_rows_kernel<double, double>, copy, stream);
     }
   }
   if (copy.to_dtype == DType::kFloat32) {
-    if (from == DType::kBFloat16) return launch_copy<__nv_bfloat16, float>(copy, stream);
-    if (from == DType::kFloat16) return launch_copy<__half, float>(copy, stream);
-    if (from == DType::kFloat64) return launch_copy<double, float>(copy, stream);
+    if (from == DType::kBFloat16)
+      return launch(copy_rows_kernel<__nv_bfloat16, float>, copy, stream);
+    if (from == DType::kFloat16) return launch(copy_rows_kernel<__half, float>, copy, stream);
+    if (from == DType::kFloat64) return launch(copy_rows_kernel<double, float>, copy, stream);
   }
   return {"copy_rows: to the same type, or from 16 or 64 bits to float32"};
 }
 
 Status multiply_rows(const RowProduct& call, void* stream) {
-  if (call.rows == 0 || call.columns == 0) return {};
   return dispatch(call.dtype, [&](auto* type) {
-    const RowGrid grid(call.rows, call.columns);
-    const int64_t blocks_per_row = grid.blocks_per_row;
-    const auto kernel = multiply_rows_kernel<std::remove_pointer_t<decltype(type)>>;
-    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, call, blocks_per_row);
-    return launch_status();
+    return launch(multiply_rows_kernel<std::remove_pointer_t<decltype(type)>>, call, stream);
   });
 }
 
 Status find_non_finite_rows(const NonFiniteRows& call, void* stream) {
-  if (call.rows == 0 || call.columns == 0) return {};
   return dispatch(call.dtype, [&](auto* type) {
-    const RowGrid grid(call.rows, call.columns);
-    const int64_t blocks_per_row = grid.blocks_per_row;
-    const auto kernel = find_non_finite_rows_kernel<std::remove_pointer_t<decltype(type)>>;
-    MEMEFF_LAUNCH(kernel, grid.grid(), grid.block(), 0, stream, call, blocks_per_row);
-    return launch_status();
+    return launch(find_non_finite_rows_kernel<std::remove_pointer_t<decltype(type)>>, call, stream);
   });
 }
 

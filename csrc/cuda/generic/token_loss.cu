@@ -11,6 +11,7 @@
 // what counts is that the loads of a step do not wait for each other. fp64, in a fixed order.
 #include <cmath>
 
+#include "core/math.h"
 #include "cuda/common/block_sum.cuh"
 #include "cuda/tokens.h"
 
@@ -117,8 +118,7 @@ Status write_token_statistics(const Problem& problem, const TokenArrays& tokens,
   const bool in_double = accumulation_dtype(problem.dtype) == DType::kFloat64;
   const auto write =
       in_double ? write_token_statistics_kernel<double> : write_token_statistics_kernel<float>;
-  const auto blocks =
-      static_cast<unsigned>((end - begin + kStatisticsThreads - 1) / kStatisticsThreads);
+  const auto blocks = static_cast<unsigned>(ceil_div(end - begin, kStatisticsThreads));
   MEMEFF_LAUNCH(write, dim3(blocks), dim3(kStatisticsThreads), 0, stream, problem, tokens, begin,
                 end);
   return launch_status();

@@ -25,6 +25,7 @@
 // reads at once, all at the same chunk, cover all 32 banks.
 #pragma once
 
+#include "core/math.h"
 #include "cuda/common/vector_io.cuh"
 #include "cuda/ptx/sm80.cuh"
 
@@ -50,8 +51,6 @@ template <class T>
 bool chunks_are_aligned(const Matrix<T>& matrix) {
   return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride % kChunk == 0;
 }
-
-inline int64_t count_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
 // ---- slices ----
 

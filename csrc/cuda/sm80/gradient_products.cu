@@ -180,8 +180,8 @@ template <class T, bool kAligned, Contiguous kContiguousA>
 Status launch(const Matrix<T>& a, const Matrix<T>& b, const GradientOperands& operands,
               const Destination& to, void* stream) {
   const Work work{operands.list, to.output.only_adds(), operands.mask};
-  const auto row_tiles = static_cast<unsigned>(count_tiles(to.rows, kRows));
-  const auto column_tiles = static_cast<unsigned>(count_tiles(to.columns, kColumns));
+  const auto row_tiles = static_cast<unsigned>(ceil_div(to.rows, kRows));
+  const auto column_tiles = static_cast<unsigned>(ceil_div(to.columns, kColumns));
   const auto kernel = gradient_product_kernel<T, kAligned, kContiguousA>;
   const Status allowed = allow_shared_memory(kernel, kPipelineBytes);
   if (!allowed.ok()) return allowed;
@@ -207,21 +207,10 @@ Status select(const GradientProduct& call, void* stream) {
 
 template <Contiguous kContiguousA>
 Status product(const GradientProduct& call, void* stream) {
-  const GradientOperands& operands = call.operands;
-  const ProductOutput& output = call.output;
-  const bool split = output.sums == nullptr && output.update != WeightUpdate::kWrite;
-  if (output.sums == nullptr && output.gradient == nullptr)
-    return {"gradient product: sums or gradient must be given"};
-  const bool compact = output.split.exponents != nullptr;
-  if (split && !compact && operands.dtype != DType::kBFloat16)
-    return {"gradient product: split sums are bfloat16, or compact"};
-  if (split && !compact && output.split.remainder == nullptr)
-    return {"gradient product: split sums need a remainder or exponents"};
-  switch (operands.dtype) {
-    case DType::kBFloat16: return select<__nv_bfloat16, kContiguousA>(call, stream);
-    case DType::kFloat16: return select<__half, kContiguousA>(call, stream);
-    default: return {"gradient product: operands are bfloat16 or float16"};
-  }
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
+  const bool bf16 = call.operands.dtype == DType::kBFloat16;
+  return (bf16 ? select<__nv_bfloat16, kContiguousA> : select<__half, kContiguousA>)(call, stream);
 }
 
 }  // namespace

@@ -22,13 +22,6 @@ namespace memeff::cuda::sm80 {
 
 namespace {
 
-// Kernel argument: TileMarks (work_list.h); null: not requested.
-struct Marks {
-  uint8_t* tiles;
-  int64_t stride;
-  float mass_per_class;
-};
-
 // Shared memory after the pipeline: products of 64 tokens, classes adjacent. Rows are 133 floats
 // apart, and rows 32 and up 2 floats further, so that 16 tokens (4 apart) x 2 classes, which a warp
 // reads at once, cover all banks.
@@ -106,7 +99,7 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
 
 // Marks the tile 1 unless each token's mass in it is small and no target lies in it.
 MEMEFF_DEVICE void mark_tile(unsigned char* shared, const Masses& masses, const LogitBlock& logits,
-                             int64_t first_token, int64_t first_class, const Marks& marks) {
+                             int64_t first_token, int64_t first_class, const GradientMarks& marks) {
   const int thread = static_cast<int>(threadIdx.x);
   auto* votes = reinterpret_cast<uint32_t*>(shared + kVotesAt);
   __syncthreads();  // masses are complete
@@ -131,7 +124,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     linear_gradient_kernel(Matrix<T> x, Matrix<T> w, LogitBlock logits, unsigned token_tiles,
                            unsigned class_tiles, Coefficients coefficients, T* gradient,
-                           int64_t stride, Marks marks) {
+                           int64_t stride, GradientMarks marks) {
   MEMEFF_DYNAMIC_SHARED(shared);
   const TileIndex index = tile_of_block(token_tiles, class_tiles);
   const int64_t first_token = int64_t{index.row} * kRows;
@@ -156,49 +149,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <class T, bool kAligned>
-Status launch(const Matrix<T>& x, const Matrix<T>& w, const LogitBlock& logits,
-              const LinearGradient& call, void* stream) {
-  const auto token_tiles = static_cast<unsigned>(count_tiles(logits.block.tokens, kRows));
-  const auto class_tiles = static_cast<unsigned>(count_tiles(logits.block.classes, kColumns));
+Status launch(const LinearMatrices<T>& of, const LinearGradient& call, void* stream) {
+  // Targets without coefficients are none.
+  const bool targets = call.coefficients.target != nullptr;
+  const LogitBlock logits = logit_block(call.block, call.terms, targets ? call.targets : Targets{});
+  const auto token_tiles = static_cast<unsigned>(ceil_div(call.block.tokens, kRows));
+  const auto class_tiles = static_cast<unsigned>(ceil_div(call.block.classes, kColumns));
   const auto kernel = linear_gradient_kernel<T, kAligned>;
   const Status allowed = allow_shared_memory(kernel, kPipelineBytes);
   if (!allowed.ok()) return allowed;
-  const Marks marks{call.marks.marks, call.marks.stride, call.marks.mass_per_class()};
-  MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream, x,
-                w, logits, token_tiles, class_tiles, call.coefficients,
+  const GradientMarks marks = call.marks.of_gradient();
+  MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream,
+                of.x, of.w, logits, token_tiles, class_tiles, call.coefficients,
                 static_cast<T*>(call.gradient), call.stride, marks);
   return launch_status();
 }
 
 template <class T>
-Status select(const LinearGradient& call, const LogitBlock& logits, void* stream) {
-  const LinearOperands& operands = call.operands;
-  const Matrix<T> x{static_cast<const T*>(operands.input), logits.block.tokens, operands.features,
-                    operands.input_stride};
-  const Matrix<T> w{static_cast<const T*>(operands.weight), logits.block.classes, operands.features,
-                    operands.weight_stride};
-  const bool aligned = chunks_are_aligned(x) && chunks_are_aligned(w);
-  return (aligned ? launch<T, true> : launch<T, false>)(x, w, logits, call, stream);
+Status select(const LinearGradient& call, void* stream) {
+  const LinearMatrices<T> matrices(call.operands, call.block);
+  return (matrices.aligned() ? launch<T, true> : launch<T, false>)(matrices, call, stream);
 }
 
 }  // namespace
 
 Status linear_gradient(const LinearGradient& call, void* stream) {
-  const Coefficients& coefficients = call.coefficients;
   if (call.block.tokens == 0 || call.block.classes == 0) return {};
-  if (call.targets.probabilities != nullptr)
-    return {"linear_gradient: class probabilities need stored products"};
-  if (coefficients.shift == nullptr || coefficients.softmax == nullptr)
-    return {"linear_gradient: shift and softmax must be given"};
-  if (call.operands.features <= 0) return {"linear_gradient: features must be positive"};
-  // Targets without coefficients are none.
-  const LogitBlock logits = logit_block(call.block, call.terms,
-                                        coefficients.target == nullptr ? Targets{} : call.targets);
-  switch (call.operands.dtype) {
-    case DType::kBFloat16: return select<__nv_bfloat16>(call, logits, stream);
-    case DType::kFloat16: return select<__half>(call, logits, stream);
-    default: return {"linear_gradient: operands are bfloat16 or float16"};
-  }
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
+  const bool bf16 = call.operands.dtype == DType::kBFloat16;
+  return (bf16 ? select<__nv_bfloat16> : select<__half>)(call, stream);
 }
 
 }  // namespace memeff::cuda::sm80

@@ -275,58 +275,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <class T, bool kAligned, bool kFull, bool kStore>
-Status launch(const Matrix<T>& x, const Matrix<T>& w, const LogitBlock& logits,
-              const Results& results, void* stream) {
-  const auto token_tiles = static_cast<unsigned>(count_tiles(logits.block.tokens, kRows));
-  const auto class_tiles = static_cast<unsigned>(count_tiles(logits.block.classes, kColumns));
+Status launch(const LinearMatrices<T>& of, const LinearStatistics& call, void* stream) {
+  const LogitBlock logits = logit_block(call.block, call.terms, call.targets);
+  const Results results{call.partials, call.target_logit, static_cast<__half*>(call.scores.data),
+                        call.scores.stride};
+  const auto token_tiles = static_cast<unsigned>(ceil_div(call.block.tokens, kRows));
+  const auto class_tiles = static_cast<unsigned>(ceil_div(call.block.classes, kColumns));
   const auto kernel = linear_statistics_kernel<T, kAligned, kFull, kStore>;
   const Status allowed = allow_shared_memory(kernel, kPipelineBytes);
   if (!allowed.ok()) return allowed;
-  MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream, x,
-                w, logits, token_tiles, class_tiles, results);
+  MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream,
+                of.x, of.w, logits, token_tiles, class_tiles, results);
   return launch_status();
 }
 
 template <class T, bool kStore>
-Status select(const LinearOperands& operands, const LogitBlock& logits, const Results& results,
-              void* stream) {
-  const Matrix<T> x{static_cast<const T*>(operands.input), logits.block.tokens, operands.features,
-                    operands.input_stride};
-  const Matrix<T> w{static_cast<const T*>(operands.weight), logits.block.classes, operands.features,
-                    operands.weight_stride};
-  if (!chunks_are_aligned(x) || !chunks_are_aligned(w))
-    return launch<T, false, true, kStore>(x, w, logits, results, stream);
-  if (wants_full(results.partials))
-    return launch<T, true, true, kStore>(x, w, logits, results, stream);
-  return launch<T, true, false, kStore>(x, w, logits, results, stream);
-}
-
-template <class T>
-Status select(const LinearOperands& operands, const LogitBlock& logits, const Results& results,
-              void* stream) {
-  return results.scores != nullptr ? select<T, true>(operands, logits, results, stream)
-                                   : select<T, false>(operands, logits, results, stream);
+Status select(const LinearStatistics& call, void* stream) {
+  const LinearMatrices<T> matrices(call.operands, call.block);
+  const auto run = !matrices.aligned()         ? launch<T, false, true, kStore>
+                   : wants_full(call.partials) ? launch<T, true, true, kStore>
+                                               : launch<T, true, false, kStore>;
+  return run(matrices, call, stream);
 }
 
 }  // namespace
 
 Status linear_statistics(const LinearStatistics& call, void* stream) {
-  const LinearOperands& operands = call.operands;
-  const StoredScores& scores = call.scores;
   if (call.block.tokens == 0 || call.block.classes == 0) return {};
-  if (call.targets.probabilities != nullptr)
-    return {"linear_statistics: class probabilities need stored products"};
-  if (call.partials.max == nullptr || call.partials.sum == nullptr)
-    return {"linear_statistics: max and sum must be given"};
-  if (operands.features <= 0) return {"linear_statistics: features must be positive"};
-  const Results results{call.partials, call.target_logit, static_cast<__half*>(scores.data),
-                        scores.stride};
-  const LogitBlock logits = logit_block(call.block, call.terms, call.targets);
-  switch (operands.dtype) {
-    case DType::kBFloat16: return select<__nv_bfloat16>(operands, logits, results, stream);
-    case DType::kFloat16: return select<__half>(operands, logits, results, stream);
-    default: return {"linear_statistics: operands are bfloat16 or float16"};
-  }
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
+  const bool stores = call.scores.data != nullptr;
+  const bool bf16 = call.operands.dtype == DType::kBFloat16;
+  const auto storing = bf16 ? select<__nv_bfloat16, true> : select<__half, true>;
+  const auto discarding = bf16 ? select<__nv_bfloat16, false> : select<__half, false>;
+  return (stores ? storing : discarding)(call, stream);
 }
 
 }  // namespace memeff::cuda::sm80

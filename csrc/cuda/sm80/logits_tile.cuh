@@ -37,6 +37,19 @@ MEMEFF_DEVICE void multiply_tile(unsigned char* stages, const Matrix<T>& x, cons
   });
 }
 
+// x and W of a block.
+template <class T>
+struct LinearMatrices {
+  Matrix<T> x, w;
+
+  LinearMatrices(const LinearOperands& operands, const Block& block)
+      : x{static_cast<const T*>(operands.input), block.tokens, operands.features,
+          operands.input_stride},
+        w{static_cast<const T*>(operands.weight), block.classes, operands.features,
+          operands.weight_stride} {}
+  bool aligned() const { return chunks_are_aligned(x) && chunks_are_aligned(w); }
+};
+
 // ---- logits ----
 
 // Kernel argument: everything about a block of logits but its operands. Classes count from the

@@ -146,12 +146,6 @@ MEMEFF_DEVICE void add_halves(float* c, uint32_t box) {
 
 // ---- compact sums ----
 
-// The thread's rows, r = 0 and 1, of the group's 64 from `first` on.
-MEMEFF_DEVICE int row_of_thread(int first, int r) {
-  return first + static_cast<int>(threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4) +
-         8 * r;
-}
-
 // The exponents of the thread's two rows of the group's 64 x 256, which lie in the gradient from `row`,
 // `column` on; that of the first 64 columns is the lowest byte.
 class RowExponents {
@@ -182,7 +176,7 @@ class RowExponents {
  private:
   // Null: there is no such row.
   MEMEFF_DEVICE static uint8_t* place(const Destination& to, int first_row, int r, int column) {
-    const int row = row_of_thread(first_row, r);
+    const int row = first_row + row_in_group(r);
     if (row >= to.rows) return nullptr;
     return to.split.exponents + row * to.split.exponents_stride +
            column / static_cast<int>(kCompactBlock);
@@ -262,7 +256,7 @@ MEMEFF_DEVICE void write_tile(float (&c)[kTileN / 2], const Destination& to, con
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         // Pairs are of the thread's two rows in turn.
-        const int own = row_of_thread(row, r);
+        const int own = row + row_in_group(r);
         const float scale = own < to.rows ? to.scale[own * to.scale_stride] : 0.f;
 #pragma unroll
         for (int i = 2 * r; i < kTileN / 2; i += 4) c[i] *= scale, c[i + 1] *= scale;
@@ -326,8 +320,6 @@ Status make_destination(int64_t rows, int64_t columns, const ProductOutput& outp
   if (!status.ok() || output.update == WeightUpdate::kWrite) return status;
 
   const bool compact = output.split.exponents != nullptr;
-  if (!compact && (output.split.remainder == nullptr || !kHasHalves<T>))
-    return {"split sums need exponents, or are those of bfloat16 gradients and need a remainder"};
   if (output.update != WeightUpdate::kSplitFirst)
     to->source = compact ? Source::kCodes : Source::kHalves;
   if (output.update != WeightUpdate::kSplitLast)

@@ -19,8 +19,7 @@
 // each a long sum: 1024 there, 7.8 rounds of 132 blocks; with fewer tiles than SMs some stay idle.
 // grad_weight has many tiles of short sums: one takes 16 * tokens cycles of tensor cores and moves
 // 128 KiB of fp32, or 64 KiB.
-#include "cuda/sm90/gradient_epilogue.cuh"
-#include "cuda/sm90/gradient_tiles.cuh"
+#include "cuda/sm90/gradient_launch.cuh"
 
 namespace memeff::cuda::sm90 {
 
@@ -67,64 +66,43 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// rows: of C, k: what is summed over.
 template <class T, Major kMajorOfG, int kCluster>
-Status launch(int64_t rows, int64_t k, const GradientProduct& call, void* stream) {
-  const bool g_is_transposed = kMajorOfG == Major::kMn;
-  const GradientOperands& operands = call.operands;
-  const ProductOutput& output = call.output;
-  TensorMap g, other;
-  OutputMaps out{};
-  Destination to;
-  Status status = make_destination<T>(rows, operands.features, output, &to, &out);
-  if (status.ok())
-    status = OperandTile<kMajorOfG, kTileM>::map(
-        operands.gradient, map_element<T>(), g_is_transposed ? rows : k, g_is_transposed ? k : rows,
-        operands.gradient_stride, &g);
-  if (status.ok())
-    status = OperandTile<Major::kMn, kTileN, kCluster>::map(
-        operands.other, map_element<T>(), operands.features, k, operands.other_stride, &other);
-  const auto order = tile_order<kCluster>(rows, count_tiles(operands.features, kTileN));
+Status launch(const GradientProduct& call, void* stream) {
   const auto kernel = gradient_product_kernel<T, kMajorOfG, kCluster>;
-  unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
-  if (output.overlaps_previous) blocks = blocks_that_share(blocks, order, k);
-  if (!status.ok()) return status;
-  const Work work = work_of(operands, k, output);
-  MEMEFF_LAUNCH_OVERLAPPED(output.overlaps_previous, kCluster, kernel, dim3(blocks), dim3(kThreads),
-                           kSharedBytes, stream, g, other, out, work, to, order);
-  return launch_status();
+  return launch_product<T, kMajorOfG, kCluster>(kernel, map_element<T>(), call, stream);
 }
 
 template <Major kMajorOfG, int kCluster>
-Status run(int64_t rows, int64_t k, const GradientProduct& call, void* stream) {
-  if (rows == 0) return {};
+Status run(const GradientProduct& call, void* stream) {
+  const bool bf16 = call.operands.dtype == DType::kBFloat16;
+  return (bf16 ? launch<__nv_bfloat16, kMajorOfG, kCluster>
+               : launch<__half, kMajorOfG, kCluster>)(call, stream);
+}
+
+template <Major kMajorOfG, int kCluster>
+Status select(const GradientProduct& call, void* stream) {
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
   if (!accepts(call.operands, call.output))
     return {"gradient product: sm90 needs rows that start at multiples of 16 bytes"};
-  const auto typed = call.operands.dtype == DType::kBFloat16
-                         ? launch<__nv_bfloat16, kMajorOfG, kCluster>
-                         : launch<__half, kMajorOfG, kCluster>;
-  return typed(rows, k, call, stream);
-}
-
-template <Major kMajorOfG, int kCluster>
-Status select(int64_t rows, int64_t k, const GradientProduct& call, void* stream) {
   const bool skips = call.operands.list.rows != nullptr;
-  return (skips ? run<kMajorOfG, 1> : run<kMajorOfG, kCluster>)(rows, k, call, stream);
+  return (skips ? run<kMajorOfG, 1> : run<kMajorOfG, kCluster>)(call, stream);
 }
 
 }  // namespace
 
 template <int kCluster>
 Status grad_input_product(const GradientProduct& call, void* stream) {
-  return select<Major::kMn, kCluster>(call.block.tokens, call.block.classes, call, stream);
+  if (call.block.tokens == 0) return {};
+  return select<Major::kMn, kCluster>(call, stream);
 }
 template Status grad_input_product<1>(const GradientProduct& call, void* stream);
 template Status grad_input_product<2>(const GradientProduct& call, void* stream);
 
 template <int kCluster>
 Status grad_weight_product(const GradientProduct& call, void* stream) {
-  return select<Major::kK, kCluster>(call.block.classes, call.block.tokens, call, stream);
+  if (call.block.classes == 0) return {};
+  return select<Major::kK, kCluster>(call, stream);
 }
 template Status grad_weight_product<1>(const GradientProduct& call, void* stream);
 template Status grad_weight_product<2>(const GradientProduct& call, void* stream);

@@ -98,10 +98,4 @@ MEMEFF_DEVICE void load_tile(Ring<kCluster>& ring, unsigned char* shared_memory,
   }
 }
 
-// What the launchers pass on: the work of a product whose sums are over k.
-inline Work work_of(const GradientOperands& operands, int64_t k, const ProductOutput& output) {
-  return {operands.list, count_tiles(k, kTileK), output.only_adds(), operands.mask,
-          static_cast<int>(k)};
-}
-
 }  // namespace memeff::cuda::sm90

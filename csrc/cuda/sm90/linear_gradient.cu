@@ -26,13 +26,6 @@ namespace memeff::cuda::sm90 {
 
 namespace {
 
-// Kernel argument: TileMarks (work_list.h); null: not requested.
-struct Marks {
-  uint8_t* tiles;
-  int64_t stride;
-  float mass_per_class;
-};
-
 // Votes of the consumer warps on two halves, two sets: the next tile's may come before the last
 // have been counted.
 using Votes = uint32_t[2][kHalves][kConsumerWarps];
@@ -99,7 +92,7 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
 }
 
 // Once per tile, all consumers: who has voted for the marks of its two halves.
-MEMEFF_DEVICE void write_marks(Votes& votes, int set, const Marks& marks, int token_tile,
+MEMEFF_DEVICE void write_marks(Votes& votes, int set, const GradientMarks& marks, int token_tile,
                                int first_class, const Scores& scores) {
   ptx::bar_sync(kVotesBarrier, kConsumerGroups * kGroupThreads);
   const int half = static_cast<int>(threadIdx.x) - kGroupThreads;
@@ -116,7 +109,8 @@ template <class T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_gradient_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                            const __grid_constant__ TensorMap gradient, Scores scores, int features,
-                           Coefficients coefficients, Marks marks, TileOrder<kCluster> order) {
+                           TileOrder<kCluster> order, Coefficients coefficients,
+                           GradientMarks marks) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   MEMEFF_DYNAMIC_SHARED(shared_memory);
   using Classes = ClassesOperand<kCluster>;
@@ -149,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int target[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = row * kTileM + token_in_tile(r);
+      const int token = row * kTileM + row_in_tile(r);
       TokenCoefficients<float> loaded[1];
       load_coefficients(loaded, coefficients, token, token < scores.tokens ? 1 : 0);
       of_token[r] = loaded[0];
@@ -182,22 +176,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, int kCluster>
 Status launch(const LinearGradient& call, void* stream) {
-  const Block& block = call.block;
-  TensorMap x, w, gradient_map;
-  Status status = make_operand_maps<T, kCluster>(block, call.operands, &x, &w);
-  if (status.ok())
-    status = make_block_map(block, call.gradient, call.stride, map_element<T>(), &gradient_map);
-  const auto order = tile_order<kCluster>(block.tokens, count_tiles(block.classes, kTileN));
-  const auto kernel = linear_gradient_kernel<T, kCluster>;
-  unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
-  if (!status.ok()) return status;
-  const Scores scores = make_scores(block, call.terms, call.targets);
-  const auto features = static_cast<int>(call.operands.features);
-  const Marks marks{call.marks.marks, call.marks.stride, call.marks.mass_per_class()};
-  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
-                         gradient_map, scores, features, call.coefficients, marks, order);
-  return launch_status();
+  return launch_on_scores<T, kCluster>(linear_gradient_kernel<T, kCluster>, call, call.gradient,
+                                       call.stride, map_element<T>(), stream, call.coefficients,
+                                       call.marks.of_gradient());
 }
 
 }  // namespace
@@ -205,10 +186,8 @@ Status launch(const LinearGradient& call, void* stream) {
 template <int kCluster>
 Status linear_gradient(const LinearGradient& call, void* stream) {
   if (call.block.tokens == 0 || call.block.classes == 0) return {};
-  if (call.targets.probabilities != nullptr)
-    return {"linear_gradient: class probabilities need stored products"};
-  if (call.coefficients.shift == nullptr || call.coefficients.softmax == nullptr)
-    return {"linear_gradient: shift and softmax must be given"};
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
   if (call.gradient == nullptr || !accepts(call.operands, call.gradient, call.stride))
     return {"linear_gradient: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
   const auto typed = call.operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, kCluster>

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     linear_statistics_kernel(const __grid_constant__ TensorMap x,
                              const __grid_constant__ TensorMap w,
                              const __grid_constant__ TensorMap kept, Scores scores, int features,
-                             StatisticsOutput out, TileOrder<kCluster> order) {
+                             TileOrder<kCluster> order, StatisticsOutput out) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   MEMEFF_DYNAMIC_SHARED(shared_memory);
   using Classes = ClassesOperand<kCluster>;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     int token[2], target[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      token[r] = row * kTileM + token_in_tile(r);
+      token[r] = row * kTileM + row_in_tile(r);
       target[r] = scores.target_of(token[r]);
     }
     float c[kTileN / 2];
@@ -166,22 +166,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class T, bool kFull, bool kStore, int kCluster>
 Status launch(const LinearStatistics& call, const StatisticsOutput& out, void* stream) {
-  const Block& block = call.block;
-  TensorMap x, w, kept_map{};
-  Status status = make_operand_maps<T, kCluster>(block, call.operands, &x, &w);
-  if (status.ok() && kStore)
-    status = make_block_map(block, call.scores.data, call.scores.stride, TensorMapElement::kFloat16,
-                            &kept_map);
-  const auto order = tile_order<kCluster>(block.tokens, count_tiles(block.classes, kTileN));
-  const auto kernel = linear_statistics_kernel<T, kFull, kStore, kCluster>;
-  unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
-  if (!status.ok()) return status;
-  const Scores scores = make_scores(block, call.terms, call.targets);
-  const auto features = static_cast<int>(call.operands.features);
-  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
-                         kept_map, scores, features, out, order);
-  return launch_status();
+  return launch_on_scores<T, kCluster>(linear_statistics_kernel<T, kFull, kStore, kCluster>, call,
+                                       call.scores.data, call.scores.stride,
+                                       TensorMapElement::kFloat16, stream, out);
 }
 
 template <class T, int kCluster>
@@ -200,10 +187,8 @@ Status linear_statistics(const LinearStatistics& call, void* stream) {
   const PartialStatistics& partials = call.partials;
   const StoredScores& scores = call.scores;
   if (block.tokens == 0 || block.classes == 0) return {};
-  if (partials.max == nullptr || partials.sum == nullptr)
-    return {"linear_statistics: max and sum must be given"};
-  if (call.targets.probabilities != nullptr)
-    return {"linear_statistics: class probabilities need stored products"};
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
   if (!accepts(call.operands, scores.data, scores.stride))
     return {"linear_statistics: sm90 needs 16-bit rows that start at multiples of 16 bytes"};
 

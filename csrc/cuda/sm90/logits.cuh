@@ -30,11 +30,6 @@ MEMEFF_DEVICE int first_class_of_thread(int first_of_half) {
   return first_of_half + lane_index() % 4 * 2;
 }
 
-// The thread's two tokens, counted from the first one of the block's tile.
-MEMEFF_DEVICE int token_in_tile(int r) {
-  return consumer_group() * kGroupM + warp_of_group() * 16 + lane_index() / 4 + 8 * r;
-}
-
 MEMEFF_DEVICE float quad_max(float x) {
   x = ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
   return ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
@@ -111,22 +106,31 @@ MEMEFF_DEVICE bool warp_has_target(const int (&target)[2], int first_of_half) {
   return __any_sync(~0u, (a >= 0 && a < kHalfN) || (b >= 0 && b < kHalfN)) != 0;
 }
 
-// Maps of x and W.
-template <class T, int kCluster>
-Status make_operand_maps(const Block& block, const LinearOperands& operands, TensorMap* x,
-                         TensorMap* w) {
-  const Status made = TokensOperand::map(operands.input, map_element<T>(), operands.features,
-                                         block.tokens, operands.input_stride, x);
-  if (!made.ok()) return made;
-  return ClassesOperand<kCluster>::map(operands.weight, map_element<T>(), operands.features,
-                                       block.classes, operands.weight_stride, w);
-}
-
-// The map of a tensor [classes, tokens] that boxes of 64 x 64 are stored to.
-inline Status make_block_map(const Block& block, void* data, int64_t stride,
-                             TensorMapElement element, TensorMap* map) {
-  return OperandTile<Major::kMn, kPanel>::map(data, element, block.tokens, block.classes, stride,
-                                              map);
+// Launches a kernel that takes maps of x, of W and of `stored` [classes, tokens], to which boxes of 64 x
+// 64 go, then Scores, features, TileOrder and `rest`.
+template <class T, int kCluster, class Kernel, class Call, class... Rest>
+Status launch_on_scores(Kernel kernel, const Call& call, void* stored, int64_t stored_stride,
+                        TensorMapElement stored_element, void* stream, const Rest&... rest) {
+  const Block& block = call.block;
+  const LinearOperands& operands = call.operands;
+  TensorMap x, w, stored_map{};
+  Status status = TokensOperand::map(operands.input, map_element<T>(), operands.features,
+                                     block.tokens, operands.input_stride, &x);
+  if (status.ok())
+    status = ClassesOperand<kCluster>::map(operands.weight, map_element<T>(), operands.features,
+                                           block.classes, operands.weight_stride, &w);
+  if (status.ok() && stored != nullptr)
+    status = OperandTile<Major::kMn, kPanel>::map(stored, stored_element, block.tokens,
+                                                  block.classes, stored_stride, &stored_map);
+  const auto order = tile_order<kCluster>(block.tokens, count_tiles(block.classes, kTileN));
+  unsigned blocks = 0;
+  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
+  if (!status.ok()) return status;
+  const Scores scores = make_scores(block, call.terms, call.targets);
+  const auto features = static_cast<int>(operands.features);
+  MEMEFF_LAUNCH_CLUSTERS(kCluster, kernel, dim3(blocks), dim3(kThreads), kSharedBytes, stream, x, w,
+                         stored_map, scores, features, order, rest...);
+  return launch_status();
 }
 
 }  // namespace memeff::cuda::sm90

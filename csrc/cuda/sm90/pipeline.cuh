@@ -153,6 +153,11 @@ MEMEFF_DEVICE int warp_of_group() { return static_cast<int>(threadIdx.x) % kGrou
 MEMEFF_DEVICE int consumer_group() { return static_cast<int>(threadIdx.x) / kGroupThreads - 1; }
 MEMEFF_DEVICE bool is_producer() { return threadIdx.x < kGroupThreads; }
 
+// Rows r = 0 and 1 of the accumulators of a consumer's thread (see mainloop), in the group's 64 and in the
+// block's tile.
+MEMEFF_DEVICE int row_in_group(int r) { return warp_of_group() * 16 + lane_index() / 4 + 8 * r; }
+MEMEFF_DEVICE int row_in_tile(int r) { return consumer_group() * kGroupM + row_in_group(r); }
+
 // Where one side, producer or consumers, has got to. Both walk over the same stages in the same
 // order, so a consumer need not know what it multiplies, only how many steps make a tile.
 template <int kCluster>

@@ -10,10 +10,6 @@
 
 namespace memeff::cuda::sm90 {
 
-MEMEFF_DEVICE int row_in_tile(int r) {
-  return consumer_group() * kGroupM + warp_of_group() * 16 + lane_index() / 4 + 8 * r;
-}
-
 // Two adjacent entries of G. The minimum is that of softmax_gradient(), two at a time.
 template <class T>
 MEMEFF_DEVICE uint32_t entries(uint32_t scores, float low, float high) {

@@ -23,7 +23,7 @@
 // Work: 2 classes tokens features FLOPs each, as gradient_products.cu. Per 16 of k and thread about
 // 35 instructions more, in the shadow of the 128 cycles that its warpgroup's product takes (256 as
 // the two groups take turns): docs/kernels-sm90.md.
-#include "cuda/sm90/gradient_epilogue.cuh"
+#include "cuda/sm90/gradient_launch.cuh"
 #include "cuda/sm90/score_fragments.cuh"
 
 namespace memeff::cuda::sm90 {
@@ -82,10 +82,9 @@ template <class T, Major kMajorOfG>
 __global__ void __launch_bounds__(kThreads, 1)
     stored_product_kernel(const __grid_constant__ TensorMap e,
                           const __grid_constant__ TensorMap other,
-                          const __grid_constant__ OutputMaps out,
-                          const __grid_constant__ ScoreFactors scores,
-                          const __grid_constant__ Work work, Destination to,
-                          const __grid_constant__ TileOrder<1> order) {
+                          const __grid_constant__ OutputMaps out, const __grid_constant__ Work work,
+                          Destination to, const __grid_constant__ TileOrder<1> order,
+                          const __grid_constant__ ScoreFactors scores) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using A = OperandTile<kMajorOfG, kTileM>;
   using B = OperandTile<Major::kMn, kTileN>;
@@ -130,41 +129,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// rows: of C, k: what is summed over.
 template <class T, Major kMajorOfG>
-Status launch(int64_t rows, int64_t k, const GradientProduct& call, const ScoreFactors& scores,
-              void* stream) {
-  const GradientOperands& operands = call.operands;
-  const ProductOutput& output = call.output;
-  TensorMap e, other;
-  OutputMaps out{};
-  Destination to;
-  Status status = make_destination<T>(rows, operands.features, output, &to, &out);
-  if (status.ok())
-    status = OperandTile<kMajorOfG, kTileM>::map(operands.gradient, TensorMapElement::kFloat16,
-                                                 scores.block.tokens, scores.block.classes,
-                                                 operands.gradient_stride, &e);
-  if (status.ok())
-    status = OperandTile<Major::kMn, kTileN>::map(
-        operands.other, map_element<T>(), operands.features, k, operands.other_stride, &other);
-  const auto order = tile_order<1>(rows, count_tiles(operands.features, kTileN));
+Status launch(const GradientProduct& call, const ScoreFactors& scores, void* stream) {
   const auto kernel = stored_product_kernel<T, kMajorOfG>;
-  unsigned blocks = 0;
-  if (status.ok()) status = persistent_blocks(kernel, order, &blocks);
-  if (output.overlaps_previous) blocks = blocks_that_share(blocks, order, k);
-  if (!status.ok()) return status;
-  const Work work = work_of(operands, k, output);
-  MEMEFF_LAUNCH_OVERLAPPED(output.overlaps_previous, 1, kernel, dim3(blocks), dim3(kThreads),
-                           kSharedBytes, stream, e, other, out, scores, work, to, order);
-  return launch_status();
+  return launch_product<T, kMajorOfG, 1>(kernel, TensorMapElement::kFloat16, call, stream, scores);
 }
 
-// rows: of C, k: what is summed over.
 template <Major kMajorOfG>
-Status run(int64_t rows, int64_t k, const GradientProduct& call, const ScoreGradient& scores,
-           void* stream) {
+Status run(const GradientProduct& call, const ScoreGradient& scores, void* stream) {
   const Coefficients& coefficients = scores.coefficients;
-  if (rows == 0) return {};
+  const Status checked = check(call);
+  if (!checked.ok()) return checked;
   if (!accepts(call.operands, call.output))
     return {"products from scores: sm90 needs rows that start at multiples of 16 bytes"};
   if (!accepts(scores))
@@ -180,19 +155,21 @@ Status run(int64_t rows, int64_t k, const GradientProduct& call, const ScoreGrad
                              scores.targets.index, scores.target_gradient};
   const auto typed = call.operands.dtype == DType::kBFloat16 ? launch<__nv_bfloat16, kMajorOfG>
                                                              : launch<__half, kMajorOfG>;
-  return typed(rows, k, call, factors, stream);
+  return typed(call, factors, stream);
 }
 
 }  // namespace
 
 Status grad_input_from_scores(const GradientProduct& call, const ScoreGradient& scores,
                               void* stream) {
-  return run<Major::kMn>(call.block.tokens, call.block.classes, call, scores, stream);
+  if (call.block.tokens == 0) return {};
+  return run<Major::kMn>(call, scores, stream);
 }
 
 Status grad_weight_from_scores(const GradientProduct& call, const ScoreGradient& scores,
                                void* stream) {
-  return run<Major::kK>(call.block.classes, call.block.tokens, call, scores, stream);
+  if (call.block.classes == 0) return {};
+  return run<Major::kK>(call, scores, stream);
 }
 
 }  // namespace memeff::cuda::sm90
