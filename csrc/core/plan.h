@@ -81,8 +81,6 @@ struct Plan {
   // Vocab slices: grad_input adds up over slices in compact sums, rather than in fp32 sums of all tokens
   // whose scores are not kept.
   bool compact_input_sums = false;
-  bool products_from_scores = false;  // kept scores go into the products of gradients as they are
-  int64_t copied_tokens = 0;  // GPU: tokens whose hidden states are copied at a time, if they are
   // Tokens and vocabulary rows that pass together in a sweep for grad_input alone.
   int64_t input_sweep_block = 0;
   int64_t input_sweep_slice = 0;

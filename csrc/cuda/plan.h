@@ -37,6 +37,12 @@ struct PlanTraits {
 PlanTraits plan_traits(const Problem& problem, const PlanRequest& request,
                        const Selection& kernels);
 
+/// A plan with what only GPUs have.
+struct Plan : memeff::Plan {
+  bool products_from_scores = false;  // kept scores go into the products of gradients as they are
+  int64_t copied_tokens = 0;          // whose hidden states are copied at a time, if they are
+};
+
 /// The predicted time of a plan, as multiply-adds of products that fill the GPU: those of its own
 /// products, of tiles that stay empty, and what passes in the time of its launches and memory traffic.
 double predicted_cost(const GpuPlanRequest& request, const PlanTraits& traits, const Plan& plan);

@@ -81,13 +81,13 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-Plan plan_of(const Case& c) {
-  Plan plan;
+cuda::Plan plan_of(const Case& c) {
+  cuda::Plan plan;
   CHECK_EQ(make_plan(c.request, c.traits, &plan), "");
   return plan;
 }
 
-void check_plan(const Case& c, const Plan& plan) {
+void check_plan(const Case& c, const cuda::Plan& plan) {
   const GpuPlanRequest& r = c.request;
   CHECK_EQ(layout(r, c.traits, plan).total, plan.workspace_bytes);
   if (r.memory_budget >= 0) CHECK(plan.workspace_bytes + plan.library_bytes <= r.memory_budget);
@@ -142,7 +142,7 @@ void more_memory_never_hurts(Case c) {
   for (int64_t budget = kMiB; budget <= int64_t{8} << 30; budget *= 4) {
     c.request.memory_budget = budget;
     test::context() = name_of(c);
-    Plan plan;
+    cuda::Plan plan;
     const std::string problem = make_plan(c.request, c.traits, &plan);
     if (!problem.empty()) {
       CHECK_EQ(cost, 1e300);  // what fitted a smaller budget still fits
@@ -159,7 +159,7 @@ void more_memory_never_hurts(Case c) {
 void names_the_least_budget_that_works(Case c) {
   c.request.memory_budget = 1;
   test::context() = name_of(c);
-  Plan plan;
+  cuda::Plan plan;
   const std::string problem = make_plan(c.request, c.traits, &plan);
   const std::string before = "the minimum is ";
   const size_t at = problem.find(before);
@@ -196,7 +196,7 @@ void keeps_the_promises_for_large_heads() {
     Case c = make_case(goal.tokens, 4096, 128256, kernels(goal.kernels));
     c.request.memory_budget = goal.budget * kMiB;
     test::context() = name_of(c);
-    const Plan plan = plan_of(c);
+    const cuda::Plan plan = plan_of(c);
     check_plan(c, plan);
     const double ndv = static_cast<double>(goal.tokens) * 4096.0 * 128256.0;
     CHECK(plan.flops <= goal.ndv * 1.001 * ndv);
@@ -210,7 +210,7 @@ void maxima_make_room_for_the_sweeps() {
   Case c = make_case(8192, 4096, 128256, kernels("sm90,sm90"));
   c.request.memory_budget = 32 * kMiB;
   test::context() = name_of(c);
-  const Plan plan = plan_of(c);
+  const cuda::Plan plan = plan_of(c);
   CHECK(plan.stored_in_gradient > 0 && plan.kind == PlanKind::kVocabSlices);
   CHECK(plan.accumulation == Accumulation::kCompact);
   const cuda::Layout with_input = layout(c.request, c.traits, plan);
@@ -219,7 +219,7 @@ void maxima_make_room_for_the_sweeps() {
   Case without_input = c, from_scores = c;
   without_input.request.grad_input = false;
   from_scores.traits.kernels = kernels("sm90,sm90rs");
-  Plan multiplies_scores = plan;
+  cuda::Plan multiplies_scores = plan;
   multiplies_scores.products_from_scores = true;
   const int64_t maxima = int64_t{4} * (128256 / 128) * plan.stored_in_gradient;
   for (const auto& [other, its_plan] :
@@ -270,7 +270,7 @@ void upcasts_in_small_pieces() {
   c.request.upcasts = true;
   c.request.memory_budget = 32 * kMiB;
   test::context() = name_of(c);
-  const Plan plan = plan_of(c);
+  const cuda::Plan plan = plan_of(c);
   check_plan(c, plan);
   CHECK_EQ(plan.library_bytes, 16 * kMiB);
 }
@@ -282,7 +282,7 @@ void predicted_flops_are_flops() {
     c.request.memory_budget = 40 * kMiB;  // no room for chunks
     c.request.chunk_size = chunk_size;
     test::context() = name_of(c);
-    const Plan plan = plan_of(c);
+    const cuda::Plan plan = plan_of(c);
     CHECK(plan.kind == PlanKind::kVocabSlices);
     CHECK_EQ(plan.predicted_flops, 2 * predicted_cost(c.request, c.traits, plan));
     CHECK(plan.predicted_flops >= plan.flops && plan.predicted_flops <= 1.6 * plan.floor_flops);
@@ -293,7 +293,7 @@ void obeys_the_caller() {
   Case c = make_case(10000, 512, 32000, kernels("sm80,generic"));
   c.request.chunk_size = 300;
   test::context() = name_of(c);
-  const Plan plan = plan_of(c);
+  const cuda::Plan plan = plan_of(c);
   CHECK(plan.kind == PlanKind::kTokenChunks);
   CHECK_EQ(plan.chunk_tokens, 300);
   CHECK_EQ(plan.stored_in_gradient, 300);
@@ -303,7 +303,7 @@ void obeys_the_caller() {
   c.request.memory_budget = 40 * kMiB;
   c.request.accumulation = GradAccumulation::kAuto;
   test::context() = name_of(c);
-  const Plan compact = plan_of(c);
+  const cuda::Plan compact = plan_of(c);
   check_plan(c, compact);
   CHECK(compact.accumulation == Accumulation::kCompact);
   c.request.accumulation = GradAccumulation::kFloat32;
