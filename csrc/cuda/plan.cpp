@@ -18,6 +18,7 @@ constexpr int64_t kMiB = int64_t{1} << 20;
 
 // Preferred sizes; each scale of blocks() halves them, each width halves slice bytes.
 constexpr int64_t kTokenBlock = 2048;  // of fused scores: partial statistics of 16 MiB at V = 128K
+constexpr int64_t kSmallScoreBlock = 1280;
 constexpr int64_t kSliceTokenBlock = 8192;  // of vocab slices: few slices, large products
 constexpr int64_t kGenericTokenBlock = 1024;
 constexpr int64_t kSliceBytes = 64 * kMiB;  // of a slice's gradients, or of its sums
@@ -186,7 +187,13 @@ class Candidates {
     };
     if (!wants_gradient(r_)) return consider(base(PlanKind::kStatistics));
     if (!r_.statistics_known) token_chunks(base(PlanKind::kTokenChunks));
-    if (r_.statistics_known || r_.grad_weight) vocab_slices(base(PlanKind::kVocabSlices));
+    if (!r_.statistics_known && !r_.grad_weight) return;
+    Plan plan = base(PlanKind::kVocabSlices);
+    vocab_slices(plan);
+    // Partial statistics of fewer tokens at a time leave more room for scores.
+    if (r_.statistics_known || plan.score_block <= kSmallScoreBlock) return;
+    plan.score_block = kSmallScoreBlock;
+    vocab_slices(plan);
   }
 
   void token_chunks(Plan plan) const {

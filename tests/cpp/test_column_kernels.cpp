@@ -165,7 +165,8 @@ void test_multiply(const test::KernelVariant<T>& variant, int64_t rows, int64_t 
         wanted += term;
         size += std::abs(term);
       }
-      CHECK_NEAR(c.at(i, j), wanted, static_cast<double>(std::numeric_limits<T>::epsilon()) * size);
+      CHECK_NEAR(c.at(i, j), wanted,
+                 2 * static_cast<double>(std::numeric_limits<T>::epsilon()) * size);
     }
   }
   if (accumulate) return;
