@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 __all__ = ["LinearMap", "foreign_hook", "plain_forwards", "read"]
 
@@ -74,6 +75,7 @@ def read(module: nn.Module, name: str) -> LinearMap:
         ValueError: it computes more than its weight and bias, or others, because of its hooks or of
             a forward that replaced its own. The messages begin with ``name``.
     """
+    _check_global_hooks(name)
     kind = type(module)
     if isinstance(module, nn.Embedding):
         return _read_embedding(module, name)
@@ -114,6 +116,26 @@ def foreign_hook(module: nn.Module) -> str | None:
             if not package.startswith(_GATHERING_PACKAGES):
                 return title
     return None
+
+
+def _check_global_hooks(name: str) -> None:
+    """Hooks of all modules may change what the head computes, too. torch's own (those of its FLOP
+    counter and memory trackers) only look."""
+    for hooks in (
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    ):
+        for hook in hooks.values():
+            package, title = _origin(hook)
+            if package.split(".")[0] != "torch":
+                raise ValueError(
+                    f"{name} has the hook {title} of all modules (such as "
+                    "torch.nn.modules.module.register_module_forward_hook adds), which is not "
+                    "called where only a weight and a bias are read, expected none: remove it, or "
+                    "register it with the modules that it is meant for"
+                )
 
 
 def _origin(hook: Any) -> tuple[str, str]:

@@ -134,6 +134,34 @@ def test_hooks_that_come_later_are_seen() -> None:
     assert_like_head(loss, head)
 
 
+@pytest.mark.parametrize("how", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_hooks_of_all_modules_are_seen(how: str, embedding: bool) -> None:
+    """They would have changed what the head computes, too."""
+    linear = nn.Embedding(V, D).double() if embedding else nn.Linear(D, V).double()
+    loss = memeff.LinearCrossEntropyLoss(linear=linear)
+    x, target = torch.randn(3, D).double(), torch.randint(V, (3,))
+    before = loss(x, target)
+    register = getattr(nn.modules.module, f"register_module_{how}_hook")
+    handle = register(lambda module, *_: None)
+    try:
+        with pytest.raises(ValueError, match=r"^linear has the hook .*lambda.* of all modules"):
+            loss(x, target)
+    finally:
+        handle.remove()
+    assert torch.equal(loss(x, target), before)
+
+
+def test_hooks_of_torchs_counters_are_none_of_those() -> None:
+    """FlopCounterMode registers hooks of all modules, which only look."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    loss = memeff.LinearCrossEntropyLoss(linear=nn.Linear(D, V))
+    with FlopCounterMode(display=False) as counter:
+        loss(torch.randn(3, D), torch.randint(V, (3,)))
+    assert counter.get_total_flops() > 0
+
+
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_parametrizations_stay_right(norm: str) -> None:
     head = getattr(parametrizations, norm)(nn.Linear(D, V).double()).eval()
