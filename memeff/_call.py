@@ -14,11 +14,13 @@ from memeff import ops, reference
 from memeff._backends import DEVICE_TYPES, resolve_backend
 from memeff._dtensor import is_dtensor, local_operands
 from memeff._gradients import records_tangents, refuse_tangents
+from memeff._logit_scale import take_scale, tie
 from memeff._operands import (
     check_classes,
     check_head,
     check_loss_target,
     check_statistics_target,
+    check_temperature,
     check_weights,
     parse_num_items,
 )
@@ -43,6 +45,8 @@ class Call(NamedTuple):
     token_weight: Tensor | None = None
     num_items: Tensor | None = None  # []
     probabilities: bool = False  # what target holds
+    scale: Tensor | None = None  # [], a logit_scale that is a tensor
+    temperature: Tensor | None = None  # [...], of each token of statistics
 
     def keywords(self, names: Sequence[str]) -> dict[str, Any]:
         """The options that an op has, by their names.
@@ -72,6 +76,22 @@ class Call(NamedTuple):
         return shared.add_up(own)
 
     @property
+    def scale_number(self) -> Tensor | None:
+        """The scale as operators take it: see memeff/_logit_scale.py."""
+        return None if self.scale is None else self.scale.detach()
+
+    def of_rows(self) -> Call:
+        """The same for input [N, D]: what has an entry per token has N of them."""
+        lead = self.input.shape[:-1]
+        tokens = lead.numel()
+        target, temperature = (
+            None if t is None else t.reshape(tokens, *t.shape[len(lead) :])
+            for t in (self.target, self.temperature)
+        )
+        input = self.input.reshape(tokens, self.input.shape[-1])
+        return self._replace(input=input, target=target, temperature=temperature)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether plain PyTorch computes it. Without classes there are no logits to avoid, and the
         kernels need not know the case, unless other ranks have the classes."""
@@ -81,11 +101,11 @@ class Call(NamedTuple):
     def of_reference(self, function: Callable[..., Any]) -> Any:
         """The result of a function of memeff.reference."""
         of_call, of_options = _PARAMETERS[function]
+        options = {name: getattr(self.options, name) for name in of_options}
+        if self.scale is not None:
+            options["logit_scale"] = self.options.logit_scale * self.scale
         with torch.autocast(self.input.device.type, enabled=False):
-            return function(
-                **{name: getattr(self, name) for name in of_call},
-                **{name: getattr(self.options, name) for name in of_options},
-            )
+            return function(**{name: getattr(self, name) for name in of_call}, **options)
 
 
 def _parameters(function: Callable[..., Any], fields: tuple[str, ...]) -> list[str]:
@@ -150,6 +170,11 @@ def _compares(input: Any, backend: Any) -> bool:
 
 def _check_sharded(call: Call) -> None:
     """What is not there for a vocabulary that ranks share."""
+    if call.scale is not None and call.scale.requires_grad:
+        raise NotImplementedError(
+            "logit_scale requires grad, expected a number or a tensor that does not with "
+            "vocab_parallel: a rank has only a part of that gradient"
+        )
     if call.backend == "reference":
         raise NotImplementedError(
             'backend is "reference" (or a gradient is wanted that only the reference computes), '
@@ -201,6 +226,7 @@ def loss_call(
         )
     if torch_options is not None:
         given = merge_torch_options(given, torch_options, input.dtype)
+    given, scale = take_scale(given)
     options = parse_options(**given)
     check_accum_dtype(options.accum_dtype, input.dtype)
     if options.shift:
@@ -212,7 +238,12 @@ def loss_call(
         only_reference = _needs_reference(target, weight, token_weight, probabilities)
     backend = resolve_backend(options.backend, input.device, only_reference)
     tensors = {"target": target, "weight": weight, "token_weight": token_weight}
-    _refuse_tangents(backend, input, linear_weight, linear_bias, tensors | {"num_items": num_items})
+    _refuse_tangents(
+        backend, input, linear_weight, linear_bias,
+        tensors | {"num_items": num_items, "logit_scale": scale},
+    )  # fmt: skip
+    if backend != "reference":
+        input, linear_bias = tie(input, linear_bias, scale)
     return Call(
         input,
         linear_weight,
@@ -224,6 +255,7 @@ def loss_call(
         token_weight,
         denominator_of(num_items, options.reduction, input.device),
         probabilities,
+        scale,
     )
 
 
@@ -251,13 +283,29 @@ def statistics_call(
     linear_weight: Tensor,
     target: Tensor | None,
     linear_bias: Tensor | None,
+    *,
+    temperature: float | Tensor = 1.0,
     **given: Any,
 ) -> Call:
     """Checks and normalises the arguments of functions of token statistics."""
-    input, linear_weight, linear_bias = check_head(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = check_head(
+        input, linear_weight, linear_bias, positions=True
+    )
     if target is not None:
-        check_statistics_target(input, target)
+        check_statistics_target(input, linear_weight, target)
+    given, scale = take_scale(given)
     options = parse_options(**given)
+    check_temperature(temperature, input)
+    per_token = None
+    if isinstance(temperature, Tensor):
+        per_token = temperature
+    elif temperature != 1:
+        # c tanh(s u / c) / T = (c / T) tanh((s / T) u / (c / T))
+        options = options._replace(
+            softcap=options.softcap / temperature, logit_scale=options.logit_scale / temperature
+        )
+    if target is None or target.numel() == 0:  # none is ignored
+        options = options._replace(skip_ignored=False)
     # Other ranks may have the classes; then the operator, which knows them, checks top_k.
     sharded = options.vocab_parallel is not None
     if not sharded:
@@ -272,8 +320,22 @@ def statistics_call(
             raise ValueError(f"shift is {options.shift}, expected 0: there is no target")
         _check_shift(options.shift, input)
     backend = resolve_backend(options.backend, input.device)
-    _refuse_tangents(backend, input, linear_weight, linear_bias, {})
-    return Call(input, linear_weight, target, linear_bias, options, backend)
+    _refuse_tangents(
+        backend, input, linear_weight, linear_bias,
+        {"logit_scale": scale, "temperature": temperature},
+    )  # fmt: skip
+    if backend != "reference":
+        input, linear_bias = tie(input, linear_bias, scale)
+    return Call(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        options,
+        backend,
+        scale=scale,
+        temperature=per_token,
+    )
 
 
 def _refuse_tangents(
@@ -318,6 +380,7 @@ def call_loss(call: Call) -> RowResults:
         call.weight,
         call.token_weight,
         call.num_items,
+        call.scale_number,
         **call.keywords(library.loss_options),
     )
     return RowResults(*results[:4])

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memeff._checks import DTYPES, INDEX_DTYPES, SMALL_INDEX_DTYPES, check_tensor
+from memeff._checks import (
+    DTYPES,
+    INDEX_DTYPES,
+    SMALL_INDEX_DTYPES,
+    check_number,
+    check_tensor,
+)
 
 # What the arguments of most functions are called; errors name them.
 HEAD = ("input", "linear_weight", "linear_bias")
@@ -145,14 +151,15 @@ def check_loss_target(input: Tensor, linear_weight: Tensor, target: Tensor) -> b
     return probabilities
 
 
-def check_statistics_target(input: Tensor, target: Tensor) -> None:
-    """Class indices [...], or [..., K] for several per token."""
+def check_statistics_target(input: Tensor, linear_weight: Tensor, target: Tensor) -> None:
+    """Class indices [..., d1, ..., dK], or with one dimension more for several per token."""
     check_tensor("target", target)
-    lead = input.shape[:-1]
-    if target.shape[: len(lead)] != lead or target.dim() > len(lead) + 1:
+    tokens = input.shape[:-1] + linear_weight.shape[1:-1]
+    if target.shape[: len(tokens)] != tokens or target.dim() > len(tokens) + 1:
         raise RuntimeError(
-            f"target has shape {tuple(target.shape)}, expected {tuple(lead)} with one class index "
-            f"per token of input {tuple(input.shape)}, or one dimension more with several"
+            f"target has shape {tuple(target.shape)}, expected {tuple(tokens)} with one class "
+            f"index per token of input {tuple(input.shape)} and position of linear_weight "
+            f"{tuple(linear_weight.shape)}, or one dimension more with several"
         )
     _check_indices(target)
     check_device("target", target, input)
@@ -164,6 +171,33 @@ def _check_indices(target: Tensor) -> None:
             f"target has dtype {target.dtype}, expected torch.int64 or torch.int32, as its shape "
             f"{tuple(target.shape)} is that of class indices"
         )
+
+
+def check_temperature(temperature: Any, input: Tensor) -> None:
+    """A number, or one per token [...]; the values of a tensor are up to the operator."""
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature)
+        if not 0.0 < temperature <= sys.float_info.max:
+            raise ValueError(f"temperature is {temperature}, expected a finite value > 0")
+        return
+    check_tensor("temperature", temperature)
+    tokens = input.shape[:-1]
+    if temperature.shape != tokens:
+        raise RuntimeError(
+            f"temperature has shape {tuple(temperature.shape)}, expected a number or a tensor with "
+            f"one per token, {tuple(tokens)}; .expand() makes one of temperatures per sequence"
+        )
+    if temperature.dtype not in DTYPES:
+        raise RuntimeError(
+            f"temperature has dtype {temperature.dtype}, expected a floating dtype such as "
+            "torch.float32"
+        )
+    if temperature.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "temperature requires grad, expected one that does not: detach it, or pass "
+            "its reciprocal as logit_scale, a tensor of shape ()"
+        )
+    check_device("temperature", temperature, input)
 
 
 def check_classes(linear_weight: Tensor) -> None:
@@ -192,15 +226,21 @@ def check_weights(
     check_device(name, weights, input)
 
 
-def check_per_token(tensors: Mapping[str, Any], input: Tensor, of_input: str = "input") -> None:
-    """Tensors [..., *any shape] with the leading dimensions of ``input``."""
-    lead = input.shape[:-1]
+def check_per_token(
+    tensors: Mapping[str, Any],
+    input: Tensor,
+    of_input: str = "input",
+    positions: tuple[int, ...] = (),
+) -> None:
+    """Tensors [..., d1, ..., dK, *any shape]: leading dimensions of ``input``, then positions."""
+    tokens = (*input.shape[:-1], *positions)
     for name, tensor in tensors.items():
         check_tensor(name, tensor)
-        if tensor.shape[: len(lead)] != lead:
+        if tensor.shape[: len(tokens)] != tokens:
+            of_weight = " and the positions of linear_weight" if positions else ""
             raise RuntimeError(
                 f"{name} has shape {tuple(tensor.shape)}, expected one that begins with "
-                f"{tuple(lead)}, the leading dimensions of {of_input}"
+                f"{tokens}, the leading dimensions of {of_input}{of_weight}"
             )
 
 

@@ -8,12 +8,14 @@ name: see `memeff._call.arguments_of`.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import torch
+from torch import Tensor
 
 from memeff._backends import check_backend
 from memeff._checks import check_choice, check_flag, check_int, check_number
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
 __all__ = [
     "LossOptions",
     "Options",
+    "StatisticsOptions",
     "check_accum_dtype",
     "merge_torch_options",
     "parse_options",
+    "show_options",
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -52,13 +56,27 @@ class LossOptions(TypedDict, total=False):
     label_smoothing: float
     options: TorchOptions | None
     softcap: float | None
-    logit_scale: float
+    logit_scale: float | Tensor
     z_loss: float
     shift: bool | int
     memory_budget: int | str | None
     chunk_size: int | None
     accum_dtype: torch.dtype | None
     skip_mass: float
+    vocab_parallel: VocabParallel | None
+    backend: str
+
+
+class StatisticsOptions(TypedDict, total=False):
+    """The options that functions of token statistics have in common."""
+
+    ignore_index: int | None
+    softcap: float | None
+    logit_scale: float | Tensor
+    temperature: float | Tensor
+    shift: bool | int
+    memory_budget: int | str | None
+    chunk_size: int | None
     vocab_parallel: VocabParallel | None
     backend: str
 
@@ -225,6 +243,15 @@ def _parse(**given: Any) -> Options:
 
 # Checking takes a tenth of a small call, and calls repeat their options.
 _parsed_before = functools.lru_cache(maxsize=64, typed=True)(_parse)
+
+
+def show_options(function: Any, names: Iterable[str], *, of: Callable[..., Any]) -> None:
+    """Makes help() and inspect show the ``**options`` of a function one by one, as ``of`` has
+    them."""
+    options = inspect.signature(of).parameters
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*own, *(options[n] for n in names)])
 
 
 def check_accum_dtype(accum_dtype: Any, dtype: torch.dtype, name: str = "accum_dtype") -> None:

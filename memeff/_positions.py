@@ -1,7 +1,7 @@
-"""K-dimensional losses: linear_weight [V, d1, ..., dK, D] is P = d1 * ... * dK classifiers [V, D].
+"""K-dimensional weights: linear_weight [V, d1, ..., dK, D] is P = d1 * ... * dK classifiers [V, D].
 
 Each position is one call of the op, over views of the weight and the same input rows. All positions
-divide by one denominator that they share, so the loss is the sum over the positions.
+of a loss divide by one denominator that they share, so the loss is the sum over the positions.
 """
 
 from __future__ import annotations
@@ -40,17 +40,7 @@ def _mean(call: Call, denominator: Tensor) -> RowResults:
 
 
 def _sum_of_positions(call: Call) -> RowResults:
-    assert call.target is not None
-    weights = call.linear_weight.movedim(0, -2).flatten(0, -3).unbind(0)
-    # Views again; their gradients are added up by one sum instead of P - 1 rounded additions.
-    inputs = call.input.expand(len(weights), *call.input.shape).unbind(0)
-    targets = call.target.flatten(2 if call.probabilities else 1).unbind(-1)
-    biases = _columns(call.linear_bias, len(weights))
-    tokens = _columns(call.token_weight, len(weights))
-    results = [
-        call_loss(call._replace(input=x, linear_weight=w, target=y, linear_bias=b, token_weight=t))
-        for x, w, y, b, t in zip(inputs, weights, targets, biases, tokens, strict=True)
-    ]
+    results = [call_loss(one) for one in split(call)]
     loss = torch.stack([result.loss for result in results], dim=-1)
     return RowResults(
         loss if call.options.reduction == "none" else loss.sum(),
@@ -58,9 +48,31 @@ def _sum_of_positions(call: Call) -> RowResults:
     )
 
 
-def _columns(tensor: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    """The positions of a tensor [rows, d1, ..., dK], or as many times None."""
-    return [None] * count if tensor is None else tensor.flatten(1).unbind(1)
+def split(call: Call) -> list[Call]:
+    """The call of each position, of target [N, d1, ..., dK], [N, V, d1, ..., dK] with class
+    probabilities, or [N, d1, ..., dK, k]: input [N, D], linear_weight [V, D], target [N], [N, V] or
+    [N, k]."""
+    weights = call.linear_weight.movedim(0, -2).flatten(0, -3).unbind(0)
+    # Views again; their gradients are added up by one sum instead of P - 1 rounded additions.
+    inputs = call.input.expand(len(weights), *call.input.shape).unbind(0)
+    positions = call.linear_weight.dim() - 2
+    first = 2 if call.probabilities else 1
+    targets = columns(call.target, len(weights), positions, first)
+    biases = columns(call.linear_bias, len(weights), positions)
+    tokens = columns(call.token_weight, len(weights), positions)
+    return [
+        call._replace(input=x, linear_weight=w, target=y, linear_bias=b, token_weight=t)
+        for x, w, y, b, t in zip(inputs, weights, targets, biases, tokens, strict=True)
+    ]
+
+
+def columns(
+    tensor: Tensor | None, count: int, positions: int, first: int = 1
+) -> Sequence[Tensor | None]:
+    """The positions of a tensor that has them from dimension ``first`` on; of None, as many."""
+    if tensor is None:
+        return [None] * count
+    return tensor.flatten(first, first + positions - 1).unbind(first)
 
 
 def _denominators(call: Call) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,9 @@ def _statistics(call: Call) -> Sequence[Tensor]:
     """Those of one rank's classes, of which there may be none."""
     library, input, target = statistics_ops.LIBRARIES[call.backend], call.input, call.target
     options = call.keywords(library.statistics_options)
-    operands = (input, call.linear_weight, target, call.linear_bias)
+    operands = (
+        input, call.linear_weight, target, call.linear_bias, call.scale_number, call.temperature
+    )  # fmt: skip
     if len(call.linear_weight) > 0:
         return library.linear_token_statistics_forward(*operands, **options)
     nothing = statistics_ops.empty_statistics(*operands, **options)
@@ -167,7 +169,9 @@ def _gradients(call: Call, wanted: Sequence[bool], *tensors: Any) -> Sequence[Te
     if len(linear_weight) > 0:
         library = statistics_ops.LIBRARIES[call.backend]
         options = call.keywords(library.backward_options) | flags
-        return library.linear_token_statistics_backward(*tensors, **options)
+        return library.linear_token_statistics_backward(
+            *tensors, call.scale_number, call.temperature, **options
+        )
     nothing = ops.gradients_like(input, linear_weight, linear_bias, tuple(wanted))
     return [gradient.zero_() for gradient in nothing]
 

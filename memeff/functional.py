@@ -62,7 +62,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: TorchOptions | None = None,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
@@ -100,7 +100,9 @@ def linear_cross_entropy(
             and ``acc_dtype`` become ``chunk_size`` and ``accum_dtype``, and the planner takes care
             of the rest.
         softcap: c > 0 caps the logits: c * tanh(z / c), after ``logit_scale``.
-        logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature.
+        logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature. A
+            number, or a tensor of shape () that may require grad; its value is read before the
+            call computes, for which a GPU is waited for.
         z_loss: coefficient of logsumexp(logits)^2, added to each token's loss.
         token_weight: [..., d1, ..., dK], multiplies each token's loss; it does not change the
             denominator of the mean. With ``shift`` an entry belongs to the target at its position.

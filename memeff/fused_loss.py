@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from memeff import ops, statistics_ops
+from memeff import _positions, ops, statistics_ops
 from memeff._call import Call, denominator_of, statistics_call
 from memeff._checks import check_callable
 from memeff._gradient_sums import ReadyGradients
@@ -48,9 +48,10 @@ def linear_loss(
     linear_bias: Tensor | None = None,
     reduction: str = "mean",
     num_items: int | float | Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
     entropy: bool = False,
     logit_sum: bool = False,
     memory_budget: int | str | None = None,
@@ -66,6 +67,10 @@ def linear_loss(
     loss must depend on that token alone; what goes beyond (sequence-level ratios, say) takes
     `memeff.linear_token_statistics`.
 
+    With a K-dimensional weight [V, d1, ..., dK, D] each of the d1 * ... * dK positions of a token
+    counts as a token of its own: target and ``per_token_tensors`` are [..., d1, ..., dK, *], and
+    ``fn`` is called with one position at a time.
+
     Tokens whose target (each of whose targets) is ``ignore_index`` are never looked at: all
     statistics that ``fn`` gets of them are 0, and whatever it returns for them, their losses and
     gradients are 0.
@@ -76,8 +81,8 @@ def linear_loss(
     applied; ``reduction="none"``; and on GPUs several targets per token.
 
     Args:
-        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, entropy,
-            logit_sum, memory_budget, chunk_size, vocab_parallel, backend: as in
+        input, linear_weight, target, linear_bias, ignore_index, softcap, logit_scale, temperature,
+            entropy, logit_sum, memory_budget, chunk_size, vocab_parallel, backend: as in
             `linear_token_statistics`.
         fn: as above; it is called once per chunk of tokens.
         reduction: "mean": the sum divided by the number of tokens with a target other than
@@ -87,8 +92,8 @@ def linear_loss(
             one. For gradient accumulation over several calls. 0 counts as 1.
 
     Returns:
-        The loss, 0-d or in the leading dimensions of ``input``, float32 (float64 for float64
-        inputs). Second derivatives raise an error.
+        The loss, 0-d or per token, float32 (float64 for float64 inputs). Second derivatives raise
+        an error.
     """
     check_callable("fn", fn)
     call = statistics_call(
@@ -100,6 +105,7 @@ def linear_loss(
         ignore_index=ignore_index,
         softcap=softcap,
         logit_scale=logit_scale,
+        temperature=temperature,
         entropy=entropy,
         logit_sum=logit_sum,
         skip_ignored=target is not None,
@@ -109,37 +115,55 @@ def linear_loss(
         backend=backend,
     )
     named = {f"per_token_tensors[{i}]": tensor for i, tensor in enumerate(per_token_tensors)}
-    check_per_token(named, input)
+    positions = call.linear_weight.shape[1:-1]
+    if 0 in positions:
+        raise RuntimeError(
+            f"linear_weight has shape {tuple(linear_weight.shape)}, expected at least one position"
+        )
+    check_per_token(named, input, positions=positions)
     denominator = denominator_of(num_items, reduction, input.device)
-    lead = input.shape[:-1]
-    tokens = lead.numel()
-    rows = [tensor.reshape(tokens, *tensor.shape[len(lead) :]) for tensor in per_token_tensors]
-    if target is not None:
-        target = target.reshape(tokens, *target.shape[len(lead) :])
-    call = call._replace(input=call.input.reshape(tokens, input.shape[-1]), target=target)
-
-    ignored = None if target is None else _ignored(target, call.options.ignore_index)
-    if _can_stop(call):
-        refuse_tangents({f"per_token_tensors[{i}]": t for i, t in enumerate(per_token_tensors)})
-        total = outside_of_graphs(_Run(call, fn, rows, ignored).run)()
-    else:
-        losses = _checked(fn(compute_statistics(call), *rows), tokens)
-        if ignored is not None:
-            losses = losses.masked_fill(ignored, 0)
-        if reduction == "none":
-            return losses.reshape(lead)
-        total = losses.sum()
+    lead, call = input.shape[:-1], call.of_rows()
+    tokens, count = lead.numel(), positions.numel()
+    rows = [t.reshape(tokens, count, *t.shape[len(lead + positions) :]) for t in per_token_tensors]
+    calls = _positions.split(call) if positions else [call]
+    losses = [
+        _of_position(one, fn, [t[:, i] for t in rows], list(named)) for i, one in enumerate(calls)
+    ]
+    if reduction == "none":
+        return torch.stack(losses, 1).reshape(lead + positions)
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     if reduction == "sum":
         return total
     if denominator is not None:
         return total / denominator.to(total.dtype)
-    return total / (tokens if ignored is None else (~ignored).sum().clamp(min=1))
+    if call.target is None:
+        return total / (tokens * count)
+    several = call.target.dim() > 1 + len(positions)
+    counted = ~_ignored(call.target, call.options.ignore_index, several)
+    return total / counted.sum().clamp(min=1)
 
 
-def _ignored(target: Tensor, ignore_index: int) -> Tensor:
-    """Which tokens have no target, [N]."""
+def _of_position(
+    call: Call, fn: Callable[..., Tensor], rows: list[Tensor], names: list[str]
+) -> Tensor:
+    """The sum of the losses, or all [N], of input [N, D] and linear_weight [V, D]."""
+    target, tokens = call.target, len(call.input)
+    ignored = None
+    if target is not None:
+        ignored = _ignored(target, call.options.ignore_index, target.dim() > 1)
+    if _can_stop(call):
+        refuse_tangents(dict(zip(names, rows, strict=True)))
+        return outside_of_graphs(_Run(call, fn, rows, ignored).run)()
+    losses = _checked(fn(compute_statistics(call), *rows), tokens)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0)
+    return losses if call.options.reduction == "none" else losses.sum()
+
+
+def _ignored(target: Tensor, ignore_index: int, several: bool) -> Tensor:
+    """Which tokens have no target; ``several``: per token, in the last dimension."""
     none = target == ignore_index
-    return none if none.dim() == 1 else none.all(-1)
+    return none.all(-1) if several else none
 
 
 def _can_stop(call: Call) -> bool:
@@ -198,6 +222,8 @@ class _Run:
                 weight.detach(),
                 target,
                 None if bias is None else bias.detach(),
+                call.scale_number,
+                call.temperature,
                 handle=self.handle,
                 **call.keywords(library.loss_options),
             )

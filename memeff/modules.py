@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from memeff._checks import check_tensor
 from memeff._dtensor import is_dtensor
 from memeff._linear_map import LinearMap, read
-from memeff._options import LossOptions, parse_options
+from memeff._logit_scale import take_scale
+from memeff._options import LossOptions, parse_options, show_options
 from memeff.functional import linear_cross_entropy
 from memeff.statistics import TokenStatistics
 
@@ -141,9 +142,8 @@ class LinearCrossEntropyLoss(nn.Module):
                 )
         for name, default in OPTIONS.items():
             setattr(self, name, options.get(name, default))
-        parse_options(
-            **{name: value for name, value in self._options().items() if name != "options"}
-        )
+        checked, _ = take_scale(self._options())
+        parse_options(**{name: value for name, value in checked.items() if name != "options"})
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTIONS}
@@ -264,12 +264,4 @@ class LinearCrossEntropyLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def _show_options(constructor: Any) -> None:
-    """Makes help() and inspect show the options one by one."""
-    signature = inspect.signature(constructor)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    options = [_PARAMETERS[name] for name in OPTIONS]
-    constructor.__signature__ = signature.replace(parameters=[*own, *options])
-
-
-_show_options(LinearCrossEntropyLoss.__init__)
+show_options(LinearCrossEntropyLoss.__init__, OPTIONS, of=linear_cross_entropy)

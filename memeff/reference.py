@@ -35,7 +35,7 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
     z_loss: float = 0.0,
     token_weight: Tensor | None = None,
     num_items: float | Tensor | None = None,
@@ -123,7 +123,8 @@ def linear_token_statistics(
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    temperature: Tensor | None = None,
     entropy: bool = True,
     argmax: bool = True,
     logit_sum: bool = False,
@@ -131,7 +132,9 @@ def linear_token_statistics(
     top_k: int = 0,
 ) -> LogitStatistics:
     """Return what `memeff.linear_token_statistics` returns; see there for the arguments."""
-    logits = compute_logits(input, linear_weight, linear_bias, softcap, logit_scale)  # [..., V]
+    logits = compute_logits(
+        input, linear_weight, linear_bias, softcap, logit_scale, temperature
+    )  # [..., V]
     lse, log_p = logits.logsumexp(-1), logits.log_softmax(-1)
     logprob = None
     if target is not None:
@@ -160,15 +163,22 @@ def compute_logits(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     softcap: float | None,
-    logit_scale: float,
+    logit_scale: float | Tensor,
+    temperature: Tensor | None = None,
 ) -> Tensor:
-    """Logits [..., d1, ..., dK, V] of input [..., D] and linear_weight [V, d1, ..., dK, D]."""
+    """Logits [..., d1, ..., dK, V] of input [..., D] and linear_weight [V, d1, ..., dK, D]; what
+    ``logit_scale`` and ``softcap`` give is divided by ``temperature`` [...]."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     rows = linear_weight.movedim(0, -2)  # [d1, ..., dK, V, D]
     bias = None if linear_bias is None else linear_bias.movedim(0, -1).flatten().to(dtype)
     logits = linear(input.to(dtype), rows.flatten(0, -2).to(dtype), bias)
     logits = logits.reshape(input.shape[:-1] + rows.shape[:-1]) * logit_scale
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if temperature is None:
+        return logits
+    one_per_row = temperature.reshape(*temperature.shape, *[1] * (rows.dim() - 1))
+    return logits / one_per_row.to(dtype)
 
 
 def entropy_of(log_p: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ def empty_statistics(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor | None,
-    linear_bias: Tensor | None,
-    *,
+    *_tensors: Tensor | None,
     entropy: bool,
     logit_sum: bool,
     argmax: bool,
     top_k: int,
-    **_: Any,
+    **_options: Any,
 ) -> tuple[Tensor, ...]:
     """What the forward op returns, not filled."""
     tokens = input.shape[0]
@@ -48,6 +47,7 @@ def _gradients_fake(
     linear_weight: Tensor,
     target: Tensor | None,
     linear_bias: Tensor | None,
+    *_: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     return ops.gradients_like(input, linear_weight, linear_bias, ops.wanted_gradients(options))

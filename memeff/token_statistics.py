@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from memeff import _rows, reference, statistics_ops
+from memeff import _positions, _rows, reference, statistics_ops
 from memeff._call import Call, statistics_call
-from memeff._checks import check_number, check_tensor
+from memeff._checks import check_tensor
+from memeff._options import StatisticsOptions, show_options
 from memeff._rank_statistics import statistics_of_ranks, top_of_ranks
 from memeff.statistics import LogitStatistics
 from memeff.vocab_parallel import VocabParallel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["linear_logprobs", "linear_token_statistics"]
 
@@ -27,14 +31,16 @@ def linear_token_statistics(
     target: Tensor | None = None,
     *,
     linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
     entropy: bool = True,
     argmax: bool = True,
     logit_sum: bool = False,
     log_sum_sq_probs: bool = False,
     top_k: int = 0,
+    skip_ignored: bool = False,
     shift: bool | int = False,
     memory_budget: int | str | None = None,
     chunk_size: int | None = None,
@@ -51,19 +57,28 @@ def linear_token_statistics(
 
     Args:
         input: hidden states [..., D]; bfloat16, float16, float32 or float64.
-        linear_weight: classifier [V, D], dtype of ``input``.
-        target: class indices [...], or [..., K] for K per token; None for none.
-        linear_bias: [V], dtype of ``input``.
-        ignore_index: a target that has no log-probability (it becomes 0) and no gradient.
+        linear_weight: classifier [V, D], dtype of ``input``; or [V, d1, ..., dK, D], d1 * ... * dK
+            classifiers over the same rows, which run one after the other. Results have their
+            dimensions after those of the tokens.
+        target: class indices [..., d1, ..., dK], or with one dimension more for k per token; None
+            for none.
+        linear_bias: [V, d1, ..., dK], dtype of ``input``.
+        ignore_index: a target that has no log-probability (it becomes 0) and no gradient; None
+            means -100.
         softcap: c > 0 caps the logits: c * tanh(z / c), after ``logit_scale``.
-        logit_scale: multiplies ``input @ linear_weight.T + linear_bias``: 1 / temperature.
+        logit_scale: multiplies ``input @ linear_weight.T + linear_bias``; a number, or a tensor
+            of shape () that may require grad, as in `linear_cross_entropy`.
+        temperature: divides the logits, after ``logit_scale`` and ``softcap``: a number, or a
+            tensor [...] with one per token. On GPUs the generic kernels take the latter.
         entropy, argmax: whether to compute these.
         logit_sum: whether to compute ``logit_sum`` and ``mean_logit``.
         log_sum_sq_probs: whether to compute this, in a second pass over the logits.
         top_k: number of most probable classes to return, with their log-probabilities (for
             distillation and logging; not differentiable). On the CPU it upcasts bfloat16 rows.
+        skip_ignored: whether tokens whose targets are all ``ignore_index`` are left out: they cost
+            nothing, whatever their hidden states hold, and all their statistics are 0.
         shift: k > 0 compares input[..., t, :] with target[..., t + k] (True: 1); the results have k
-            positions fewer.
+            positions fewer. A temperature belongs to the input's position.
         memory_budget: most bytes of workspace beyond results and gradients, as int or like "64MiB".
         chunk_size: tokens that pass through together, for those who want to fix it.
         vocab_parallel: as in `linear_cross_entropy`; classes are numbered among all ranks'.
@@ -86,11 +101,13 @@ def linear_token_statistics(
             ignore_index=ignore_index,
             softcap=softcap,
             logit_scale=logit_scale,
+            temperature=temperature,
             entropy=entropy,
             argmax=argmax,
             logit_sum=logit_sum,
             log_sum_sq_probs=log_sum_sq_probs,
             top_k=top_k,
+            skip_ignored=skip_ignored,
             shift=shift,
             memory_budget=memory_budget,
             chunk_size=chunk_size,
@@ -106,55 +123,41 @@ def linear_logprobs(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    shift: bool | int = False,
-    memory_budget: int | str | None = None,
-    chunk_size: int | None = None,
-    vocab_parallel: VocabParallel | None = None,
-    backend: str = "auto",
+    **options: Unpack[StatisticsOptions],
 ) -> Tensor:
     """Differentiable log-probabilities of ``target``, without storing the logits.
 
     The ``logprob`` of `linear_token_statistics`, and nothing else: tokens whose targets are
-    all ``ignore_index`` are not computed at all. Arguments as there, and
+    all ``ignore_index`` are not computed at all.
 
     Args:
-        temperature: divides the logits, after ``logit_scale`` and ``softcap``.
+        input, linear_weight, target, linear_bias: as there.
+        **options: ``ignore_index``, ``softcap``, ``logit_scale``, ``temperature``, ``shift``,
+            ``memory_budget``, ``chunk_size``, ``vocab_parallel`` and ``backend``, as there.
 
     Returns:
         log p in the shape of ``target`` (with ``shift``, shorter), float32 or float64; 0 where the
         target is ``ignore_index``.
     """
-    check_number("temperature", temperature)
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, expected a finite value > 0")
+    for name in options:
+        if name not in StatisticsOptions.__annotations__:
+            raise TypeError(f"linear_logprobs got an unexpected keyword argument {name!r}")
     check_tensor("target", target)
-    call = statistics_call(
+    statistics = linear_token_statistics(
         input,
         linear_weight,
         target,
-        linear_bias,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        linear_bias=linear_bias,
+        entropy=False,
+        argmax=False,
         skip_ignored=True,
-        shift=shift,
-        memory_budget=memory_budget,
-        chunk_size=chunk_size,
-        vocab_parallel=vocab_parallel,
-        backend=backend,
+        **options,
     )
-    # (c / T) tanh((z / T) / (c / T)) = c tanh(z / c) / T
-    options = call.options._replace(
-        softcap=call.options.softcap / temperature,
-        logit_scale=call.options.logit_scale / temperature,
-    )
-    statistics = compute_statistics(call._replace(options=options))
     assert statistics.logprob is not None
     return statistics.logprob
+
+
+show_options(linear_logprobs, StatisticsOptions.__annotations__, of=linear_token_statistics)
 
 
 def compute_statistics(call: Call) -> LogitStatistics:
@@ -168,22 +171,31 @@ def compute_statistics(call: Call) -> LogitStatistics:
         target = _rows.pull_forward(target, time, options.shift, options.ignore_index)
         call = call._replace(target=target)
 
-    if call.needs_reference:
-        fields: LogitStatistics = call.of_reference(reference.linear_token_statistics)
-        if options.skip_ignored and target is not None:
-            ignored = target == options.ignore_index
-            if target.dim() == input.dim():
-                ignored = ignored.all(-1)
-            fields = LogitStatistics._make(
-                None if field is None else _zero_where(ignored, field) for field in fields
-            )
-    else:
-        fields = _of_rows(call)
+    fields = _of_reference(call) if call.needs_reference else _of_rows(call)
     if kept is None:
         return fields
     time = input.dim() - 2
     later = (None if field is None else field.narrow(time, 0, kept) for field in fields)
     return LogitStatistics._make(later)
+
+
+def _of_reference(call: Call) -> LogitStatistics:
+    input, target, options = call.input, call.target, call.options
+    if not options.skip_ignored or target is None:
+        result: LogitStatistics = call.of_reference(reference.linear_token_statistics)
+        return result
+    ignored = target == options.ignore_index
+    if target.dim() > input.dim() + call.linear_weight.dim() - 3:  # several per token
+        ignored = ignored.all(-1)
+    # What they hold is not looked at, in no position.
+    left_out = ignored.flatten(input.dim() - 1).all(-1) if call.linear_weight.dim() > 2 else ignored
+    call = call._replace(input=input.masked_fill(left_out[..., None], 0))
+    if call.temperature is not None:
+        call = call._replace(temperature=call.temperature.masked_fill(left_out, 1))
+    fields: LogitStatistics = call.of_reference(reference.linear_token_statistics)
+    return LogitStatistics._make(
+        None if field is None else _zero_where(ignored, field) for field in fields
+    )
 
 
 def _zero_where(ignored: Tensor, field: Tensor) -> Tensor:
@@ -193,54 +205,76 @@ def _zero_where(ignored: Tensor, field: Tensor) -> Tensor:
 
 
 def _of_rows(call: Call) -> LogitStatistics:
-    """The op's results, which knows rows, in the leading dimensions of the input."""
-    input, target, options = call.input, call.target, call.options
-    lead = input.shape[:-1]
-    rows = input.flatten(0, -2) if lead else input.unsqueeze(0)
-    several = None
-    if target is not None:
-        targets = target.shape[len(lead)] if target.dim() > len(lead) else 1
-        several = target.reshape(len(rows), targets)
+    """Statistics that the op computes, which knows rows, in the leading dimensions of the input."""
+    lead, positions = call.input.shape[:-1], call.linear_weight.shape[1:-1]
+    call = call.of_rows()
+    if positions:
+        parts = [_of_position(one) for one in _positions.split(call)]
+        fields = LogitStatistics._make(map(_stacked, zip(*parts, strict=True)))
+    else:
+        fields = _of_position(call)
+    of_row = 2 if positions else 1
+    return LogitStatistics._make(
+        None if field is None else field.reshape((*lead, *positions, *field.shape[of_row:]))
+        for field in fields
+    )
+
+
+def _stacked(fields: tuple[Tensor | None, ...]) -> Tensor | None:
+    """A field [N, ...] of each position as one [N, P, ...]."""
+    given = [field for field in fields if field is not None]
+    return torch.stack(given, 1) if given else None
+
+
+def _of_position(call: Call) -> LogitStatistics:
+    """Of input [N, D], linear_weight [V, D], and target [N] or [N, k]: fields [N] or [N, k]."""
+    target, options = call.target, call.options
+    if target is not None and target.dim() == 1:
+        call = call._replace(target=target.unsqueeze(1))
     compute = _call_op if call.backend == "cpu" else _call_on_gpu
-    call = call._replace(input=rows, target=several)
     logprob, lse, entropy, logit_sum, max_logit, argmax, top_logprobs, top_ids = compute(call)
     squares = mean_logit = None
     if options.logit_sum:
-        mean_logit = (logit_sum / call.count_classes()).reshape(lead)
+        mean_logit = logit_sum / call.count_classes()
     if options.log_sum_sq_probs:
         # log sum_v exp(2 z_v) - 2 log sum_v exp(z_v), of float64 numbers.
-        squares = (_call_op(_doubled(call))[1] - 2 * lse).to(logprob.dtype).reshape(lead)
-    top = (*lead, options.top_k)
+        squares = (_call_op(_doubled(call))[1] - 2 * lse).to(logprob.dtype)
     return LogitStatistics(
         logprob=None if target is None else logprob.reshape(target.shape),
-        lse=lse.to(logprob.dtype).reshape(lead),
-        entropy=entropy.to(logprob.dtype).reshape(lead) if options.entropy else None,
-        max_logit=max_logit.reshape(lead),
-        argmax=argmax.reshape(lead) if options.argmax else None,
-        logit_sum=logit_sum.reshape(lead) if options.logit_sum else None,
+        lse=lse.to(logprob.dtype),
+        entropy=entropy.to(logprob.dtype) if options.entropy else None,
+        max_logit=max_logit,
+        argmax=argmax if options.argmax else None,
+        logit_sum=logit_sum if options.logit_sum else None,
         mean_logit=mean_logit,
         log_sum_sq_probs=squares,
-        top_logprobs=top_logprobs.reshape(top) if options.top_k else None,
-        top_ids=top_ids.reshape(top) if options.top_k else None,
+        top_logprobs=top_logprobs if options.top_k else None,
+        top_ids=top_ids if options.top_k else None,
     )
 
 
 def _doubled(call: Call) -> Call:
     """lse alone, of logits twice as large: 2 c tanh(2 s u / 2 c) = 2 (c tanh(s u / c))."""
     options = call.options._replace(
-        softcap=2 * call.options.softcap,
-        logit_scale=2 * call.options.logit_scale,
-        skip_ignored=False,
-        **_NOTHING,
+        softcap=2 * call.options.softcap, logit_scale=2 * call.options.logit_scale, **_NOTHING
     )
     if call.backend == "cpu" and call.options.top_k:
         # It decides which kernels compute the scores, and with what budget.
         options = options._replace(top_k=1)
-    return call._replace(target=None, options=options)
+    return call._replace(target=_leading_target(call), options=options)
+
+
+def _leading_target(call: Call) -> Tensor | None:
+    """[N, 1] the first target of each token that is not ignored, which says whether it is left
+    out; None where no token is."""
+    if call.target is None or not call.options.skip_ignored:
+        return None
+    first = (call.target != call.options.ignore_index).int().argmax(1, keepdim=True)
+    return call.target.gather(1, first)
 
 
 def _call_op(call: Call) -> Sequence[Tensor]:
-    """What the op returns for input [N, D] and target [N, K]."""
+    """What the op returns for input [N, D] and target [N, k]."""
     if call.merges_ranks:
         return statistics_of_ranks(call)
     library = statistics_ops.LIBRARIES[call.backend]
@@ -249,6 +283,8 @@ def _call_op(call: Call) -> Sequence[Tensor]:
         call.linear_weight,
         call.target,
         call.linear_bias,
+        call.scale_number,
+        call.temperature,
         **call.keywords(library.statistics_options),
     )
 
@@ -256,23 +292,30 @@ def _call_op(call: Call) -> Sequence[Tensor]:
 def _call_on_gpu(call: Call) -> Sequence[Tensor]:
     """The same where the op knows one target and no top_k: one call per further target, and plain
     PyTorch on blocks of logits for the largest ones."""
-    options = call.options
+    options, target = call.options, call.target
     columns: list[Tensor | None] = [None]
-    if call.target is not None:
-        columns = [t.contiguous() for t in call.target.split(1, dim=1)] or columns
-    # With several targets a token may count although the first is ignored.
-    skip = options.skip_ignored and len(columns) == 1 and columns[0] is not None
-    first = options._replace(skip_ignored=skip, top_k=0)
-    only_logprob = options._replace(skip_ignored=True, **_NOTHING)
-    results = list(_call_op(call._replace(target=columns[0], options=first)))
+    if target is not None:
+        columns = [t.contiguous() for t in target.split(1, dim=1)] or columns
+    leading = columns[0] if len(columns) == 1 else _leading_target(call)
+    first = call._replace(
+        target=columns[0] if leading is None else leading, options=options._replace(top_k=0)
+    )
+    results = list(_call_op(first))
     if len(columns) > 1:
+        assert target is not None
+        if leading is not None:  # another target than the first where that is ignored
+            results[0] = results[0].masked_fill(target[:, :1] == options.ignore_index, 0)
+        only_logprob = options._replace(skip_ignored=True, **_NOTHING)
         others = [
             _call_op(call._replace(target=column, options=only_logprob))[0]
             for column in columns[1:]
         ]
         results[0] = torch.cat([results[0], *others], 1)
     if options.top_k:
-        results[6:] = _top(call, results[1])
+        top = _top(call, results[1])
+        if leading is not None and options.skip_ignored:
+            top = [field.masked_fill(leading == options.ignore_index, 0) for field in top]
+        results[6:] = top
     return results
 
 
@@ -281,6 +324,8 @@ def _top(call: Call, lse: Tensor) -> list[Tensor]:
     """The largest log-probabilities and their classes, from blocks of logits of 64 MiB."""
     top_k, vocab = call.options.top_k, call.linear_weight.shape[0]
     block = max(1, 2**24 // max(1, vocab))
+    scale: Any = call.options.logit_scale
+    scale = scale if call.scale is None else scale * call.scale
     found = []
     for begin in range(0, call.input.shape[0], block):
         part = slice(begin, begin + block)
@@ -289,7 +334,8 @@ def _top(call: Call, lse: Tensor) -> list[Tensor]:
             call.linear_weight,
             call.linear_bias,
             call.options.softcap,
-            call.options.logit_scale,
+            scale,
+            None if call.temperature is None else call.temperature[part],
         )
         top = logits.topk(min(top_k, vocab))
         found.append((top.values - lse[part, None].to(logits.dtype), top.indices))

@@ -151,9 +151,17 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "softcap infinite": ({"softcap": float("inf")}, ValueError, ("softcap", "inf", "finite")),
     "logit_scale 0": ({"logit_scale": 0}, ValueError, ("logit_scale", "0")),
     "logit_scale nan": ({"logit_scale": float("nan")}, ValueError, ("logit_scale", "nan")),
-    "logit_scale is a tensor": (
-        {"logit_scale": torch.tensor(2.0)}, TypeError,
-        ("logit_scale", "Tensor"),
+    "logit_scale per token": (
+        {"logit_scale": torch.ones(2)}, RuntimeError, ("logit_scale", "(2,)", "()"),
+    ),
+    "logit_scale of ints": (
+        {"logit_scale": torch.tensor(2)}, RuntimeError, ("logit_scale", "torch.int64", "floats"),
+    ),
+    "logit_scale holds 0": (
+        {"logit_scale": torch.zeros(())}, ValueError, ("logit_scale", "0", "other than 0"),
+    ),
+    "logit_scale holds nan": (
+        {"logit_scale": torch.tensor(float("nan"))}, ValueError, ("logit_scale", "nan", "finite"),
     ),
     "z_loss negative": ({"z_loss": -1.0}, ValueError, ("z_loss", "-1.0", ">= 0")),
     "num_items negative": ({"num_items": -3}, ValueError, ("num_items", "-3")),

@@ -275,7 +275,7 @@ def test_backward_op_computes_only_what_it_is_asked_for(
     op = torch.ops.memeff.linear_cross_entropy_backward.default
     flags = dict(zip(("input_grad", "weight_grad", "bias_grad"), subset, strict=True))
     options = op_options(op, reduction=reduction, **flags)
-    gradients = op(upstream, lse, x, w, target, b, None, None, None, **options)
+    gradients = op(upstream, lse, x, w, target, b, None, None, None, None, **options)
     assert [g.numel() > 0 for g in gradients] == list(subset)
 
 
@@ -290,7 +290,7 @@ def test_flags_that_contradict_requires_grad_are_an_error() -> None:
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
     op = torch.ops.memeff.linear_cross_entropy_forward.default
     options = op_options(op, input_grad=False, weight_grad=False, bias_grad=False)
-    results = op(x, w, torch.randint(5, (4,)), None, None, None, None, **options)
+    results = op(x, w, torch.randint(5, (4,)), None, None, None, None, None, **options)
     with pytest.raises(RuntimeError, match=r"gradient of input.*requires grad"):
         results[0].backward()
 

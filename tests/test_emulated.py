@@ -239,6 +239,7 @@ STATISTICS: list[tuple[tuple[str, ...], dict[str, Any], int | None]] = [
     (DIFFERENTIABLE, {"softcap": 4.0, "top_k": 3}, 3),
     ((*DIFFERENTIABLE, *SUMS), {}, None),
     (SUMS, {"softcap": 4.0, "logit_scale": -1.3}, 3),
+    ((*DIFFERENTIABLE, *SUMS), {"temperature": True, "softcap": 4.0, "top_k": 3}, 3),
 ]
 
 
@@ -261,6 +262,24 @@ def test_logprobs_skip_ignored_tokens(dtype: torch.dtype) -> None:
     assert (gradients[1][problem.target == -100] == 0).all()
     tolerance = 4 * torch.finfo(dtype).eps * gradients[0].abs().max().item()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=max(tolerance, 1e-6))
+
+
+def test_heads_and_skipped_tokens() -> None:
+    """K-dimensional weights, and two targets of which the first may be ignored: as on the CPU."""
+    x, w = torch.randn(9, 8), torch.randn(21, 2, 8)
+    target = torch.randint(21, (9, 2, 2))
+    target[torch.rand(target.shape) < 0.5] = -100
+    x[(target == -100).flatten(1).all(1)] = torch.nan
+    results = []
+    for backend in ("cpu", "emulated"):
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        fields = memeff.linear_token_statistics(
+            *leaves, target, skip_ignored=True, top_k=2, log_sum_sq_probs=True, backend=backend
+        )
+        loss = sum(f.square().sum() + f.sum() for f in fields[:3])
+        results.append((*filter(torch.is_tensor, fields), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(

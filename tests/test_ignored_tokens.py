@@ -64,7 +64,21 @@ def linear_loss_two_targets(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return memeff.linear_loss(loss, x, w, torch.stack([y, y.where(y < 0, 7)], 1))
 
 
+def statistics_of_counted_tokens(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    two = torch.stack([y, torch.where(y % 3 == 0, -100, y)], 1)
+    s = memeff.linear_token_statistics(
+        x, w, two, skip_ignored=True, logit_sum=True, log_sum_sq_probs=True, top_k=2
+    )
+    for name, field in s._asdict().items():
+        assert not field[y == -100].any(), name
+    assert s.logprob is not None and s.entropy is not None and s.log_sum_sq_probs is not None
+    squares = s.logprob.square().sum() + s.entropy.square().sum() + s.lse.square().sum()
+    # Gradients of 0, but upstream ones other than 0 at tokens that are left out.
+    return squares + s.lse.sum() + s.entropy.sum() + s.log_sum_sq_probs.sum()
+
+
 FUNCTIONS = [
+    statistics_of_counted_tokens,
     cross_entropy, smoothed_in_chunks, with_statistics, per_token, logprobs, linear_loss,
     linear_loss_in_chunks, linear_loss_per_token, linear_loss_two_targets,
 ]  # fmt: skip

@@ -22,7 +22,7 @@ def tensors(
     probabilities: bool = False,
     everything: bool = False,
 ) -> tuple[Any, ...]:
-    """input, linear_weight, target, linear_bias, weight, token_weight, num_items."""
+    """input, linear_weight, target, linear_bias, weight, token_weight, num_items, scale."""
     tokens, features, vocab = shape
     x, w, b = (
         torch.randn(size, dtype=dtype).requires_grad_(wanted)
@@ -35,7 +35,7 @@ def tensors(
     else:
         target = torch.randint(vocab, (tokens,))
     others = (torch.rand(vocab), torch.rand(tokens)) if everything else (None, None)
-    return x, w, target, b, *others, None
+    return x, w, target, b, *others, None, torch.tensor(0.7) if everything else None
 
 
 def wanted(subset: tuple[bool, bool, bool]) -> dict[str, bool]:
@@ -79,7 +79,7 @@ def test_forward_dtypes_and_options(
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_shapes(shape: tuple[int, int, int], bias: bool) -> None:
     x, w, target, b, *others = tensors((True, True, bias), shape=shape)
-    others[-1] = torch.tensor(3)  # num_items
+    others[2] = torch.tensor(3)  # num_items
     torch.library.opcheck(
         FORWARD,
         (x, w, target, b if bias else None, *others),

@@ -66,12 +66,17 @@ class Problem:
 
 
 def plain(
-    p: Problem, softcap: float | None = None, logit_scale: float = 1.0, top_k: int = 0
+    p: Problem,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: Tensor | None = None,
+    top_k: int = 0,
 ) -> dict[str, Tensor]:
     """Eager PyTorch with the float32 upcast, nothing of it from the package."""
     z = F.linear(p.x, p.w, p.b)
     z = (z if z.dtype == torch.float64 else z.float()) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z if temperature is None else z / temperature[:, None].to(z.dtype)
     log_p = F.log_softmax(z, -1)
     index = p.target if p.target.dim() == 2 else p.target[:, None]
     ignored = index == -100
@@ -106,7 +111,9 @@ def upstream_for(p: Problem, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def check(p: Problem, names: tuple[str, ...], planning: Any = None, **options: Any) -> None:
-    """Values and gradients by the tolerance rule."""
+    """Values and gradients by the tolerance rule. temperature=True: any, one per token."""
+    if options.get("temperature") is True:
+        options["temperature"] = 0.3 + 2 * torch.rand(len(p.x), dtype=torch.float64)
     sums = {"logit_sum": "logit_sum" in names, "log_sum_sq_probs": "log_sum_sq_probs" in names}
     ours = p.ours(**options, **sums, **(planning or {}))._asdict()
     upstream = upstream_for(p, names)
@@ -143,6 +150,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"softcap": 3.0},
     {"logit_scale": 0.4},
     {"softcap": 4.0, "logit_scale": -1.3},
+    {"temperature": True},
+    {"temperature": True, "softcap": 3.0, "logit_scale": 0.7},
 ]
 
 
@@ -179,6 +188,7 @@ def test_blocks_and_slices(dtype: torch.dtype, chunk_size: int, bias: bool) -> N
     budget = plan.workspace_bytes + plan.library_bytes
     check(p, (*DIFFERENTIABLE, *SUMS), {"chunk_size": chunk_size})
     check(p, DIFFERENTIABLE, {"memory_budget": budget + 200_000})
+    check(p, (*DIFFERENTIABLE, *SUMS), {"chunk_size": chunk_size}, temperature=True, softcap=9.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -480,13 +490,17 @@ def test_opcheck(subset: tuple[bool, ...], target: bool) -> None:
     given = {"softcap": 2.0, "logit_scale": 0.7} | flags
     given |= {"entropy": True, "logit_sum": True, "argmax": True, "top_k": 2}
     forward = torch.ops.memeff.linear_token_statistics_forward.default
-    torch.library.opcheck(forward, (x, w, y, b), op_options(forward, **given))
+    scale, temperature = torch.tensor(1.5), torch.rand(4) + 0.5
+    operands = (x, w, y, b, scale, temperature)
+    torch.library.opcheck(forward, operands, op_options(forward, **given))
     lse, entropy = torch.randn(4).double(), torch.rand(4)
     upstream = (torch.randn(4, 2) if target else None, None, torch.randn(4), torch.randn(4))
     x, w, b = x.detach(), w.detach(), b.detach()
     backward = torch.ops.memeff.linear_token_statistics_backward.default
     torch.library.opcheck(
-        backward, (*upstream, lse, entropy, x, w, y, b), op_options(backward, **given)
+        backward,
+        (*upstream, lse, entropy, x, w, y, b, scale, temperature),
+        op_options(backward, **given),
     )
 
 

@@ -88,6 +88,8 @@ constexpr Row kTable[] = {
     {"Tensor? weight", kLoss, read<&A::weight>, Alike::kButClasses},
     {"Tensor? token_weight", kLoss, read<&A::token_weight>, Alike::kAndContent},
     {"Tensor? num_items", kLoss, read<&A::num_items>, Alike::kAndContent},
+    {"Tensor? scale", kAll, read<&A::scale>, Alike::kAndContent},
+    {"Tensor? temperature", kStatistics, read<&A::temperature>, Alike::kAndContent},
     // Options.
     {"str vocab_group", kAll, read<&A::vocab_group>, Alike::kNot},
     {"int vocab_start", kAll, read<&A::vocab_start>, Alike::kNot},
@@ -101,7 +103,7 @@ constexpr Row kTable[] = {
     {"float logit_scale", kAll, read<&A::logit_scale>},
     {"float z_loss", kLoss, read<&A::z_loss>},
     {"bool return_statistics", kLossForward, read<&A::statistics>},
-    {"bool skip_ignored", kStatisticsForward, read<&A::skip_ignored>},
+    {"bool skip_ignored", kStatisticsForward | kStatisticsBackward, read<&A::skip_ignored>},
     {"bool entropy", kStatisticsForward | kCustomLoss, read<&A::entropy>},
     {"bool logit_sum", kStatisticsForward | kCustomLoss, read<&A::logit_sum>},
     {"bool argmax", kStatisticsForward, read<&A::argmax>},

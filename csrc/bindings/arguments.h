@@ -34,7 +34,7 @@ struct ArgumentDigest {
   int64_t kind = 0;  // what the numbers are: kNone, ...
   int64_t numbers[3] = {};
 };
-constexpr size_t kMostArguments = 40;
+constexpr size_t kMostArguments = 48;
 using ArgumentDigests = std::array<ArgumentDigest, kMostArguments>;
 
 struct Arguments : ProblemOptions, PlanOptions {
@@ -46,6 +46,8 @@ struct Arguments : ProblemOptions, PlanOptions {
 
   at::Tensor input, linear_weight;
   OptionalTensor target, linear_bias, weight, token_weight, num_items;
+  OptionalTensor scale;        // [] another factor of logit_scale, read before anything runs
+  OptionalTensor temperature;  // [N] of token statistics
 
   // Token statistics': see TokenStatistics.
   bool skip_ignored = false, entropy = false, logit_sum = false, argmax = false;

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <vector>
 
 #include "core/planning.h"
@@ -61,6 +62,12 @@ void Call::describe() {
   check_shapes();
   Problem& p = problem_;
   static_cast<ProblemOptions&>(p) = arguments;
+  if (arguments.scale) {
+    const double scale = arguments.scale->item().toDouble();
+    TORCH_CHECK_VALUE(std::isfinite(scale) && scale != 0, "logit_scale is ", scale,
+                      ", expected a finite value other than 0");
+    p.logit_scale *= scale;
+  }
   p.tokens = input_.size(0);
   p.features = input_.size(1);
   p.vocab = weight_.size(0);

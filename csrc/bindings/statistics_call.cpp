@@ -1,8 +1,12 @@
 #include "bindings/statistics_call.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/reciprocal.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
 
 namespace memeff {
 
@@ -11,7 +15,31 @@ StatisticsCall::StatisticsCall(const Device& device, const Arguments& arguments)
   TORCH_CHECK(problem_.probabilities == nullptr, "target has dtype ", target_.scalar_type(),
               ": expected class indices");
   problem_.reduction = Reduction::kNone;
+  // linear_loss has no loss of tokens without a target.
+  statistics_.skip_ignored =
+      arguments.op == kCustomLoss ? target_.defined() : arguments.skip_ignored;
+  use_temperature();
   problem_.token_statistics = &statistics_;
+}
+
+void StatisticsCall::use_temperature() {
+  if (!arguments_.temperature) return;
+  const int64_t n = problem_.tokens, targets = problem_.targets;
+  const at::Tensor temperature = arguments_.temperature->to(at::kDouble).contiguous();
+  TORCH_CHECK(temperature.dim() == 1 && temperature.size(0) == n, "temperature has shape ",
+              temperature.sizes(), ": expected [", n, "]");
+  inverse_temperature_ = temperature.reciprocal();
+  statistics_.inverse_temperature = inverse_temperature_.const_data_ptr<double>();
+  if (!device_.values_are_at_hand()) return;
+  const double* values = temperature.const_data_ptr<double>();
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t* classes = problem_.target + i * targets;
+    const bool ignored = statistics_.skip_ignored &&
+                         std::all_of(classes, classes + targets,
+                                     [&](int64_t y) { return y == problem_.ignore_index; });
+    TORCH_CHECK_VALUE(ignored || (values[i] > 0 && std::isfinite(values[i])), "temperature[", i,
+                      "] is ", values[i], ", expected a finite value > 0");
+  }
 }
 
 void StatisticsCall::allocate_outputs() {
@@ -23,7 +51,6 @@ void StatisticsCall::allocate_outputs() {
                     ": expected a number of classes in [0, ", vocab, "]");
   const at::TensorOptions floating = accumulation_options();
   const auto indices = input_.options().dtype(at::kLong);
-  statistics_.skip_ignored = arguments_.skip_ignored;
   lse = at::empty({n}, floating.dtype(at::kDouble));
   problem_.lse = lse.mutable_data_ptr<double>();
   logprob = at::empty({n, problem_.targets}, floating);
@@ -60,8 +87,6 @@ void StatisticsCall::use_gradients() {
 
 void StatisticsCall::differentiate_in_forward(Differentiate differentiate) {
   differentiate_ = std::move(differentiate);
-  // Tokens without a target have no loss.
-  statistics_.skip_ignored = target_.defined();
   const auto options = lse.options();
   const int64_t n = problem_.tokens;
   grad_logprob_ = at::empty({n, problem_.targets}, options);

@@ -27,11 +27,12 @@ class StatisticsCall : public Call {
   at::Tensor logprob, entropy, logit_sum, max_logit, argmax, top_logprobs, top_ids;
 
  private:
+  void use_temperature();
   void differentiate_rows(int64_t begin, int64_t end);
 
   TokenStatistics statistics_;
   Differentiate differentiate_;
-  at::Tensor grad_logprob_, grad_lse_, grad_entropy_, grad_logit_sum_;
+  at::Tensor grad_logprob_, grad_lse_, grad_entropy_, grad_logit_sum_, inverse_temperature_;
 };
 
 }  // namespace memeff

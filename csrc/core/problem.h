@@ -34,6 +34,10 @@ struct TokenStatistics {
   // Leave out tokens each of whose targets is ignore_index: all their statistics are 0.
   bool skip_ignored = false;
 
+  // [N] the logits of token n are inverse_temperature[n] z[n,v], and dz above the gradient with respect to
+  // these; or null: 1
+  const double* inverse_temperature = nullptr;
+
   void* logprob = nullptr;  // [N, K] log p of each target; 0 where it is ignore_index
   // [N] -sum_v p_v log p_v. fp64 as lse: its rounding would be an error that all classes share.
   double* entropy = nullptr;
@@ -136,6 +140,10 @@ inline bool wants_logit_sum(const Problem& p) {
 }
 inline bool wants_argmax(const Problem& p) {
   return p.statistics || (p.token_statistics != nullptr && p.token_statistics->argmax != nullptr);
+}
+
+inline bool has_temperatures(const Problem& p) {
+  return p.token_statistics != nullptr && p.token_statistics->inverse_temperature != nullptr;
 }
 
 /// Whether gradients of the logits have a term for every class that does not depend on its score.

@@ -109,6 +109,7 @@ void Bf16Backend::score_task(Range classes, Range tokens, int64_t column, const 
   tile.panels = panels + column / kPanel * tile.panel_stride;
   tile.tokens = strip.size();
   tile.transform = score_transform(classes, bias);
+  tile.transform.token_scale = tokens_.token_scale(strip.begin);
   if (use == ScoreUse::kStatistics) {
     tile.partials = tokens_.tile_partials(classes.begin / kTileVocab, column);
   } else {

@@ -169,7 +169,8 @@ void BlasBackend<T>::finish_tile(T* z, int64_t stride, Range classes, Range toke
                                  bool statistics) {
   const Problem& p = this->problem_;
   T bias[kTileVocab];
-  const ScoreTransform<T> transform = this->score_transform(classes, bias);
+  ScoreTransform<T> transform = this->score_transform(classes, bias);
+  transform.token_scale = this->tokens_.token_scale(tokens.begin + columns.begin);
   TilePartials<T> partials;
   const int64_t tile = classes.begin / kTileVocab;
   if (statistics) partials = this->tokens_.tile_partials(tile, columns.begin);
@@ -224,6 +225,7 @@ void BlasBackend<T>::to_gradient(Range classes, Range tokens, const ScoreBlock& 
       T* part = z + first * block.stride;
       GradientTransform<T> transform;
       transform.softcap = static_cast<T>(p.softcap);
+      transform.token_scale = this->tokens_.token_scale(tokens.begin);
       transform.shift = coefficients.shift.data();
       transform.scale_p = coefficients.scale_p.data();
       if (this->tokens_.has_entropy_gradient()) {

@@ -3,7 +3,8 @@
 //
 //   z       [classes, tokens], rows `stride` elements apart
 //   multiply         products that no BLAS shall compute
-//   finish_scores    z <- softcap(scale * (z + bias)); per-token partial sums of the tile
+//   finish_scores    z <- softcap(scale * (z + bias)); per-token partial sums of the tile, of scores
+//                    that are token_scale times that
 //   to_gradient      z <- dlogits
 //
 // With a soft cap c, what is kept of a finished score has the sign of z and all digits of both t = |z| / c
@@ -63,8 +64,10 @@ struct TilePartials {
 template <class T>
 struct ScoreTransform {
   T scale = 1;
-  T softcap = 0;                    // 0: off
-  const T* bias = nullptr;          // of the tile's classes
+  T softcap = 0;  // 0: off
+  const T* token_scale =
+      nullptr;              // [tokens] multiplies finished scores; null: 1. Not in what is kept
+  const T* bias = nullptr;  // of the tile's classes
   const T* class_weight = nullptr;  // of the tile's classes
 };
 
@@ -73,6 +76,8 @@ struct ScoreTransform {
 template <class T>
 struct GradientTransform {
   T softcap = 0;
+  const T* token_scale =
+      nullptr;                 // [tokens] as in ScoreTransform; the coefficients contain it, too
   const T* shift = nullptr;    // [tokens]
   const T* scale_p = nullptr;  // [tokens]
   // With scale_entropy scale_p cancels most of its term. What rounding has taken from scale_p would be an

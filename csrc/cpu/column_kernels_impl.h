@@ -141,6 +141,9 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
                          const ScoreTransform<T>& transform, const TilePartials<T>& partials,
                          const Finished& finished) {
   const T infinity = std::numeric_limits<T>::infinity();
+  const Vec<T> token_scale = transform.token_scale == nullptr
+                                 ? broadcast<T>(T(1))
+                                 : load_strip(transform.token_scale + at, count);
   Vec<T> maximum = broadcast<T>(-infinity);
   Vec<T> argmax = {};
   Vec<T> smooth = {};
@@ -148,7 +151,7 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
     T* row = z + v * stride;
     const Vec<T> kept = transform_score<T>(load_strip(row, count), v, transform);
     store_strip(row, kept, count);
-    const Vec<T> score = score_of_kept<T>(kept, transform.softcap);
+    const Vec<T> score = score_of_kept<T>(kept, transform.softcap) * token_scale;
     if (partials.argmax != nullptr) {
       argmax = score > maximum ? broadcast<T>(static_cast<T>(v)) : argmax;
     }
@@ -170,7 +173,7 @@ inline void finish_strip(T* z, int64_t stride, int64_t classes, int64_t count, i
     Vec<T> weighted_part = {};
     for (int64_t v = first; v < end; ++v) {
       const Vec<T> kept = load_strip(z + v * stride, count);
-      const Vec<T> score = score_of_kept<T>(kept, transform.softcap);
+      const Vec<T> score = score_of_kept<T>(kept, transform.softcap) * token_scale;
       const Vec<T> e = exp_vector<T>(score - origin);
       part += e;
       if (partials.weighted != nullptr) weighted_part += e > 0 ? e * (score - origin) : Vec<T>{};
@@ -213,7 +216,8 @@ void to_gradient(T* z, int64_t stride, int64_t classes, int64_t tokens,
       const int64_t count = tokens - t < kLanes<T> ? tokens - t : kLanes<T>;
       T* at = z + v * stride + t;
       const Vec<T> kept = load_strip(at, count);
-      const Vec<T> score = score_of_kept<T>(kept, transform.softcap);
+      Vec<T> score = score_of_kept<T>(kept, transform.softcap);
+      if (transform.token_scale != nullptr) score *= load_strip(transform.token_scale + t, count);
       const Vec<T> log_p = score - load_strip(transform.shift + t, count);
       const Vec<T> p = exp_vector<T>(log_p);
       Vec<T> gradient = load_strip(transform.scale_p + t, count) * p;

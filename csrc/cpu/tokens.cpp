@@ -60,19 +60,19 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
 
 template <class T>
 bool CpuTokens<T>::takes_part(int64_t n) const {
-  // Backward: tokens with an upstream gradient. Forward: all, or those with a target.
+  // All tokens, or those with a target; of these, in the backward op, tokens with an upstream gradient.
   const TokenStatistics& s = *statistics_;
-  const bool backward = statistics_known_;
-  if (!backward && !s.skip_ignored) return true;
-  if (backward && s.grad_lse != nullptr && s.grad_lse[n] != 0) return true;
-  if (backward && s.grad_entropy != nullptr && s.grad_entropy[n] != 0) return true;
-  if (backward && s.grad_logit_sum != nullptr && s.grad_logit_sum[n] != 0) return true;
+  bool has_target = false, wanted = false;
   for (int64_t k = 0; k < problem_.targets; ++k) {
     const int64_t at = n * problem_.targets + k;
-    const bool wanted = !backward || (s.grad_logprob != nullptr && s.grad_logprob[at] != 0);
-    if (wanted && problem_.target[at] != problem_.ignore_index) return true;
+    if (problem_.target[at] == problem_.ignore_index) continue;
+    has_target = true;
+    wanted |= s.grad_logprob != nullptr && s.grad_logprob[at] != 0;
   }
-  return false;
+  if (s.skip_ignored && !has_target) return false;
+  return !statistics_known_ || wanted || (s.grad_lse != nullptr && s.grad_lse[n] != 0) ||
+         (s.grad_entropy != nullptr && s.grad_entropy[n] != 0) ||
+         (s.grad_logit_sum != nullptr && s.grad_logit_sum[n] != 0);
 }
 
 template <class T>
@@ -97,6 +97,9 @@ int64_t CpuTokens<T>::select() {
     for (int64_t n = 0; n < problem_.tokens; ++n) {
       if (takes_part(n)) list_token(n);
     }
+    const double* scales = statistics_->inverse_temperature;
+    for (int64_t token = 0; scales != nullptr && token < count_; ++token)
+      token_scale_.push_back(static_cast<T>(scales[rows_[token]]));
     if (is_16_bit(problem_.dtype)) output_scale_ = problem_.logit_scale;
     if (!statistics_known_) clear_token_statistics();
     return count_;
@@ -236,10 +239,17 @@ void CpuTokens<T>::restore() {
 }
 
 template <class T>
+double CpuTokens<T>::statistics_scale(int64_t token) const {
+  const double* scales = statistics_->inverse_temperature;
+  return (is_16_bit(problem_.dtype) ? 1 : problem_.logit_scale) *
+         (scales == nullptr ? 1 : scales[rows_[token]]);
+}
+
+template <class T>
 void CpuTokens<T>::set_statistics_coefficients(int64_t token) {
   const TokenStatistics& s = *statistics_;
   const int64_t n = rows_[token];
-  const double scale = is_16_bit(problem_.dtype) ? 1 : problem_.logit_scale;
+  const double scale = statistics_scale(token);
   double p = s.grad_lse != nullptr ? s.grad_lse[n] : 0;
   for (int64_t k = 0; s.grad_logprob != nullptr && k < problem_.targets; ++k) {
     const int64_t at = n * problem_.targets + k;
@@ -376,7 +386,8 @@ void CpuTokens<T>::update_top(const T* z, int64_t stride, Range classes, Range t
     };
     for (int64_t v = 0; v < classes.size(); ++v) {
       for (int64_t i = begin; i < end; ++i) {
-        update(i, classes.begin + v, score_of(z[v * stride + i], softcap));
+        update(i, classes.begin + v,
+               score_of(z[v * stride + i], softcap) * scale_of(tokens.begin + i));
       }
     }
   });
@@ -472,7 +483,7 @@ double CpuTokens<T>::target_gradient(int64_t token, int64_t k) const {
       if (problem_.target[at + j] == problem_.target[at + k])
         sum += statistics_->grad_logprob[at + j];
     }
-    gradient += is_16_bit(problem_.dtype) ? sum : sum * problem_.logit_scale;
+    gradient += sum * statistics_scale(token);
     gradient -= scale_w_[token];
   } else {
     gradient -= scale_target_[token] * target_mass_[token] +

@@ -68,7 +68,7 @@ class CpuTokens {
   void set_target_logit(int64_t token, int64_t k, T kept) {
     const int64_t at = token * problem_.targets + k;
     const T softcap = static_cast<T>(problem_.softcap);
-    target_logit_[at] = score_of(kept, softcap);
+    target_logit_[at] = score_of(kept, softcap) * scale_of(token);
     target_slope_[at] = softcap > 0 ? cap_slope(kept) : 1;
   }
   /// Calls body(row of the class, position of the token, which of its targets) for the targets that lie
@@ -82,6 +82,10 @@ class CpuTokens {
         if (y >= classes.begin && y < classes.end) body(y - classes.begin, i, k);
       }
     }
+  }
+  /// [from `token` on] 1 / temperature of each, which multiplies finished scores; or null: 1.
+  const T* token_scale(int64_t token) const {
+    return token_scale_.empty() ? nullptr : token_scale_.data() + token;
   }
   bool wants_top() const { return statistics_ != nullptr && statistics_->top > 0; }
   /// Merges finished scores [classes, tokens] into the tokens' largest ones.
@@ -126,6 +130,9 @@ class CpuTokens {
   void list_token(int64_t n);
   void set_coefficients(int64_t token);
   void set_statistics_coefficients(int64_t token);
+  T scale_of(int64_t token) const { return token_scale_.empty() ? T(1) : *token_scale(token); }
+  /// What the coefficients of token statistics have of the derivative of the scores.
+  double statistics_scale(int64_t token) const;
   void clear_token_statistics();
   void write_token_statistics(Range tokens);
   double token_loss(int64_t token, double* z_term) const;
@@ -159,6 +166,7 @@ class CpuTokens {
   double* scale_target_;   // coefficient of the target
   double* scale_w_;        // coefficient of the class weights
 
+  std::vector<T> token_scale_;
   T* class_weight_ = nullptr;
   double class_weight_total_ = 0;
   double target_weight_total_ = 0;  // of the tokens that take part

@@ -70,11 +70,11 @@ class CudaBackend : public Backend {
       const Range classes{begin, std::min(begin + step, problem_.vocab)};
       const ScoreBlock to = block == nullptr ? slice_block(tokens.size()) : *block;
       compute_scores(classes, tokens, to);
-      check(block_statistics(
-          {shape_of(classes, tokens), to.data, to.stride, sum_dtype_, terms_,
-           memory_.targets(tokens), classes_per_range_,
-           memory_.advanced(last_partials_, begin / classes_per_range_), target_logit},
-          stream_));
+      check(block_statistics({shape_of(classes, tokens), to.data, to.stride, sum_dtype_, terms_,
+                              memory_.targets(tokens), classes_per_range_,
+                              memory_.advanced(last_partials_, begin / classes_per_range_),
+                              target_logit, token_scale(tokens)},
+                             stream_));
     }
   }
 
@@ -136,9 +136,10 @@ class CudaBackend : public Backend {
            memory_.coefficients(tokens), tokens_.target_gradient + tokens.begin},
           stream_));
     } else {
-      check(block_gradient({shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
-                            memory_.targets(tokens), memory_.coefficients(tokens)},
-                           stream_));
+      check(block_gradient(
+          {shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
+           memory_.targets(tokens), memory_.coefficients(tokens), token_scale(tokens)},
+          stream_));
     }
     if (add_bias) add_to_bias(shape, tokens, block);
   }
@@ -338,6 +339,12 @@ class CudaBackend : public Backend {
   void compute_scores(Range classes, Range tokens, const ScoreBlock& block) const {
     gemm(memory_.weight_rows(classes), transposed(memory_.input_rows(tokens)), false, block.data,
          block.stride);
+  }
+
+  const double* token_scale(Range tokens) const {
+    return has_temperatures(problem_)
+               ? problem_.token_statistics->inverse_temperature + tokens.begin
+               : nullptr;
   }
 
   void add_to_bias(const Block& shape, Range tokens, const ScoreBlock& block) {

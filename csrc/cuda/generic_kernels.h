@@ -19,6 +19,7 @@ struct BlockStatistics {
   int64_t classes_per_range = 0;
   PartialStatistics partials;
   void* target_logit = nullptr;
+  const double* token_scale = nullptr;  // [tokens] multiplies z; null: 1
 };
 Status block_statistics(const BlockStatistics& call, void* stream);
 
@@ -32,6 +33,7 @@ struct BlockGradient {
   LogitTerms terms;
   Targets targets;
   Coefficients coefficients;
+  const double* token_scale = nullptr;  // as in BlockStatistics; the coefficients contain it, too
 };
 Status block_gradient(const BlockGradient& call, void* stream);
 

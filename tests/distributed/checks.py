@@ -344,7 +344,7 @@ for _dtype in (torch.float64, torch.float32, torch.bfloat16):
         add(f"statistics-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes, 1)
         add(
             f"top-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes, 3, top_k=9,
-            softcap=6.0, logit_scale=0.7,
+            softcap=6.0, logit_scale=torch.tensor(0.7), temperature=torch.linspace(0.4, 2, 29),
         )  # fmt: skip
         add(
             f"no-entropy-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes, 2,

@@ -125,6 +125,7 @@ for _size in SHARDS:
         add(
             f"merged-statistics-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes,
             2, logit_sum=True, log_sum_sq_probs=True, top_k=9, softcap=6.0, backend=MERGED,
+            logit_scale=torch.tensor(0.7), temperature=torch.linspace(0.4, 2, 29),
         )  # fmt: skip
         add(
             f"merged-linear_loss-{_dtype}-{_size}", _size, check_linear_loss, _dtype, _sizes,

@@ -65,6 +65,12 @@ LogitTransform<A> logit_transform(const LogitTerms& terms, int64_t first_class) 
           static_cast<A>(terms.softcap == 0 ? 0 : 1 / terms.softcap)};
 }
 
+// What multiplies the logits of a token; 1 without such factors and beyond the last token.
+template <class A>
+MEMEFF_DEVICE A scale_of_token(const double* scales, int64_t token, bool exists) {
+  return scales == nullptr || !exists ? A(1) : static_cast<A>(scales[token]);
+}
+
 // Class probabilities of a block, by its tokens and classes.
 template <class A>
 struct ProbabilityTargets {

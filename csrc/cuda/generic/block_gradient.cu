@@ -38,6 +38,7 @@ struct GradientArguments {
   const int64_t* index;
   ProbabilityTargets<T> probabilities;
   Coefficients coefficients;
+  const double* token_scale;  // [tokens] or null
 };
 
 // What a thread needs for every row of the tokens that it owns.
@@ -47,6 +48,7 @@ struct Tokens {
   int count;
   unsigned left_out;  // bit i: token i has no gradient, whatever its logits
   TokenCoefficients<T> coefficients[kTokens];
+  T scale[kTokens];  // of the logits
 };
 
 // Class probabilities are rare: their coefficients are read again for every row, so that they occupy
@@ -86,7 +88,8 @@ MEMEFF_DEVICE void convert_batch(int64_t v, const Tokens<T, kTokens>& tokens,
       add_probabilities(from_target, v + r, weight, tokens, arguments);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      const T scaled = transform.scaled(u[r][i], bias), z = transform.capped(scaled);
+      const T scaled = transform.scaled(u[r][i], bias);
+      const T z = transform.capped(scaled) * tokens.scale[i];
       const T dz = tokens.coefficients[i].gradient(z, weight) + from_target[i];
       // A token that is left out may have NaN logits, its gradient is zero.
       gradient[r][i] =
@@ -120,8 +123,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     load_coefficients(tokens.coefficients, arguments.coefficients, tokens.first, tokens.count);
     tokens.left_out = 0;
 #pragma unroll
-    for (int i = 0; i < kTokens; ++i)
+    for (int i = 0; i < kTokens; ++i) {
       tokens.left_out |= (tokens.coefficients[i].all_zero() ? 1u : 0u) << i;
+      tokens.scale[i] =
+          scale_of_token<T>(arguments.token_scale, tokens.first + i, i < tokens.count);
+    }
     int target[kTokens];
     load_targets(target, arguments.index, block, tokens.first, tokens.count);
 
@@ -132,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       if (target[i] < 0) continue;
       const T u = arguments.products[target[i] * arguments.stride + tokens.first + i];
       const T scaled = transform.scaled(u, transform.bias_of(target[i]));
-      const T z = transform.capped(scaled);
+      const T z = transform.capped(scaled) * tokens.scale[i];
       const T dz = tokens.coefficients[i].target_gradient(z, transform.weight_of(target[i]));
       target_gradient[i] = tokens.coefficients[i].all_zero() ? T(0) : dz * transform.slope(scaled);
     }
@@ -155,6 +161,7 @@ Status launch(const BlockGradient& call, void* stream) {
   arguments.block = block;
   arguments.transform = logit_transform<T>(call.terms, block.first_class);
   arguments.coefficients = call.coefficients;
+  arguments.token_scale = call.token_scale;
   // Targets without coefficients are none.
   const Targets counted = call.coefficients.target == nullptr ? Targets{} : call.targets;
   arguments.index = counted.index;

@@ -37,6 +37,7 @@ struct StatisticsArguments {
   ProbabilityTargets<A> probabilities;
   PartialStatistics partials;
   A* target_logit;
+  const double* token_scale;  // [tokens] or null
 };
 
 // Sums over class probabilities q of one token.
@@ -114,6 +115,11 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
   const int64_t token = first_token + lane * kTokens;
   const int count = count_left<kTokens>(token, block.tokens);
 
+  A token_scale[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i)
+    token_scale[i] = scale_of_token<A>(arguments.token_scale, token + i, i < count);
+
   SoftmaxState<A, kFull> states[kTokens];
   ProbabilitySums<A> sums[kTokens];
 #pragma unroll
@@ -135,7 +141,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
       const A weight = kFull ? transform.weight_of(v + r) : A(1);
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
-        z[r][i] = transform.logit(z[r][i], bias);
+        z[r][i] = transform.logit(z[r][i], bias) * token_scale[i];
         if (kFull && z[r][i] > new_max[i])
           states[i].argmax = static_cast<int32_t>(block.first_class + v + r);
         new_max[i] = larger(new_max[i], z[r][i]);
@@ -174,8 +180,10 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2)
   if (arguments.target_logit != nullptr && arguments.index != nullptr) {
     const int64_t v = arguments.index[my_token] - block.first_class;
     if (v >= begin && v < end)
-      arguments.target_logit[my_token] = transform.logit(
-          arguments.products[v * arguments.stride + my_token], transform.bias_of(v));
+      arguments.target_logit[my_token] =
+          transform.logit(arguments.products[v * arguments.stride + my_token],
+                          transform.bias_of(v)) *
+          scale_of_token<A>(arguments.token_scale, my_token, true);
   }
 }
 
@@ -194,6 +202,7 @@ Status launch(const BlockStatistics& call, void* stream) {
   arguments.probabilities = probability_targets<A>(call.targets, block.first_class);
   arguments.partials = call.partials;
   arguments.target_logit = static_cast<A*>(call.target_logit);
+  arguments.token_scale = call.token_scale;
 
   const bool full = wants_full(call.partials) || call.targets.probabilities != nullptr;
   const auto kernel = full ? block_statistics_kernel<A, true> : block_statistics_kernel<A, false>;

@@ -101,7 +101,8 @@ MEMEFF_DEVICE double bound_of(const Problem& problem, const TokenArrays& tokens,
     if (wanted.grad_logit_sum != nullptr) bound = fmax(bound, fabs(wanted.grad_logit_sum[token]));
     if (wanted.grad_entropy != nullptr)
       bound = fmax(bound, 16.0 * fabs(wanted.grad_entropy[token]));
-    return bound;
+    return wanted.inverse_temperature == nullptr ? bound
+                                                 : bound * wanted.inverse_temperature[token];
   }
   double g = problem.token_weight == nullptr ? 1.0 : fabs(problem.token_weight[token]);
   if (problem.grad_loss != nullptr && problem.reduction == Reduction::kNone)
@@ -191,7 +192,8 @@ MEMEFF_DEVICE Factors factors_of_statistics(const Problem& problem, const TokenA
   const int64_t target = tokens.target[token];
   Factors factors;
   if (target == kNoTarget && wanted.skip_ignored) return factors;
-  const double g = scales_sums(problem) ? 1.0 : problem.logit_scale;
+  double g = scales_sums(problem) ? 1.0 : problem.logit_scale;
+  if (wanted.inverse_temperature != nullptr) g *= wanted.inverse_temperature[token];
   const bool has_target = target != kNoTarget && wanted.grad_logprob != nullptr;
   const double logprob = has_target ? g * wanted.grad_logprob[token] : 0.0;
   factors.softmax = -logprob;

@@ -89,6 +89,7 @@ class EmulatedDevice : public CudaLikeDevice {
     }
     if (p.token_statistics != nullptr) {
       const TokenStatistics& s = *p.token_statistics;
+      buffers.input(s.inverse_temperature, p.tokens * 8, "inverse_temperature", 8);
       buffers.output(s.logprob, p.tokens * sum_size, "logprob", sum_size);
       buffers.output(s.entropy, p.tokens * 8, "entropy", 8);
       buffers.output(s.logit_sum, p.tokens * sum_size, "logit_sum", sum_size);
