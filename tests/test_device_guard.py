@@ -41,12 +41,14 @@ OPERATORS = (
 
 @pytest.fixture(autouse=True)
 def _device_module() -> None:
-    """torch asks a Python module of the device type for its initialisation."""
+    """torch asks a Python module of the device type to initialise and seed it."""
     emulated.load()
     if not hasattr(torch, "privateuseone"):
         module = types.ModuleType("torch.privateuseone")
         module._lazy_init = lambda: None  # type: ignore[attr-defined]
         module.is_available = lambda: False  # type: ignore[attr-defined]
+        module._is_in_bad_fork = lambda: False  # type: ignore[attr-defined]
+        module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
         torch._register_device_module("privateuseone", module)
 
 
