@@ -62,8 +62,8 @@ void compute_score_tile(const ScoreTile& tile, const StoreHalf& store_half) {
   }
 
   const float softcap = tile.transform.softcap;
-  for (int64_t t = 0; t < tile.tokens; t += 16) {
-    const int64_t count = smaller(16, tile.tokens - t);
+  for (int64_t t = 0; t < tile.tokens; t += kLanes<float>) {
+    const int64_t count = smaller(kLanes<float>, tile.tokens - t);
     // Statistics see whole strips (the scratch is padded); partial ones are stored with `count`.
     finish_strip(z + t, kTileStride, tile.classes, count, t, tile.transform, tile.partials,
                  [&](int64_t v, Vec<float> kept, Vec<float> e) {
@@ -77,8 +77,8 @@ void compute_score_tile(const ScoreTile& tile, const StoreHalf& store_half) {
 /// Fills tile.factors: dlogits are e (factors + log_factors log e) and the smoothing. Returns log_factors.
 inline const float* fill_gradient_factors(const GradientTile& tile) {
   float* log_factors = tile.factors + (tile.tokens + kPanel - 1) / kPanel * kPanel;
-  for (int64_t t = 0; t < tile.tokens; t += 16) {
-    const int64_t count = smaller(16, tile.tokens - t);
+  for (int64_t t = 0; t < tile.tokens; t += kLanes<float>) {
+    const int64_t count = smaller(kLanes<float>, tile.tokens - t);
     const Vec<float> shift = load_strip(tile.maxima + t, count) - load_vector(tile.shift + t);
     const Vec<float> ratio = exp_vector<float>(shift);
     Vec<float> factor = load_vector(tile.scale_p + t);

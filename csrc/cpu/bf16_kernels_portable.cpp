@@ -14,11 +14,10 @@
 namespace memeff {
 namespace {
 
-constexpr int kHalfPanel = 16;
 /// Rows of a micro-tile that share a loaded vector of B.
 constexpr int64_t kRowsAtOnce = 4;
 
-typedef uint32_t Pairs __attribute__((vector_size(64)));
+typedef uint32_t Pairs __attribute__((vector_size(kVectorBytes)));
 
 inline Vec<float> as_floats(Pairs bits) {
   Vec<float> value;
@@ -26,10 +25,10 @@ inline Vec<float> as_floats(Pairs bits) {
   return value;
 }
 
-/// C[kRows, 16] = or += A B over `steps` pairs; A as in multiply() below.
+/// C[kRows, kLanes] = or += A B over `steps` pairs; A as in multiply() below.
 template <int kRows, bool kPacked>
-void half_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, int64_t steps,
-               float* c, int64_t c_stride, bool accumulate) {
+void narrow_tile(const uint16_t* a, int64_t row_stride, const uint16_t* panel, int64_t steps,
+                 float* c, int64_t c_stride, bool accumulate) {
   Vec<float> sum[kRows] = {};
   for (int64_t k = 0; k < steps; ++k) {
     Pairs b;
@@ -58,12 +57,12 @@ struct MicroTiles {
                        int64_t steps, float* c, int64_t c_stride, bool accumulate) {
     for (int64_t i = 0; i < rows; i += kRowsAtOnce) {
       const int64_t height = smaller(kRowsAtOnce, rows - i);
-      const auto tile = height == 4   ? half_tile<4, kPacked>
-                        : height == 3 ? half_tile<3, kPacked>
-                        : height == 2 ? half_tile<2, kPacked>
-                                      : half_tile<1, kPacked>;
+      const auto tile = height == 4   ? narrow_tile<4, kPacked>
+                        : height == 3 ? narrow_tile<3, kPacked>
+                        : height == 2 ? narrow_tile<2, kPacked>
+                                      : narrow_tile<1, kPacked>;
       const uint16_t* left = a + i * (kPacked ? 2 : row_stride);
-      for (int64_t j = 0; j < kPanel; j += kHalfPanel) {
+      for (int64_t j = 0; j < kPanel; j += kLanes<float>) {
         tile(left, row_stride, panel + 2 * j, steps, c + i * c_stride + j, c_stride, accumulate);
       }
     }

@@ -1,5 +1,8 @@
-// exp, expm1 and log on 64-byte vectors of float or double, in the compilers' vector extension: the same
-// source becomes AVX-512, AVX2 or plain code by the flags of the file that includes it.
+// exp, expm1 and log on vectors of float or double, in the compilers' vector extension: the same source
+// becomes AVX-512, AVX2 or plain code by the flags of the file that includes it.
+//
+// A vector is as wide as a register. Compilers split arithmetic on wider ones into registers, but
+// comparisons into single elements, which made softmax statistics five times as slow on AVX2.
 //
 // Everything is in an unnamed namespace on purpose. Those files are compiled for different instruction
 // sets, and a function shared between them by the linker could be the one that the machine cannot run.
@@ -12,14 +15,22 @@
 namespace memeff {
 namespace {
 
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <class T>
 struct VectorTraits;
 
 template <>
 struct VectorTraits<float> {
-  typedef float Vec __attribute__((vector_size(64)));
-  typedef int32_t Int __attribute__((vector_size(64)));
-  static constexpr int kLanes = 16;
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kLanes = kVectorBytes / 4;
   static constexpr int kMantissaBits = 23;
   static constexpr int32_t kExponentBias = 127;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -33,9 +44,9 @@ struct VectorTraits<float> {
 
 template <>
 struct VectorTraits<double> {
-  typedef double Vec __attribute__((vector_size(64)));
-  typedef int64_t Int __attribute__((vector_size(64)));
-  static constexpr int kLanes = 8;
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kLanes = kVectorBytes / 8;
   static constexpr int kMantissaBits = 52;
   static constexpr int64_t kExponentBias = 1023;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
