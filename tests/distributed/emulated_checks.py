@@ -8,8 +8,9 @@ from collections.abc import Callable
 import emulated
 import torch
 from cases import Case
-from checks import SHARDS, Ranks, check_token_statistics
+from checks import SHARDS, Ranks
 from merged_checks import check_loss
+from statistics_checks import check_token_statistics
 
 KERNELS = {
     torch.float32: "generic,generic",

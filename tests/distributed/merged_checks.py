@@ -15,13 +15,11 @@ from checks import (
     Ranks,
     add,
     bounds,
-    check_linear_loss,
-    check_losses,
-    check_token_statistics,
     raised,
     run_sharded,
     shard_inputs,
 )
+from statistics_checks import check_linear_loss, check_losses, check_token_statistics
 from tolerances import assert_result
 
 import memeff
