@@ -237,14 +237,7 @@ def loss_call(
     if torch.is_grad_enabled():
         only_reference = _needs_reference(target, weight, token_weight, probabilities)
     backend = resolve_backend(options.backend, input.device, only_reference)
-    tensors = {"target": target, "weight": weight, "token_weight": token_weight}
-    _refuse_tangents(
-        backend, input, linear_weight, linear_bias,
-        tensors | {"num_items": num_items, "logit_scale": scale},
-    )  # fmt: skip
-    if backend != "reference":
-        input, linear_bias = tie(input, linear_bias, scale)
-    return Call(
+    call = Call(
         input,
         linear_weight,
         target,
@@ -257,6 +250,8 @@ def loss_call(
         probabilities,
         scale,
     )
+    tensors = {"target": target, "weight": weight, "token_weight": token_weight}
+    return _differentiable(call, tensors | {"num_items": num_items})
 
 
 def _needs_reference(
@@ -320,13 +315,7 @@ def statistics_call(
             raise ValueError(f"shift is {options.shift}, expected 0: there is no target")
         _check_shift(options.shift, input)
     backend = resolve_backend(options.backend, input.device)
-    _refuse_tangents(
-        backend, input, linear_weight, linear_bias,
-        {"logit_scale": scale, "temperature": temperature},
-    )  # fmt: skip
-    if backend != "reference":
-        input, linear_bias = tie(input, linear_bias, scale)
-    return Call(
+    call = Call(
         input,
         linear_weight,
         target,
@@ -336,18 +325,20 @@ def statistics_call(
         scale=scale,
         temperature=per_token,
     )
+    return _differentiable(call, {"temperature": temperature})
 
 
-def _refuse_tangents(
-    backend: str,
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    others: dict[str, Any],
-) -> None:
-    if backend != "reference" and records_tangents():
-        head = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
-        refuse_tangents(head | others, '; backend="reference" has them')
+def _differentiable(call: Call, given: dict[str, Any]) -> Call:
+    """The call with what gradients need that the kernels do not compute; an error where an argument
+    of it or of what else was given has a tangent. The reference needs neither."""
+    if call.backend == "reference":
+        return call
+    if records_tangents():
+        names = ("input", "linear_weight", "linear_bias")
+        head = {name: getattr(call, name) for name in names} | {"logit_scale": call.scale}
+        refuse_tangents(head | given, '; backend="reference" has them')
+    input, linear_bias = tie(call.input, call.linear_bias, call.scale)
+    return call._replace(input=input, linear_bias=linear_bias)
 
 
 def _check_shift(shift: int, input: Tensor) -> None:

@@ -15,6 +15,7 @@ dropout acts on the x in front of A_i, and needs nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,48 +103,40 @@ def read(module: nn.Module, name: str) -> LinearMap:
     )
 
 
+# The dicts of hooks that a module has, and torch.nn.modules.module for all modules ("_global...").
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooks(owner: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Of each hook the module that it is from, and its name."""
+    for kind in _HOOKS:
+        for hook in getattr(owner, prefix + kind).values():
+            function = getattr(hook, "func", hook)  # of a functools.partial
+            package = getattr(function, "__module__", None) or ""
+            title = getattr(function, "__qualname__", None) or type(function).__name__
+            yield package, f"{package}.{title}"
+
+
 def foreign_hook(module: nn.Module) -> str | None:
     """A hook on the module that does not gather its weights, but may read or change what it takes
     and returns."""
-    for hooks in (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    ):
-        for hook in hooks.values():
-            package, title = _origin(hook)
-            if not package.startswith(_GATHERING_PACKAGES):
-                return title
+    for package, title in _hooks(module):
+        if not package.startswith(_GATHERING_PACKAGES):
+            return title
     return None
 
 
 def _check_global_hooks(name: str) -> None:
     """Hooks of all modules may change what the head computes, too. torch's own (those of its FLOP
     counter and memory trackers) only look."""
-    for hooks in (
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_forward_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    ):
-        for hook in hooks.values():
-            package, title = _origin(hook)
-            if package.split(".")[0] != "torch":
-                raise ValueError(
-                    f"{name} has the hook {title} of all modules (such as "
-                    "torch.nn.modules.module.register_module_forward_hook adds), which is not "
-                    "called where only a weight and a bias are read, expected none: remove it, or "
-                    "register it with the modules that it is meant for"
-                )
-
-
-def _origin(hook: Any) -> tuple[str, str]:
-    """The module that a hook is from, and its name."""
-    function = getattr(hook, "func", hook)  # of a functools.partial
-    package = getattr(function, "__module__", None) or ""
-    title = getattr(function, "__qualname__", None) or type(function).__name__
-    return package, f"{package}.{title}"
+    for package, title in _hooks(torch_module, "_global"):
+        if package.split(".")[0] != "torch":
+            raise ValueError(
+                f"{name} has the hook {title} of all modules (such as "
+                "torch.nn.modules.module.register_module_forward_hook adds), which is not called "
+                "where only a weight and a bias are read, expected none: remove it, or register it "
+                "with the modules that it is meant for"
+            )
 
 
 def _check_hooks(module: nn.Module, name: str) -> None:
@@ -166,8 +159,7 @@ def _check_hooks(module: nn.Module, name: str) -> None:
 def _read_embedding(module: nn.Embedding, name: str) -> LinearMap:
     """Its weight: the head that is tied to it does not run its forward. But hooks may compute the
     weight."""
-    for hook in module._forward_pre_hooks.values():
-        package, title = _origin(hook)
+    for package, title in _hooks(module):
         if package.startswith("torch.nn.utils."):
             raise ValueError(
                 f"{name} has the hook {title}, which computes its weight at each of its calls, "
