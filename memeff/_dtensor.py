@@ -46,7 +46,7 @@ def local_operands(
     mesh = head.device_mesh
     shared = VocabParallel(mesh.get_group(dimension))
     if given is not None:
-        # Of what it says the mesh leaves only reduce_dtype open.
+        # The mesh decides everything else than reduce_dtype.
         others = (given.group_name, given.start, given.reduce_input_grad)
         if others != (shared.group_name, None, True):
             raise ValueError(

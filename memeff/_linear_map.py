@@ -108,7 +108,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_
 
 
 def _hooks(owner: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Of each hook the module that it is from, and its name."""
+    """The module that each hook is from, and its name."""
     for kind in _HOOKS:
         for hook in getattr(owner, prefix + kind).values():
             function = getattr(hook, "func", hook)  # of a functools.partial

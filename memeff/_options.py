@@ -189,7 +189,7 @@ class Options(NamedTuple):
     skip_mass: Annotated[float, _parse_probability] = 0.0
     vocab_parallel: Annotated[VocabParallel | None, parse_vocab_parallel] = None
     backend: Annotated[str, _parse_backend] = "auto"
-    # Of statistics.
+    # Options of token statistics:
     entropy: Annotated[bool, _parse_flag] = False
     argmax: Annotated[bool, _parse_flag] = False
     logit_sum: Annotated[bool, _parse_flag] = False

@@ -35,11 +35,11 @@ class Plan:
     tokens: int
     features: int
     vocab: int
-    """Of the largest shard where ranks share the vocabulary; all that follows is for its rank."""
+    """Where ranks share it, the largest shard; all that follows is for the rank of that."""
     dtype: torch.dtype
     backend: str
     ranks: int
-    """That share the vocabulary; 0: nobody does."""
+    """How many ranks share the vocabulary; 0: it is not shared."""
     kind: str
     """"statistics", "token_chunks" or "vocab_slices"."""
     kernels: str

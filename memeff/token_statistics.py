@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["linear_logprobs", "linear_token_statistics"]
 
-# Of what an op may be asked for.
+# An op is asked for each of these by name.
 _NOTHING: dict[str, Any] = {"entropy": False, "argmax": False, "logit_sum": False, "top_k": 0}
 
 
@@ -227,7 +227,7 @@ def _stacked(fields: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 def _of_position(call: Call) -> LogitStatistics:
-    """Of input [N, D], linear_weight [V, D], and target [N] or [N, k]: fields [N] or [N, k]."""
+    """Fields [N] or [N, k] for input [N, D], linear_weight [V, D], and target [N] or [N, k]."""
     target, options = call.target, call.options
     if target is not None and target.dim() == 1:
         call = call._replace(target=target.unsqueeze(1))

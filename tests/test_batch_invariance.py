@@ -63,7 +63,7 @@ class Problem:
         return {name: value for name in FIELDS if (value := getattr(result, name)) is not None}
 
     def cross_entropy(self, gradients: bool, **options: Any) -> dict[str, Tensor]:
-        """Statistics beside the mean, with gradients in the same pass or without any."""
+        """Statistics in addition to the mean, with gradients in the same pass or without any."""
         leaves = [t.detach().requires_grad_(gradients) for t in (self.x, self.w, self.b)]
         _, result = memeff.linear_cross_entropy(
             leaves[0], leaves[1], self.y, linear_bias=leaves[2], return_statistics=True,

@@ -25,7 +25,7 @@ SHAPES = {
     "scale": (1,),
     "grad_loss": (1,),
 }
-# Of options; others get NEUTRAL.
+# Values of options; others get NEUTRAL.
 VALUES = {"reduction": "mean", "input_grad": True, "logit_scale": 1.0, "memory_budget": -1}
 NEUTRAL = {"str": "", "bool": False, "float": 0.0, "int": 0, "SymInt": 0}
 OPERATORS = (

@@ -14,7 +14,7 @@ import memeff
 from memeff import _options, modules, ops, statistics_ops
 from memeff._call import Call
 
-# Of linear_cross_entropy: what belongs to one call, and no module keeps.
+# Arguments of linear_cross_entropy that belong to one call, which no module keeps.
 OF_ONE_CALL = {
     "input", "linear_weight", "target", "linear_bias", "weight", "token_weight", "num_items",
     "return_statistics",

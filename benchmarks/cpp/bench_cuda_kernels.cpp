@@ -1,5 +1,5 @@
 // Times each CUDA kernel alone on a GPU, with no torch in the process: all families that the GPU
-// runs, beside cuBLAS where a libcublas is found. Every round runs every case once, after the L2
+// runs, and cuBLAS where a libcublas is found. Every round runs every case once, after the L2
 // cache has been overwritten; times are medians of events on the stream.
 //
 //   cmake -S . -B build -DMEMEFF_CUDA=ON && cmake --build build --target bench_cuda_kernels
@@ -185,7 +185,7 @@ double measured_bandwidth(Timer& timer) {
   return 2.0 * static_cast<double>(kCopyBytes) / best;
 }
 
-/// Of dense 16-bit products with fp32 sums, from the data sheets; 0: not known here.
+/// The peak of dense 16-bit products with fp32 sums, from the data sheets; 0: not known here.
 double datasheet_flops(const cudaDeviceProp& gpu) {
   const int capability = 10 * gpu.major + gpu.minor;
   const double per_cycle = capability == 75   ? 1024

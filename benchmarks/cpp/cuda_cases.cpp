@@ -385,7 +385,7 @@ class Maker {
         });
   }
 
-  /// Of stored products, fp32.
+  /// The kernels of stored products, fp32.
   void generic_cases() {
     const int64_t n = std::min(n_, kGenericTokens), stride = round_up(n, 8);
     const int64_t ranges = ceil_div(v_, kGenericRange);

@@ -40,7 +40,7 @@ class Call {
 
  protected:
   void use_lse();
-  /// Of statistics: the accumulation type, on the input's device.
+  /// Statistics have the accumulation type, and are on the input's device.
   at::TensorOptions accumulation_options() const;
   /// The numbers of a tensor of that shape, which `owner` keeps; null if there is none.
   const double* as_double(const OptionalTensor& tensor, at::IntArrayRef shape, const char* name,

@@ -39,7 +39,7 @@ struct TokenArrays {
   double* target_dot = nullptr;    // of class probabilities q: sum_v w_v q_v z_v
   double* target_mass = nullptr;   // w_y, or sum_v w_v q_v
   double* target_plain = nullptr;  // of class probabilities: sum_v q_v z_v
-  double* smooth = nullptr;        // sum_v w_v z_v; null where nobody wants it
+  double* smooth = nullptr;        // sum_v w_v z_v; null where not requested
   double* entropy = nullptr;       // null unless the problem wants statistics; so are:
   double* maximum = nullptr;
   int64_t* argmax = nullptr;

@@ -39,7 +39,7 @@ class Architecture:
     tied: bool
 
 
-# Of each model's published config.json.
+# Sizes are those of each model's published config.json.
 ARCHITECTURES = {
     "llama-2-7b": Architecture(4096, 32000, 32, 32, 32, 11008, False),
     "llama-3.2-1b": Architecture(2048, 128256, 16, 32, 8, 8192, True),

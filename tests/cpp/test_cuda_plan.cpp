@@ -116,7 +116,7 @@ void check_plan(const Case& c, const cuda::Plan& plan) {
   CHECK(plan.flops <= (products + 2) * 2.0 * r.tokens * r.features * r.vocab);
   const bool compact = plan.accumulation == Accumulation::kCompact || plan.compact_input_sums;
   if (compact) CHECK(is_16_bit(r.dtype) && r.accumulation == GradAccumulation::kAuto);
-  // Of compact sums: terms that are rounded one after the other.
+  // Compact sums round one term after the other, so there are few of these.
   if (plan.accumulation == Accumulation::kCompact && plan.kind == PlanKind::kTokenChunks)
     CHECK(r.grad_weight && plan.num_chunks <= 257);
   if (r.dtype == DType::kFloat16) CHECK(plan.accumulation != Accumulation::kFloat32);

@@ -177,7 +177,7 @@ void the_nearest_measurement_counts() {
   const MeasuredChoice near = row("NVIDIA H200", 2, 1, 1, "sm90,sm90");
   for (const auto& table : {std::vector{far, near}, std::vector{near, far}})
     CHECK_EQ(chosen(p, kH200, table), "sm90,sm90 measured on NVIDIA H200 at 128x128x1000");
-  // Of two as near, the first.
+  // Where two are equally near, the first is taken.
   const MeasuredChoice below = row("NVIDIA H200", 0.5, 1, 1, "sm80,generic");
   CHECK_EQ(chosen(p, kH200, {below, near}), "sm80,generic measured on NVIDIA H200 at 32x128x1000");
   CHECK_EQ(chosen(p, kH200, {near, below}), "sm90,sm90 measured on NVIDIA H200 at 128x128x1000");

@@ -3,7 +3,7 @@
 //
 // The cases run in a child process, from one to the next: a case that hangs, or after which CUDA is
 // of no use any more, ends that process, and another one goes on with the next case. So one run
-// tells about all of them.
+// reports all of them.
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>

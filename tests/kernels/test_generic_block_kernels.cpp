@@ -61,7 +61,7 @@ struct Experiment {
         probabilities.set(n * token_stride + v * class_stride,
                           v % 5 == 2 ? 0.0 : uniform(random) / static_cast<double>(vocab));
     }
-    // Of the block, of other blocks, none.
+    // Targets in the block, in other blocks, and none.
     for (int64_t n = 0; n < c.tokens; ++n)
       target[n] = n % 4 == 3   ? -100
                   : n % 9 == 8 ? vocab - 1 - n % 3
@@ -409,7 +409,7 @@ void test_target_of_a_peaked_softmax() {
     compare(e.products.at(n % 2 * e.stride + n), -5e-10, 1e-15, "peaked target", DType::kFloat32);
 }
 
-// So it does when p and the target's coefficient are small beside the softmax's: softmax - softmax
+// So it does when p and the target's coefficient are small compared with the softmax's: softmax - softmax
 // would leave nothing of them.
 void test_small_target_of_a_flat_softmax() {
   Experiment e({2, 3, 1}, DType::kFloat32);

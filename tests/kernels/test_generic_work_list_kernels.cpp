@@ -25,7 +25,7 @@ struct Shape {
   int64_t classes, tokens, padding;  // of the marks, between rows
 };
 
-// Of marks whose density differs from row to row and from column to column, up to none and all.
+// The list of marks whose density differs from row to row and from column to column, up to none and all.
 void test_list(const Shape& s, double density) {
   std::mt19937 random(static_cast<unsigned>(s.classes + s.tokens));
   std::uniform_real_distribution<double> uniform;

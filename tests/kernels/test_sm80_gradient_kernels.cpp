@@ -285,7 +285,7 @@ struct ProductCase {
   }
   static int64_t tile_count(int64_t size) { return (size + 127) / 128; }
 
-  // Skipped tiles hold NaN: whoever reads them, shows it.
+  // Skipped tiles hold NaN, which shows when they are read.
   void skip_tile(int64_t class_tile, int64_t token_tile) {
     tiles[class_tile * (tile_count(tokens) + 1) + token_tile] = 0;
     for (int64_t v = class_tile * 128; v < std::min(classes, class_tile * 128 + 128); ++v)

@@ -148,7 +148,7 @@ void test_product(const ProductCase& c, bool of_weight) {
     for (int64_t n = 0; n < c.tokens; ++n) g.at(v, n) = T(normal(random));
   for (int64_t i = 0; i < k; ++i)
     for (int64_t d = 0; d < c.features; ++d) other.at(i, d) = T(normal(random));
-  // Of some tokens G is zero, and what they have for hidden states NaN.
+  // Some tokens have a G of zero and hidden states of NaN.
   Matrix<float> factors(1, k, 0, kInput);
   Matrix<int32_t> mask_needed(1, 1, 0, kInput);
   mask_needed.at(0, 0) = c.masks ? 1 : 0;

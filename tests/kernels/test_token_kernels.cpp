@@ -299,7 +299,7 @@ void test_tiles() {
              .ok());
 }
 
-// Of a caller's token statistics, no coefficients; statistics without partials are refused.
+// A caller's token statistics have no coefficients; statistics without partials are refused.
 void test_statistics_alone() {
   Case c{5, 20, 4};
   c.statistics = true;

@@ -9,8 +9,8 @@ transformers = pytest.importorskip("transformers")
 
 from families import families, run
 
-# Of each way from hidden states to loss: plain, scaled, soft-capped, with a bias, tied, shifted by
-# the loss function or by the model, experts, encoder and decoder, masked.
+# One of each way from hidden states to loss: plain, scaled, soft-capped, with a bias, tied, shifted
+# by the loss function or by the model, experts, encoder and decoder, masked.
 LAZY = [
     ("causal", "llama"), ("causal", "gpt2"), ("causal", "gemma2"), ("causal", "granite"),
     ("causal", "cohere"), ("causal", "phi"), ("causal", "gpt_neox"), ("causal", "mixtral"),
