@@ -86,8 +86,10 @@ def run(ranks: int, shape: Shape, dtype: str, rounds: int) -> Row:
 LIGER = Shape(2048, 4096, 131072)
 FLOP_PER_SECOND = 768e12
 PUBLISHED = {1: 768, 8: 638, 16: 386}
-# Bytes per second and GPU that an all-reduce can count on, and seconds per step of a ring: assumed.
-LINKS = {"NVLink": (400e9, 3e-6), "between nodes": (50e9, 10e-6)}
+# Bytes per second of a GPU in each direction, and seconds per step of a ring. The rates are peaks
+# of NVIDIA's data sheets: half of the H100's 900 GB/s, and InfiniBand NDR (400 Gb/s) with an
+# adapter per GPU as in a DGX H100. The latencies are assumptions.
+LINKS = {"NVLink": (450e9, 3e-6), "between nodes": (50e9, 10e-6)}
 
 
 def predict(shape: Shape, ranks: int, link: str, products: int, sum_bytes: int) -> float:

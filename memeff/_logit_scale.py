@@ -5,8 +5,8 @@ Logits are functions of s u, with u = x W^T + b, whatever follows (soft cap, tem
     s dL/ds = sum_nv u_nv dL/du_nv = sum_n x_n . dL/dx_n + sum_v b_v dL/db_v
 
 So autograd has the gradient of s from those of x and b, and kernels take s as a number. Where these
-are rounded to 16 bits, so is each term: an error of about an epsilon of that dtype over sqrt(N D),
-relative to the norm of the terms.
+are rounded to 16 bits, so is each term. An estimate, which takes the roundings for independent: an
+error of an epsilon of that dtype over sqrt(N D), relative to the norm of the terms.
 """
 
 from __future__ import annotations
