@@ -59,8 +59,9 @@ class Call(NamedTuple):
             "weight_grad": grad and self.linear_weight.requires_grad,
             "bias_grad": grad and bias is not None and bias.requires_grad,
         }
-        options = self.options
-        return wanted | {name: getattr(options, name) for name in names}
+        if torch.compiler.is_compiling():
+            return wanted | _values(self.options, names)
+        return wanted | _values_before(self.options, names)
 
     @property
     def merges_ranks(self) -> bool:
@@ -106,6 +107,14 @@ class Call(NamedTuple):
             options["logit_scale"] = self.options.logit_scale * self.scale
         with torch.autocast(self.input.device.type, enabled=False):
             return function(**{name: getattr(self, name) for name in of_call}, **options)
+
+
+def _values(options: Options, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
+# Calls repeat their options.
+_values_before = functools.lru_cache(maxsize=64)(_values)
 
 
 def _parameters(function: Callable[..., Any], fields: tuple[str, ...]) -> list[str]:
@@ -337,6 +346,8 @@ def _differentiable(call: Call, given: dict[str, Any]) -> Call:
         names = ("input", "linear_weight", "linear_bias")
         head = {name: getattr(call, name) for name in names} | {"logit_scale": call.scale}
         refuse_tangents(head | given, '; backend="reference" has them')
+    if call.scale is None:
+        return call
     input, linear_bias = tie(call.input, call.linear_bias, call.scale)
     return call._replace(input=input, linear_bias=linear_bias)
 

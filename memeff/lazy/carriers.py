@@ -121,28 +121,33 @@ def _lazily(row: Row, function: Any, args: tuple[Any, ...], kwargs: dict[str, An
     recorded = tuple([arg.node if isinstance(arg, Carrier) else arg for arg in args])
     if isinstance(result, State):
         if row.writes is None:
-            return _carry(row, node, result, function, recorded, kwargs)
+            return _carry(row, lazy, result, function, recorded, kwargs)
         lazy._wrote(Node(result, row.writes, recorded, kwargs, storage=node.storage))
         return lazy
     if isinstance(result, tuple) and result and isinstance(result[0], State):
         return tuple(
-            _carry(row, node, state, function, recorded, kwargs, part=part)
+            _carry(row, lazy, state, function, recorded, kwargs, part=part)
             for part, state in enumerate(result)
         )
     return result
 
 
 def _carry(
-    row: Row, node: Node, state: State, function: Any, args: Any, kwargs: Any, **options: Any
+    row: Row, lazy: Carrier, state: State, function: Any, args: Any, kwargs: Any, **options: Any
 ) -> Carrier:
-    """A carrier of what a row returned."""
+    """A carrier of what a row made of `lazy`."""
+    source = lazy._node
+    before, after = source.state.hidden, state.hidden
+    storage = None
+    if row.aliases and (after is before or _share_memory(before, after)):
+        storage = source.storage
     if not torch.is_grad_enabled():
         state.grad = False
-    storage = None
-    before, after = node.state.hidden, state.hidden
-    if row.aliases and (after is before or _share_memory(before, after)):
-        storage = node.storage
-    return carrier_of(Node(state, function, args, kwargs, storage=storage, **options))
+    made = Node(state, function, args, kwargs, storage=storage, **options)
+    # In training the kind stays; finding out which takes time.
+    kind: Any = type(lazy) if state.grad and source.state.grad else carrier_of
+    carrier: Carrier = kind(made)
+    return carrier
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

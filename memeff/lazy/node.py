@@ -57,7 +57,13 @@ class Node:
     @property
     def is_dense(self) -> bool:
         """Whether the logits of this value, or of one that it was made from, exist."""
-        return self._dense is not None or any(source.is_dense for source in self.sources)
+        if self._dense is not None:
+            return True
+        # A loop, as every call asks several times, and a generator takes twice as long.
+        for source in self.sources:  # noqa: SIM110
+            if source.is_dense:
+                return True
+        return False
 
     def inputs(self) -> list[Tensor]:
         """What its value is computed from next to weights: hidden states; or logits that exist."""

@@ -128,7 +128,7 @@ class State:
 
     def check_hidden(self) -> None:
         """Raise RuntimeError if the hidden states are not those that the head saw."""
-        if self.version is not None and self.version != version_of(self.hidden):
+        if self.version is not None and self.version != self.hidden._version:
             raise RuntimeError(
                 "hidden states were modified in place between the call of a head and the first "
                 "use of its lazy logits, whose values are lost; call .dense() on the logits first"
