@@ -175,7 +175,7 @@ class Chunk:
         if hidden is None or hidden is self.rows:
             own: Tensor = _Logits.apply(self.rows.detach(), self.token, self, True)
             return own
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         logits: Tensor = _Logits.apply(rows, self.token, self, False)
         return logits.view(*hidden.shape[:-1], len(self.head.weight))
 

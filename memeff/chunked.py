@@ -135,7 +135,7 @@ def apply_to_chunks(
     if recompute is not None:
         check_flag("recompute", recompute)
     lead = input.shape[:-1]
-    rows = rows.reshape(-1, input.shape[-1])
+    rows = rows.reshape(lead.numel(), input.shape[-1])
     itemsize = max(4, rows.element_size()) if upcast else rows.element_size()
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(

@@ -130,10 +130,59 @@ def test_one_class_with_smoothing(dtype: torch.dtype, reduction: str) -> None:
             assert not gradient.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_one_class_computed_again(dtype: torch.dtype, softcap: float | None) -> None:
+    """Scores of other blocks come out with other bits; the gradients are 0 all the same."""
+    x, w, b = (
+        torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((134, 34), (1, 34), 1)
+    )
+    target, upstream = torch.zeros(134, dtype=torch.int64), torch.zeros(134)
+    options = {"softcap": softcap, "logit_scale": 0.4, "linear_bias": b}
+    for count in (1, 3, 11, 20, 133):
+        upstream[:count] = torch.rand(count) + 1
+        s = memeff.linear_token_statistics(x, w, target, **options)
+        loss = memeff.linear_cross_entropy(
+            x, w, target, token_weight=upstream, reduction="none", label_smoothing=0.9, **options
+        )
+        for result in (s.logprob, s.entropy, loss):
+            assert result is not None and not result.any()
+            gradients = torch.autograd.grad(
+                result, (x, w, b), upstream.to(result.dtype), retain_graph=True
+            )
+            assert not any(gradient.any() for gradient in gradients)
+        of_lse = torch.autograd.grad(s.lse, b, upstream.to(s.lse.dtype), retain_graph=True)
+        assert of_lse[0].any()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_features(reduction: str) -> None:
     """D = 0: all logits are the bias."""
     check(Case((6,), 0, 9, reduction=reduction, bias=True, spread=0.0))
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_no_features_in_chunks(tokens: int) -> None:
+    x, w, b = torch.randn(tokens, 0), torch.randn(9, 0), torch.randn(9, requires_grad=True)
+    y = torch.randint(9, (tokens,))
+
+    def total(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, y, reduction="sum")
+
+    ours = memeff.chunked_linear_apply(total, x, w, y, linear_bias=b)
+    another = memeff.MemoryEfficientLinear.apply(
+        x, w, y, lambda hidden, linear, y: total(linear(hidden), y), b, "sum"
+    )
+    expected = total(x @ w.t() + b, y)
+    assert isinstance(ours, torch.Tensor)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(another, expected)
+    for value in (ours, another):
+        torch.testing.assert_close(
+            torch.autograd.grad(value, b), torch.autograd.grad(expected, b, retain_graph=True)
+        )
+    equal = memeff.losses.linear_distillation_loss(x, w, x, w, student_bias=b, teacher_bias=b)
+    assert equal.abs() <= 1e-6
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -35,10 +35,17 @@ constexpr DType dtype_of() {
 }  // namespace
 
 template <class T>
-bool BlasBackend<T>::are_few(Range tokens) const {
-  // With few rows, for each thread, BLAS libraries add up all terms one after the other (MKL: a sum of
-  // 3584 for 3 rows errs four times as much as one for 8), and slowly.
-  return tokens.size() < std::max(16, 4 * this->context_.request->threads);
+int64_t BlasBackend<T>::enough_tokens() const {
+  return std::max(16, 4 * this->context_.request->threads);
+}
+
+template <class T>
+int64_t BlasBackend<T>::product_columns(Range tokens, bool kept) const {
+  const int64_t enough = enough_tokens();
+  const bool never = this->context_.request->fixed_order || this->problem_.tokens < enough ||
+                     this->problem_.vocab < kEnoughClasses || this->plan_.token_block < enough;
+  if (never || (kept && tokens.size() < enough)) return 0;
+  return std::max(tokens.size(), enough);
 }
 
 template <class T>
@@ -49,16 +56,19 @@ ScoreBlock BlasBackend<T>::part(const ScoreBlock& block, int64_t classes, int64_
 }
 
 template <class T>
-typename BlasBackend<T>::Rows BlasBackend<T>::input_rows(Range tokens, int64_t workspace_offset) {
+typename BlasBackend<T>::Rows BlasBackend<T>::input_rows(Range tokens, int64_t workspace_offset,
+                                                         int64_t padding) {
   const Problem& p = this->problem_;
   const int64_t* rows = this->tokens_.rows() + tokens.begin;
-  if (p.dtype == dtype_of<T>() && tokens.size() > 0 && this->tokens_.contiguous_rows(tokens)) {
+  const bool dense = tokens.size() > 0 && this->tokens_.contiguous_rows(tokens);
+  if (p.dtype == dtype_of<T>() && dense && padding == 0) {
     return {static_cast<const T*>(p.input) + rows[0] * p.input_stride, p.input_stride};
   }
   T* gathered = this->template at<T>(workspace_offset);
   convert_rows(
       p.dtype, p.input, p.input_stride, tokens.size(), p.features,
       [&](int64_t i) { return rows[i]; }, gathered);
+  std::fill_n(gathered + tokens.size() * p.features, padding * p.features, T{0});
   return {gathered, p.features};
 }
 
@@ -129,9 +139,12 @@ template <class T>
 void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBlock* block,
                                     bool statistics) {
   const Problem& p = this->problem_;
-  const bool fixed_order = this->context_.request->fixed_order || are_few(tokens);
+  const int64_t columns_of_blas = product_columns(tokens, statistics && block != nullptr);
+  const bool fixed_order = columns_of_blas == 0;
   const T* const panels = fixed_order ? input_panels(tokens) : nullptr;
-  const Rows x = fixed_order ? Rows{} : input_rows(tokens, this->layout_.score_step.input_block);
+  const Rows x = fixed_order ? Rows{}
+                             : input_rows(tokens, this->layout_.score_step.input_block,
+                                          columns_of_blas - tokens.size());
   const ScoreBlock discarded = this->slice_block(tokens.size());
   for (int64_t begin = classes.begin; begin < classes.end; begin += this->plan_.slice_vocab) {
     const Range slice{begin, std::min(begin + this->plan_.slice_vocab, classes.end)};
@@ -143,7 +156,7 @@ void BlasBackend<T>::compute_scores(Range classes, Range tokens, const ScoreBloc
     if (fixed_order) {
       multiply_panels(w, panels, slice.size(), tokens.size(), z, stride);
     } else {
-      gemm<T>(false, true, slice.size(), tokens.size(), p.features, w.data, w.stride, x.data,
+      gemm<T>(false, true, slice.size(), columns_of_blas, p.features, w.data, w.stride, x.data,
               x.stride, false, z, stride);
     }
     // One task is a tile of classes by a range of tokens: enough of them for many threads.
@@ -285,7 +298,7 @@ void BlasBackend<T>::add_grad_input(Range classes, Range tokens, const ScoreBloc
     });
     return;
   }
-  if (are_few(tokens)) {
+  if (tokens.size() < enough_tokens()) {
     constexpr int64_t kColumns = 64;
     const int64_t features = this->problem_.features;
     parallel_for(ceil_div(features, kColumns), 1, [&](int64_t task, int64_t end, int) {

@@ -25,15 +25,25 @@ class BlasBackend final : public CpuBackend<T> {
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const override;
 
  private:
-  /// Whether a BLAS would be at its worst with them: ColumnKernels::multiply computes such products.
-  bool are_few(Range tokens) const;
+  /// With fewer rows, for each thread, BLAS libraries add up all terms one after the other (MKL: a sum of
+  /// 3584 for 3 rows errs four times as much as one for 8), and slowly: ColumnKernels::multiply computes
+  /// such products.
+  int64_t enough_tokens() const;
+  /// Columns of a BLAS's product that computes scores; 0: ColumnKernels::multiply does. Scores that are
+  /// made again for a gradient must have the bits of those that lse comes from: where p is close to 1
+  /// other ones leave more of the gradient than there is. Products with enough rows and columns have
+  /// them, whatever else is in them (MKL: 4 and 12), so that few tokens at the end of many are padded.
+  /// `kept`: the scores are not made again, and there is no room.
+  int64_t product_columns(Range tokens, bool kept) const;
+  static constexpr int64_t kEnoughClasses = 4;
   void compute_scores(Range classes, Range tokens, const ScoreBlock* block, bool statistics);
   /// Rows of a matrix as T, in place when they are already.
   struct Rows {
     const T* data;
     int64_t stride;
   };
-  Rows input_rows(Range tokens, int64_t workspace_offset);
+  /// `padding`: rows of zeros after those of the tokens.
+  Rows input_rows(Range tokens, int64_t workspace_offset, int64_t padding = 0);
   /// Hidden states in panels [features, kPanel] of kPanel tokens, in place of input_rows().
   const T* input_panels(Range tokens);
   void multiply_panels(const Rows& w, const T* panels, int64_t classes, int64_t tokens, T* z,

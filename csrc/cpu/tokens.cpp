@@ -251,11 +251,12 @@ void CpuTokens<T>::set_statistics_coefficients(int64_t token) {
   const int64_t n = rows_[token];
   const double scale = statistics_scale(token);
   double p = s.grad_lse != nullptr ? s.grad_lse[n] : 0;
-  for (int64_t k = 0; s.grad_logprob != nullptr && k < problem_.targets; ++k) {
+  const bool certain = is_certain(token);
+  for (int64_t k = 0; s.grad_logprob != nullptr && !certain && k < problem_.targets; ++k) {
     const int64_t at = n * problem_.targets + k;
     if (problem_.target[at] != problem_.ignore_index) p -= s.grad_logprob[at];
   }
-  const double entropy = s.grad_entropy != nullptr ? s.grad_entropy[n] : 0;
+  const double entropy = s.grad_entropy != nullptr && !certain ? s.grad_entropy[n] : 0;
   if (entropy != 0) p -= entropy * entropy_[token];
   scale_p_[token] = scale * p;
   scale_entropy_[token] = -scale * entropy;
@@ -284,9 +285,9 @@ void CpuTokens<T>::set_coefficients(int64_t token) {
   if (!scales_sums) g *= problem_.logit_scale / denominator_;
   const double z_share = denominator_ / z_denominator_;
   const double eps = problem_.label_smoothing;
-  scale_target_[token] = g * (1 - eps);
-  scale_w_[token] = g * eps / static_cast<double>(total_vocab(problem_));
-  // The same products as in target_gradient(): with one class they cancel, and the gradient is 0.
+  const double cross_entropy = is_certain(token) ? 0 : g;
+  scale_target_[token] = cross_entropy * (1 - eps);
+  scale_w_[token] = cross_entropy * eps / static_cast<double>(total_vocab(problem_));
   scale_p_[token] = scale_target_[token] * target_mass_[token] +
                     scale_w_[token] * class_weight_total_ +
                     g * 2 * problem_.z_loss * lse_[token] * z_share;
@@ -479,7 +480,8 @@ double CpuTokens<T>::target_gradient(int64_t token, int64_t k) const {
     // All targets of this class: for_each_target sees the first of them only.
     const int64_t targets = problem_.targets, at = rows_[token] * targets;
     double sum = 0;
-    for (int64_t j = k; statistics_->grad_logprob != nullptr && j < targets; ++j) {
+    const bool counts = statistics_->grad_logprob != nullptr && !is_certain(token);
+    for (int64_t j = k; counts && j < targets; ++j) {
       if (problem_.target[at + j] == problem_.target[at + k])
         sum += statistics_->grad_logprob[at + j];
     }

@@ -5,6 +5,7 @@
 // nothing when 1 is subtracted.
 #pragma once
 
+#include <cmath>
 #include <vector>
 
 #include "core/problem.h"
@@ -117,6 +118,11 @@ class CpuTokens {
  private:
   bool takes_part(int64_t n) const;
   bool is_sharded() const { return problem_.shard != nullptr; }
+  /// With one class its probability is 1 and no gradient flows through it. A score that is computed again
+  /// may have other last bits than the one that lse comes from, and the two would not cancel.
+  bool is_certain(int64_t token) const {
+    return total_vocab(problem_) == 1 && std::isfinite(lse_[token]);
+  }
   /// Whether class y of this rank's numbering is in its shard.
   bool is_here(int64_t y) const { return y >= 0 && y < problem_.vocab; }
   void set_denominators();
