@@ -45,6 +45,25 @@ def check_tensor(name: str, value: object) -> None:
             )
 
 
+def check_floats(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of floats that arithmetic takes."""
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype not in DTYPES:
+        raise RuntimeError(
+            f"{name} has dtype {value.dtype}, expected one of {', '.join(map(str, DTYPES))}"
+            f"{dequantised(name, value)}"
+        )
+
+
+def dequantised(name: str, tensor: Tensor) -> str:
+    """The way out for what holds numbers in less than 16 bits."""
+    if tensor.is_quantized:
+        return f"; pass {name}.dequantize()"
+    small = tensor.element_size() == 1 and tensor.dtype != torch.bool
+    return "; of a quantised tensor, pass the dequantised one" if small else ""
+
+
 def _refuse_layout(name: str, value: Tensor) -> None:
     if value.is_nested:
         raise TypeError(

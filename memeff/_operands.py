@@ -16,8 +16,10 @@ from memeff._checks import (
     DTYPES,
     INDEX_DTYPES,
     SMALL_INDEX_DTYPES,
+    check_floats,
     check_number,
     check_tensor,
+    dequantised,
 )
 
 # What the arguments of most functions are called; errors name them.
@@ -42,15 +44,10 @@ def check_head(
     ``positions`` allows linear_weight [V, d1, ..., dK, D] and linear_bias [V, d1, ..., dK].
     """
     of_input, of_weight, of_bias = names
-    check_tensor(of_input, input)
+    check_floats(of_input, input)
     check_tensor(of_weight, linear_weight)
     if linear_bias is not None:
         check_tensor(of_bias, linear_bias)
-    if input.dtype not in DTYPES:
-        raise RuntimeError(
-            f"{of_input} has dtype {input.dtype}, expected one of {', '.join(map(str, DTYPES))}"
-            f"{_quantised(of_input, input)}"
-        )
     if input.dim() < 1:
         raise RuntimeError(f"{of_input} has 0 dimensions, expected [..., D] with at least 1")
     if linear_weight.dim() < 2 or (linear_weight.dim() > 2 and not positions):
@@ -87,18 +84,10 @@ def check_head(
         if tensor.dtype != input.dtype:
             raise RuntimeError(
                 f"{name} has dtype {tensor.dtype}, expected that of {of_input}, {input.dtype}"
-                f"{_quantised(name, tensor)}"
+                f"{dequantised(name, tensor)}"
             )
         check_device(name, tensor, input, of_input)
     return input, linear_weight, linear_bias
-
-
-def _quantised(name: str, tensor: Tensor) -> str:
-    """The way out for what holds numbers in less than 16 bits."""
-    if tensor.is_quantized:
-        return f"; pass {name}.dequantize()"
-    small = tensor.element_size() == 1 and tensor.dtype != torch.bool
-    return "; of a quantised tensor, pass the dequantised one" if small else ""
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -264,6 +253,8 @@ def parse_num_items(num_items: Any, device: torch.device) -> Tensor:
         items = items.to(device)
         return items.masked_fill(items == 0, 1)
     if not isinstance(num_items, (int, float, torch.SymInt)) and hasattr(num_items, "item"):
+        if getattr(num_items, "size", 1) != 1:
+            raise RuntimeError(f"num_items has shape {num_items.shape}, expected one real number")
         num_items = num_items.item()  # a number of numpy
     if isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt)):
         raise TypeError(

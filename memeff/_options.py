@@ -30,6 +30,7 @@ __all__ = [
     "Options",
     "StatisticsOptions",
     "check_accum_dtype",
+    "check_torch_options",
     "merge_torch_options",
     "parse_options",
     "show_options",
@@ -266,6 +267,14 @@ def check_accum_dtype(accum_dtype: Any, dtype: torch.dtype, name: str = "accum_d
         )
 
 
+def check_torch_options(options: Any) -> None:
+    if not hasattr(options, "batch_chunk_size"):
+        raise TypeError(
+            "options must be a torch.nn.LinearCrossEntropyOptions or None, got "
+            f"{type(options).__name__}"
+        )
+
+
 def merge_torch_options(
     given: Mapping[str, Any], options: Any, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -275,11 +284,7 @@ def merge_torch_options(
     ``chunking_method``, every ``acc_policy`` is met because sums are never rougher than torch's,
     and the graph may always be retained.
     """
-    if not hasattr(options, "batch_chunk_size"):
-        raise TypeError(
-            "options must be a torch.nn.LinearCrossEntropyOptions or None, got "
-            f"{type(options).__name__}"
-        )
+    check_torch_options(options)
     merged = dict(given)
     check_accum_dtype(options.acc_dtype, dtype, "options.acc_dtype")
     for name, torch_name in (("chunk_size", "batch_chunk_size"), ("accum_dtype", "acc_dtype")):

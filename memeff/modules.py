@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from memeff._checks import check_tensor
+from memeff._checks import check_flag, check_floats, check_int
 from memeff._dtensor import is_dtensor
 from memeff._linear_map import LinearMap, read
 from memeff._logit_scale import take_scale
-from memeff._options import LossOptions, parse_options, show_options
+from memeff._options import LossOptions, check_torch_options, parse_options, show_options
 from memeff.functional import linear_cross_entropy
 from memeff.statistics import TokenStatistics
 
@@ -83,6 +83,7 @@ class LinearCrossEntropyLoss(nn.Module):
                 f"out_features must be a tuple of ints, got {type(out_features).__name__} "
                 f"{out_features!r}"
             )
+        check_flag("bias", bias)
         positions = math.prod(out_features)
         shared = {"linear": linear, "linear_weight": linear_weight}
         given = [name for name, value in shared.items() if value is not None]
@@ -99,6 +100,8 @@ class LinearCrossEntropyLoss(nn.Module):
                     f"in_features is {in_features} and num_classes is {num_classes}, expected two "
                     "ints, or a linear to share"
                 )
+            check_int("in_features", in_features, "a number of features >= 0", 0)
+            check_int("num_classes", num_classes, "a number of classes >= 0", 0)
             self.linear = nn.Linear(
                 in_features, num_classes * positions, bias=bias, device=device, dtype=dtype
             )
@@ -127,7 +130,7 @@ class LinearCrossEntropyLoss(nn.Module):
                 f"product to be the {rows} rows of the classifier"
             )
         if weight is not None:
-            check_tensor("weight", weight)
+            check_floats("weight", weight)
         if weight is not None and weight.shape != (classes,):
             raise RuntimeError(
                 f"weight has shape {tuple(weight.shape)}, expected ({classes},), a value per class"
@@ -143,7 +146,10 @@ class LinearCrossEntropyLoss(nn.Module):
         for name, default in OPTIONS.items():
             setattr(self, name, options.get(name, default))
         checked, _ = take_scale(self._options())
-        parse_options(**{name: value for name, value in checked.items() if name != "options"})
+        torch_options = checked.pop("options")
+        if torch_options is not None:
+            check_torch_options(torch_options)
+        parse_options(**checked)
 
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTIONS}
@@ -163,7 +169,7 @@ class LinearCrossEntropyLoss(nn.Module):
                 if tensor is None:
                     continue
                 if not is_dtensor(tensor):  # a vocabulary that ranks share
-                    check_tensor(name, tensor)
+                    check_floats(name, tensor)
                 if tensor.dim() != dimensions or len(tensor) != len(linear_weight):
                     raise RuntimeError(
                         f"{name} has shape {tuple(tensor.shape)}, expected linear_weight [V, D] "

@@ -253,12 +253,30 @@ def test_statistics_need_a_class() -> None:
         ({"shft": 1}, TypeError, "unexpected keyword argument 'shft'"),
         ({"skip_mass": 1.0}, ValueError, r"skip_mass is 1.0, expected a probability in \[0, 1\)"),
         ({"backend": "tpu"}, ValueError, "backend is 'tpu', expected one of"),
+        ({"options": 3}, TypeError, "options must be a torch.nn.LinearCross.* or None, got int"),
+        ({"bias": None}, TypeError, "bias must be a bool, got NoneType None"),
+        ({"in_features": 6.0}, TypeError, "in_features must be an int, .*got float"),
+        ({"num_classes": True}, TypeError, "num_classes must be an int, .*got bool"),
+        ({"num_classes": -1}, ValueError, "num_classes is -1, expected a number of classes >= 0"),
+        ({"weight": torch.ones(V).long()}, RuntimeError, "weight has dtype torch.int64, expected"),
     ],
     ids=str,
 )  # fmt: skip
 def test_module(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         module(**changes)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["quantised", "float8", "int8", "bool", "complex", "sparse", "str"]
+)
+@pytest.mark.parametrize("name", ["linear_weight", "linear_bias"])
+def test_module_of_tensors_of_another_kind(kind: str, name: str) -> None:
+    make, error, message = KINDS[kind]
+    shared = {"linear_weight": torch.randn(V, D), "linear_bias": torch.randn(V)}
+    with pytest.raises(error, match=f"{name} .*{message}"):
+        memeff.LinearCrossEntropyLoss(**shared | {name: make(shared[name])})
 
 
 @pytest.mark.parametrize("shape", [(0,), (V * D,)], ids=str)
@@ -337,6 +355,7 @@ def test_num_items_of_other_kinds() -> None:
     for bad, kind in (
         (True, TypeError), ("3", TypeError), (torch.tensor([1, 2]), RuntimeError),
         (torch.tensor(True), RuntimeError), (torch.tensor(1j), RuntimeError),
+        (np.array([1, 2]), RuntimeError), (np.array([]), RuntimeError),
     ):  # fmt: skip
         for function in (cross_entropy, custom_loss):
             with pytest.raises(kind, match="num_items"):

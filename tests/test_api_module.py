@@ -6,6 +6,7 @@ import copy
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,7 +159,8 @@ def vocab_parallel() -> memeff.VocabParallel:
 
 
 SETTINGS: dict[str, Any] = {  # none of them the default
-    "reduction": "sum", "ignore_index": 3, "label_smoothing": 0.2, "options": {}, "softcap": 3.0,
+    "reduction": "sum", "ignore_index": 3, "label_smoothing": 0.2, "softcap": 3.0,
+    "options": SimpleNamespace(batch_chunk_size=None),
     "logit_scale": 0.7, "z_loss": 0.1, "shift": 1, "memory_budget": "1GiB", "chunk_size": 64,
     "accum_dtype": torch.float32, "skip_mass": 1e-4, "backend": "reference",
     "vocab_parallel": vocab_parallel(),

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from memeff._checks import DTYPES
+from memeff._checks import DTYPES, check_flag
 from memeff._linear_map import foreign_hook
 from memeff.lazy.head import LazyHead, lazy_class, plain_class
 from memeff.lazy.report import Report
@@ -47,12 +47,13 @@ def patch(
         with a warning and an entry in the report.
 
     Raises:
-        TypeError: ``model`` is no module, or ``head`` neither a module nor a name.
+        TypeError: ``model`` is no module, ``head`` neither a module nor a name, ``strict`` no bool.
         ValueError: no head is found, or several, or ``head`` is not in the model.
         RuntimeError: with ``strict``, a head cannot be lazy.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_flag("strict", strict)
     inner = _unwrap(model)
     linears = [linear for found in _heads(inner, head) for linear in _linears(found)]
     report = _report_of(inner, linears)

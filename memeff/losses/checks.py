@@ -8,13 +8,14 @@ types TypeError, bad values ValueError.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memeff import _checks
-from memeff._operands import parse_num_items
+from memeff._checks import check_floats, check_number, check_tensor, dequantised
+from memeff._operands import check_device, parse_num_items
 
 
 class Interval(NamedTuple):
@@ -29,7 +30,7 @@ class Interval(NamedTuple):
         """NaN is in no interval."""
         above = value >= self.low if self.low_included else value > self.low
         below = value <= self.high if self.high_included else value < self.high
-        return above and below and math.isfinite(value)
+        return above and below and -sys.float_info.max <= value <= sys.float_info.max
 
     def __str__(self) -> str:
         if self.low == -math.inf:
@@ -49,43 +50,63 @@ FINITE = Interval(-math.inf, math.inf)
 
 def check_coefficient(name: str, value: object, interval: Interval) -> None:
     """A Python number in ``interval``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        way_out = ", call .item()" if isinstance(value, Tensor) else ""
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}{way_out}")
+    check_number(name, value)
+    assert isinstance(value, (int, float))
     if not interval.holds(value):
         raise ValueError(f"{name} is {value}, expected {interval}")
 
 
-def check_floats(name: str, values: Tensor) -> None:
-    """A tensor of floats: log-probabilities, log-sum-exps, hidden states."""
-    _checks.check_tensor(name, values)
-    if values.dtype not in _checks.DTYPES:
+def check_like(name: str, values: Tensor, like_name: str, like: Tensor) -> None:
+    """Floats of the shape and on the device of another argument: nothing is broadcast in
+    silence."""
+    _check_shape_of(name, values, like_name, like)
+    check_floats(name, values)
+
+
+def check_real_like(name: str, values: Tensor, like_name: str, like: Tensor) -> None:
+    """The same with integers or bools, too."""
+    _check_shape_of(name, values, like_name, like)
+    check_real(name, values)
+
+
+def check_mask(mask: Tensor | None, like_name: str, like: Tensor) -> None:
+    """None, or zeros and other numbers in the shape of another argument."""
+    if mask is not None:
+        check_real_like("mask", mask, like_name, like)
+
+
+def check_token_mask(mask: Tensor | None, tokens: torch.Size, like_name: str, like: Tensor) -> None:
+    """The same with one number per token of shape ``tokens``."""
+    if mask is None:
+        return
+    check_tensor("mask", mask)
+    if mask.shape != tokens:
         raise RuntimeError(
-            f"{name} has dtype {values.dtype}, expected one of "
-            f"{', '.join(map(str, _checks.DTYPES))}"
+            f"mask has shape {tuple(mask.shape)}, expected {tuple(tokens)}, one per token"
+        )
+    check_real("mask", mask)
+    check_device("mask", mask, like, like_name)
+
+
+def check_real(name: str, values: Tensor) -> None:
+    """Floats, integers or bools."""
+    check_tensor(name, values)
+    small = values.is_floating_point() and values.element_size() == 1
+    if values.is_complex() or values.is_quantized or small:
+        raise RuntimeError(
+            f"{name} has dtype {values.dtype}, expected real numbers of at least 16 bits, integers "
+            f"or bools{dequantised(name, values)}"
         )
 
 
-def check_same_shape(name: str, values: Tensor | None, like_name: str, like: Tensor) -> None:
-    """The shape and the device of another argument: nothing is broadcast in silence."""
-    if values is None:
-        return
-    _checks.check_tensor(name, values)
+def _check_shape_of(name: str, values: Tensor, like_name: str, like: Tensor) -> None:
+    check_tensor(name, values)
     if values.shape != like.shape:
         raise RuntimeError(
             f"{name} has shape {tuple(values.shape)}, expected that of {like_name}, "
             f"{tuple(like.shape)}{_reshaped(values, like)}"
         )
-    check_real(name, values, like_name, like)
-
-
-def check_real(name: str, values: Tensor, like_name: str, like: Tensor) -> None:
-    if values.is_complex():
-        raise RuntimeError(f"{name} has dtype {values.dtype}, expected real numbers")
-    if values.device != like.device:
-        raise RuntimeError(
-            f"{name} is on {values.device}, expected the device of {like_name}, {like.device}"
-        )
+    check_device(name, values, like, like_name)
 
 
 def _reshaped(values: Tensor, like: Tensor) -> str:
@@ -97,7 +118,7 @@ def _reshaped(values: Tensor, like: Tensor) -> str:
 
 def check_labels(name: str, labels: Tensor, like_name: str, like: Tensor) -> None:
     """Bool: other labels, such as +1 and -1, do not say which ones mean True."""
-    check_same_shape(name, labels, like_name, like)
+    _check_shape_of(name, labels, like_name, like)
     if labels.dtype != torch.bool:
         raise RuntimeError(
             f"{name} has dtype {labels.dtype}, expected torch.bool; labels of 0 and 1 or of -1 and "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from memeff import _checks
 from memeff._operands import check_head
 from memeff._options import parse_options
 from memeff.losses import checks
@@ -36,11 +37,11 @@ def focal_loss(
         alpha: a factor >= 0, or a tensor [...] with one per token (of its class).
         mask: [...], the tokens that count; None: all.
     """
-    checks.check_floats("logprob", logprob)
+    _checks.check_floats("logprob", logprob)
     checks.check_coefficient("gamma", gamma, checks.NOT_NEGATIVE)
-    checks.check_same_shape("mask", mask, "logprob", logprob)
+    checks.check_mask(mask, "logprob", logprob)
     if isinstance(alpha, Tensor):
-        checks.check_same_shape("alpha", alpha, "logprob", logprob)
+        checks.check_like("alpha", alpha, "logprob", logprob)
         alpha = kept(wide(alpha), mask)
     else:
         checks.check_coefficient("alpha", alpha, checks.NOT_NEGATIVE)
@@ -66,10 +67,11 @@ def label_smoothed_cross_entropy(
         label_smoothing: eps, in [0, 1].
         mask: [...], the tokens that count; None: all.
     """
-    checks.check_floats("logprob", logprob)
+    _checks.check_floats("logprob", logprob)
     checks.check_coefficient("label_smoothing", label_smoothing, checks.FRACTION)
-    for name, values in (("lse", lse), ("mean", mean), ("mask", mask)):
-        checks.check_same_shape(name, values, "logprob", logprob)
+    checks.check_mask(mask, "logprob", logprob)
+    for name, values in (("lse", lse), ("mean", mean)):
+        checks.check_like(name, values, "logprob", logprob)
     logprob, lse, mean = (kept(wide(values), mask) for values in (logprob, lse, mean))
     return -(1 - label_smoothing) * logprob + label_smoothing * (lse - mean)
 
@@ -103,7 +105,7 @@ def z_loss(lse: Tensor, *, coefficient: float = 1e-4, mask: Tensor | None = None
         coefficient: >= 0.
         mask: [...], the tokens that count; None: all.
     """
-    checks.check_floats("lse", lse)
+    _checks.check_floats("lse", lse)
     checks.check_coefficient("coefficient", coefficient, checks.NOT_NEGATIVE)
-    checks.check_same_shape("mask", mask, "lse", lse)
+    checks.check_mask(mask, "lse", lse)
     return coefficient * kept(wide(lse), mask).square()

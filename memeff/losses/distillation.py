@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memeff import _checks
 from memeff._gradients import refuse_tangents
-from memeff._operands import check_head
+from memeff._operands import check_device, check_head
 from memeff._options import parse_options
 from memeff.losses import checks
 from memeff.losses.distillation_op import Distillation, Transform, distill
@@ -91,7 +91,7 @@ def linear_distillation_loss(
     checks.check_coefficient("temperature", temperature, checks.POSITIVE)
     student = check_head(student_input, student_weight, student_bias, _NAMES[0])
     teacher = check_head(teacher_input, teacher_weight, teacher_bias, _NAMES[1])
-    checks.check_real("teacher_input", teacher_input, "student_input", student_input)
+    check_device("teacher_input", teacher_input, student_input, "student_input")
     refuse_tangents(dict(zip((*_NAMES[0], *_NAMES[1]), (*student, *teacher), strict=True)))
     lead = student_input.shape[:-1]
     if teacher_input.shape[:-1] != lead:
@@ -100,13 +100,7 @@ def linear_distillation_loss(
             f"student_input, {tuple(lead)}, in front of its features"
         )
     classes = _shared_classes(student_weight, teacher_weight, vocab_size)
-    if mask is not None:
-        _checks.check_tensor("mask", mask)
-        if mask.shape != lead:
-            raise RuntimeError(
-                f"mask has shape {tuple(mask.shape)}, expected {tuple(lead)}, one per token"
-            )
-        checks.check_real("mask", mask, "student_input", student_input)
+    checks.check_token_mask(mask, lead, "student_input", student_input)
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(
             f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
@@ -171,7 +165,7 @@ def _rows(
     """What the op takes: rows [N, D] and the classes that take part."""
     if classes < len(weight):
         weight, bias = weight[:classes], None if bias is None else bias[:classes]
-    return input.reshape(-1, input.shape[-1]), weight, bias
+    return input.reshape(input.shape[:-1].numel(), input.shape[-1]), weight, bias
 
 
 def top_k_distillation_loss(
@@ -192,21 +186,14 @@ def top_k_distillation_loss(
         mask: [...], the tokens that count.
         add_tail: count all other classes as one more.
     """
-    checks.check_floats("student_logprobs", student_logprobs)
-    checks.check_same_shape(
-        "teacher_logprobs", teacher_logprobs, "student_logprobs", student_logprobs
-    )
+    _checks.check_floats("student_logprobs", student_logprobs)
+    checks.check_like("teacher_logprobs", teacher_logprobs, "student_logprobs", student_logprobs)
     if student_logprobs.dim() < 1:
         raise RuntimeError("student_logprobs has shape (), expected [..., K]")
-    per_class = None
-    if mask is not None:
-        _checks.check_tensor("mask", mask)
-        if mask.shape != student_logprobs.shape[:-1]:
-            raise RuntimeError(
-                f"mask has shape {tuple(mask.shape)}, expected "
-                f"{tuple(student_logprobs.shape[:-1])}, one per token"
-            )
-        per_class = mask.unsqueeze(-1)
+    tokens = student_logprobs.shape[:-1]
+    checks.check_token_mask(mask, tokens, "student_logprobs", student_logprobs)
+    _checks.check_flag("add_tail", add_tail)
+    per_class = None if mask is None else mask.unsqueeze(-1)
     log_p = kept(wide(student_logprobs), per_class)
     log_q = kept(teacher_logprobs.detach().to(log_p.dtype), per_class)
     if add_tail:

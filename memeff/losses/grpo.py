@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from memeff import _checks
+from memeff._operands import check_device
 from memeff.losses import checks
 from memeff.losses.clipping import clipped_objective
 from memeff.losses.masking import kept, masked_mean, wide, wide_dtype
@@ -111,11 +112,14 @@ def grpo_loss(
     checks.check_given("ref_logprobs", ref_logprobs, "beta", beta)
     checks.check_given("entropy", entropy, "entropy_coef", entropy_coef)
     _check_shapes(logprobs, advantages, reduction, importance_sampling_level)
+    checks.check_real_like("mask", mask, "logprobs", logprobs)
     for name, values in (
-        ("mask", mask), ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
+        ("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs),
         ("importance_weights", importance_weights), ("entropy", entropy),
     ):  # fmt: skip
-        checks.check_same_shape(name, values, "logprobs", logprobs)
+        if values is not None:
+            checks.check_like(name, values, "logprobs", logprobs)
+    _checks.check_flag("use_bias_correction_kl", use_bias_correction_kl)
     if entropy_coef != 0 and reduction == "none":
         raise ValueError(
             f'entropy_coef is {entropy_coef} with reduction="none", expected 0: the mean of the '
@@ -173,7 +177,9 @@ def grpo_token_weights(
     ``grpo_loss(...)``. Arguments as there.
     """
     _checks.check_choice("loss_type", loss_type, LOSS_TYPES)
-    _checks.check_tensor("mask", mask)
+    checks.check_real("mask", mask)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}, expected a floating torch.dtype")
     if mask.dim() != 2:
         raise RuntimeError(
             f"mask has shape {tuple(mask.shape)}, expected [B, T]: the weight of a token in "
@@ -185,14 +191,13 @@ def grpo_token_weights(
     if loss_type == "grpo":
         divisor = counted.sum(-1, keepdim=True).clamp(min=1) * max(sequences, 1)
     elif loss_type == "dr_grpo":
-        length = max(length, 1) if max_completion_length is None else max_completion_length
-        if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-            raise TypeError(
-                f"max_completion_length must be an int or None, got {type(length).__name__}"
+        tokens: float = max(length, 1)
+        if max_completion_length is not None:
+            expected = "a number of tokens >= 1, or None"
+            tokens = float(
+                _checks.check_int("max_completion_length", max_completion_length, expected, 1)
             )
-        if length < 1:
-            raise ValueError(f"max_completion_length is {length}, expected a number of tokens >= 1")
-        divisor = max(sequences, 1) * length
+        divisor = max(sequences, 1) * tokens
     else:
         items = num_items if loss_type in ("dapo", "cispo") else None
         divisor = checks.divisor_of(items, counted)
@@ -200,19 +205,19 @@ def grpo_token_weights(
 
 
 def _check_shapes(logprobs: Tensor, advantages: Tensor, reduction: str, level: str) -> None:
-    checks.check_floats("logprobs", logprobs)
+    _checks.check_floats("logprobs", logprobs)
     if logprobs.dim() != 2 and (reduction != "none" or level == "sequence"):
         raise RuntimeError(
             f"logprobs has shape {tuple(logprobs.shape)}, expected [B, T], sequences by positions; "
             'other shapes take reduction="none" and importance_sampling_level="token"'
         )
-    _checks.check_tensor("advantages", advantages)
+    checks.check_real("advantages", advantages)
     if advantages.shape not in (logprobs.shape, logprobs.shape[:-1]):
         raise RuntimeError(
             f"advantages has shape {tuple(advantages.shape)}, expected "
             f"{tuple(logprobs.shape[:-1])}, one per sequence, or {tuple(logprobs.shape)}"
         )
-    checks.check_real("advantages", advantages, "logprobs", logprobs)
+    check_device("advantages", advantages, logprobs, "logprobs")
 
 
 def _kl_estimate(log_factor: Tensor, log_ref_ratio: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memeff import _checks
 from memeff.losses import checks
 from memeff.losses.masking import reduced, wide
 
@@ -44,8 +45,8 @@ def kto_loss(
     checks.check_coefficient("beta", beta, checks.POSITIVE)
     checks.check_coefficient("desirable_weight", desirable_weight, checks.NOT_NEGATIVE)
     checks.check_coefficient("undesirable_weight", undesirable_weight, checks.NOT_NEGATIVE)
-    checks.check_floats("logprobs", logprobs)
-    checks.check_same_shape("ref_logprobs", ref_logprobs, "logprobs", logprobs)
+    _checks.check_floats("logprobs", logprobs)
+    checks.check_like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     checks.check_labels("desirable", desirable, "logprobs", logprobs)
     for name, given, other, missing in (
         ("kl_logprobs", kl_logprobs, "ref_kl_logprobs", ref_kl_logprobs),
@@ -56,8 +57,8 @@ def kto_loss(
     log_ratio = wide(logprobs) - wide(ref_logprobs)
     kl = log_ratio.new_zeros(())
     if kl_logprobs is not None and ref_kl_logprobs is not None:
-        checks.check_floats("kl_logprobs", kl_logprobs)
-        checks.check_same_shape("ref_kl_logprobs", ref_kl_logprobs, "kl_logprobs", kl_logprobs)
+        _checks.check_floats("kl_logprobs", kl_logprobs)
+        checks.check_like("ref_kl_logprobs", ref_kl_logprobs, "kl_logprobs", kl_logprobs)
         total = (wide(kl_logprobs) - wide(ref_kl_logprobs)).detach().sum()
         kl = (total / max(kl_logprobs.numel(), 1)).clamp(min=0)
     gain = torch.where(desirable, log_ratio - kl, kl - log_ratio)

@@ -53,7 +53,8 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor, *, average: bool = False) 
     Returns:
         [B], float32 or float64.
     """
-    checks.check_floats("logprobs", logprobs)
-    checks.check_same_shape("mask", mask, "logprobs", logprobs)
+    _checks.check_floats("logprobs", logprobs)
+    checks.check_real_like("mask", mask, "logprobs", logprobs)
+    _checks.check_flag("average", average)
     total = kept(wide(logprobs), mask).sum(-1)
     return total / mask.bool().sum(-1).clamp(min=1) if average else total

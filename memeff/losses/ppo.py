@@ -46,12 +46,12 @@ def ppo_loss(
     checks.check_coefficient("cliprange", cliprange, checks.NOT_NEGATIVE)
     checks.check_coefficient("entropy_coef", entropy_coef, checks.FINITE)
     checks.check_given("entropy", entropy, "entropy_coef", entropy_coef)
-    checks.check_floats("logprobs", logprobs)
-    for name, values in (
-        ("old_logprobs", old_logprobs), ("advantages", advantages), ("mask", mask),
-        ("entropy", entropy),
-    ):  # fmt: skip
-        checks.check_same_shape(name, values, "logprobs", logprobs)
+    _checks.check_floats("logprobs", logprobs)
+    checks.check_mask(mask, "logprobs", logprobs)
+    checks.check_like("old_logprobs", old_logprobs, "logprobs", logprobs)
+    checks.check_real_like("advantages", advantages, "logprobs", logprobs)
+    if entropy is not None:
+        checks.check_like("entropy", entropy, "logprobs", logprobs)
     dtype = wide_dtype(logprobs)
     log_ratio = kept(wide(logprobs), mask) - kept(old_logprobs.to(dtype), mask)
     advantages = kept(advantages.to(dtype), mask)

@@ -150,19 +150,19 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, chosen_nll: Tensor, *, beta: flo
 
 
 def _pairs(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    checks.check_floats("chosen", chosen)
+    _checks.check_floats("chosen", chosen)
     (other,) = _like(chosen, {"rejected": rejected})
     return wide(chosen), other
 
 
 def _like(chosen: Tensor, others: dict[str, Tensor]) -> list[Tensor]:
     for name, values in others.items():
-        checks.check_same_shape(name, values, "chosen", chosen)
+        checks.check_like(name, values, "chosen", chosen)
     return [wide(values) for values in others.values()]
 
 
 def _check_scalar(name: str, value: Tensor) -> None:
-    checks.check_floats(name, value)
+    _checks.check_floats(name, value)
     if value.dim() != 0:
         raise RuntimeError(
             f"{name} has shape {tuple(value.shape)}, expected a scalar, (); .mean() gives one"

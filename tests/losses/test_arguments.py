@@ -141,7 +141,7 @@ def test_the_rest_of_the_arguments_is_fine(function: Function) -> None:
 def test_coefficients(
     function: Function, name: str, outside: list[float], inside: list[float], others: dict[str, Any]
 ) -> None:
-    for value in (*outside, NAN, INF, -INF):
+    for value in (*outside, NAN, INF, -INF, 10**400):
         with pytest.raises(ValueError, match=f"^{name} is {value}, expected a"):
             function(**others, **{name: value})
     for bad in ("0.1", [0.1]):
@@ -184,11 +184,34 @@ def test_nothing_is_broadcast(function: Function, name: str, like: str) -> None:
     with pytest.raises(RuntimeError, match=r"\.reshape\(.*\) gives it that"):
         function(**{name: right[..., None]})
     kind = "number" if name == "alpha" else "torch.Tensor"
+    needed = (grpo, sequences) if name == "mask" else (ppo,) if name == "advantages" else ()
+    if function in needed or name in (
+        "rejected",
+        "ref_chosen",
+        "ref_rejected",
+        "desirable",
+        "mean",
+    ):
+        with pytest.raises(TypeError, match=f"^{name} must be a torch.Tensor, got NoneType"):
+            function(**{name: None})
     with pytest.raises(TypeError, match=f"^{name} must be a {kind}, got list"):
         function(**{name: right.tolist()})
     if name != "desirable":
-        with pytest.raises(RuntimeError, match=f"^{name} has dtype torch.complex64, expected real"):
-            function(**{name: right.to(torch.complex64)})
+        # Masks and advantages may be integers.
+        real = name in ("mask", "advantages")
+        expected = "real numbers" if real else "one of torch.bfloat16"
+        dtypes = [
+            torch.complex64,
+            torch.float8_e4m3fn,
+            *([] if real else [torch.int64, torch.bool]),
+        ]
+        for dtype in dtypes:
+            with pytest.raises(
+                RuntimeError, match=f"^{name} has dtype {dtype}, expected {expected}"
+            ):
+                function(**{name: right.to(dtype)})
+        with pytest.raises(RuntimeError, match=rf"^{name} has dtype torch.qint8.*\.dequantize\(\)"):
+            function(**{name: torch.quantize_per_tensor(right, 0.1, 0, torch.qint8)})
     with pytest.raises(RuntimeError, match=f"^{name} is on meta, expected the device of {like}"):
         function(**{name: right.to("meta")})
 
@@ -235,7 +258,8 @@ def test_num_items(function: Function) -> None:
     for bad in (-1, -0.5, NAN, INF, torch.tensor(-2), torch.tensor(NAN)):
         with pytest.raises(ValueError, match=r"num_items is .*, expected the number of items"):
             function(num_items=bad)
-    for wrong in (torch.ones(2), torch.ones((), dtype=torch.complex64), torch.tensor(True)):
+    odd = (torch.ones((), dtype=torch.complex64), torch.tensor(True), numpy.ones(2), numpy.ones(0))
+    for wrong in (torch.ones(2), *odd):
         with pytest.raises(RuntimeError, match=r"num_items has shape .*, expected one real num"):
             function(num_items=wrong)
     for kind in ("3", True, [3]):
@@ -255,6 +279,31 @@ def test_given_coefficients_ask_for_their_tensors(function: Function) -> None:
             grpo(beta=0.1)
         with pytest.raises(ValueError, match=r'entropy_coef is 0\.1 with reduction="none"'):
             grpo(entropy_coef=0.1, entropy=X, reduction="none")
+
+
+FLAGS = [(grpo, "use_bias_correction_kl"), (sequences, "average"), (top_k, "add_tail")]
+
+
+@pytest.mark.parametrize(("function", "name"), FLAGS)
+def test_flags_are_bools(function: Function, name: str) -> None:
+    for value in (1, "no", torch.tensor(True), None):
+        with pytest.raises(TypeError, match=f"^{name} must be a bool, got {type(value).__name__}"):
+            function(**{name: value})
+
+
+@pytest.mark.parametrize("function", [weights, distill, top_k])
+def test_masks_of_tokens(function: Function) -> None:
+    mask = torch.ones(B) if function is top_k else MASK
+    for dtype in (torch.bool, torch.int64, torch.uint8, torch.float16):
+        assert torch.equal(function(mask=mask.to(dtype)), function(mask=mask))
+    for dtype in (torch.complex64, torch.float8_e5m2):
+        with pytest.raises(RuntimeError, match=f"^mask has dtype {dtype}, expected real numbers"):
+            function(mask=mask.to(dtype))
+    if function is not weights:
+        with pytest.raises(
+            RuntimeError, match=r"^mask is on meta, expected the device of student_"
+        ):
+            function(mask=mask.to("meta"))
 
 
 def test_choices() -> None:
@@ -284,8 +333,19 @@ def test_shapes_of_the_grpo_family() -> None:
     for length in (0, -3):
         with pytest.raises(ValueError, match=f"max_completion_length is {length}, expected a num"):
             grpo(loss_type="dr_grpo", max_completion_length=length)
-    with pytest.raises(TypeError, match=r"max_completion_length must be an int or None, got float"):
-        grpo(loss_type="dr_grpo", max_completion_length=3.0)
+    for bad in (3.0, True, "3"):
+        with pytest.raises(
+            TypeError, match=r"max_completion_length must be an int, a number of to"
+        ):
+            grpo(loss_type="dr_grpo", max_completion_length=bad)
+    with pytest.raises(
+        ValueError, match=r"max_completion_length is 9223372036854775808, .*64 bits"
+    ):
+        grpo(loss_type="dr_grpo", max_completion_length=2**63)
+    assert grpo(loss_type="dr_grpo", max_completion_length=2**63 - 1).isfinite()
+    for dtype in (torch.int64, "float32", None):
+        with pytest.raises(TypeError, match=r"dtype is .*, expected a floating torch\.dtype"):
+            weights(dtype=dtype)
 
 
 def test_heads_of_distillation() -> None:
