@@ -25,7 +25,7 @@ TOKENS = (4096, 8192, 16384)
 CAPABILITIES = {"A100 80GB": (8, 0), "H100 SXM": (9, 0), "H200": (9, 0)}
 DRAWN = [gpu for gpu in GPUS if gpu.name in CAPABILITIES]
 BUDGETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-PRODUCTS = {"own": "own products", "cublas": "cuBLAS"}
+KERNELS = {"generic": "generic, the default", "own": "handwritten"}
 
 # On an H200, at this shape: (what, tokens, ms, MiB over the gradients). Liger's pull request 1472,
 # Triton kernels in chunks, 1066 MiB of gradients taken off. (QuACK 0.6.1, 17.33 ms at 4096 tokens,
@@ -55,11 +55,12 @@ def floor_ms(gpu: Gpu, tokens: int) -> float:
     return 6.0 * tokens * FEATURES * VOCAB / gpu.tflops / 1e9
 
 
-def frontier(gpu: Gpu, tokens: int, products: str) -> list[Point]:
-    """One point per budget; `products`: a key of PRODUCTS, who multiplies the gradients."""
+def frontier(gpu: Gpu, tokens: int, kernels: str) -> list[Point]:
+    """One point per budget; `kernels`: a key of KERNELS."""
     capability = CAPABILITIES[gpu.name]
-    family = "sm90" if capability == (9, 0) else "sm80"
-    os.environ["MEMEFF_CUDA_KERNELS"] = f"{family},{family if products == 'own' else 'generic'}"
+    own = "sm90" if capability == (9, 0) else "sm80"
+    family = own if kernels == "own" else "generic"
+    os.environ["MEMEFF_CUDA_KERNELS"] = f"{family},{family}"
     points = []
     for budget in BUDGETS:
         plan = memeff.plan(
@@ -72,13 +73,13 @@ def frontier(gpu: Gpu, tokens: int, products: str) -> list[Point]:
 
 def table(gpu: Gpu, tokens: int) -> list[str]:
     """Markdown, a row for every budget that changes a plan."""
-    columns = [frontier(gpu, tokens, products) for products in PRODUCTS]
-    head = [f"{name}: MiB taken | N D V | ms | x floor" for name in PRODUCTS.values()]
+    columns = [frontier(gpu, tokens, kernels) for kernels in KERNELS]
+    head = [f"{name}: MiB taken | N D V | ms | x floor" for name in KERNELS.values()]
     lines = [
         f"{gpu.name}, {tokens} tokens; three bare products: {floor_ms(gpu, tokens):.1f} ms",
         "",
         f"| budget, MiB | {' | '.join(head)} |",
-        "| --- |" + " --- |" * 4 * len(PRODUCTS),
+        "| --- |" + " --- |" * 4 * len(KERNELS),
     ]
     before: list[str] = []
     for points in zip(*columns, strict=True):
@@ -105,11 +106,11 @@ def draw(path: str) -> None:
     )
     for axis, gpu in zip(axes, DRAWN, strict=True):
         for i, tokens in enumerate(TOKENS):
-            for products, style in zip(PRODUCTS, ("-", ":"), strict=True):
-                points = frontier(gpu, tokens, products)
+            for kernels, style in zip(KERNELS, ("-", ":"), strict=True):
+                points = frontier(gpu, tokens, kernels)
                 memory = [point.mib for point in points]
                 ratios = [point.ms / floor_ms(gpu, tokens) for point in points]
-                label = f"{tokens} tokens, {PRODUCTS[products]}"
+                label = f"{tokens} tokens, {KERNELS[kernels]}"
                 axis.step(memory, ratios, style, where="post", color=f"C{i}", label=label)
             for chunks, at, ms, mib in PEERS:
                 if gpu.name == "H200" and at == tokens:

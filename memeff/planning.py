@@ -47,10 +47,11 @@ class Plan:
     (torch's products, but for the scores) on the CPU; on a GPU the families of kernels for scores
     and for products of gradients: "sm90,generic" (generic: cuBLAS)."""
     kernels_reason: str
-    """Why these: "default"; "predicted", where handwritten products are expected to win in the
-    memory that is allowed; "measured on NVIDIA H200 at 8192x4096x128256", the nearest shape of the
-    table of measured choices; or "MEMEFF_CUDA_KERNELS" or "MEMEFF_CPU_KERNELS", the
-    environment variables."""
+    """Why these: "default", which says on GPUs where memeff-tune may enable faster ones; "tuned on
+    NVIDIA H200 at 8192x4096x128256", the nearest shape that memeff-tune has timed on this machine;
+    "measured on ...", that of memeff's own table of measured choices; "predicted", where products
+    of the same family are expected to win in the memory that is allowed; or "MEMEFF_CUDA_KERNELS"
+    or "MEMEFF_CPU_KERNELS", the environment variables."""
     tokens_per_chunk: int
     num_chunks: int
     vocab_per_slice: int

@@ -36,7 +36,22 @@ def missing() -> str | None:
 @functools.cache
 def load() -> ModuleType:
     """Builds the backend and makes backend="emulated" known to memeff."""
-    module: ModuleType = _builder().load()
+    return _register(_builder().load())
+
+
+@functools.cache
+def load_built() -> ModuleType:
+    """The same in a process of one that has called load(): nothing is built."""
+    builder = _builder()
+    file = builder.FOLDER / f"{builder.NAME}.so"
+    spec = importlib.util.spec_from_file_location(builder.NAME, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return _register(module)
+
+
+def _register(module: ModuleType) -> ModuleType:
     ops.LIBRARIES["emulated"] = ops.Operators("memeff_emulated")
     statistics_ops.LIBRARIES["emulated"] = statistics_ops.StatisticsOperators("memeff_emulated")
     _backends.DEVICE_TYPES["emulated"] = "cpu"

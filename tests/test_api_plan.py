@@ -120,7 +120,7 @@ def test_options_count() -> None:
 
 
 def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which, and why. (No row of the table of measured choices is for so many tokens.)"""
+    """Which, and why, where nothing was measured. (No committed choice is for so many tokens.)"""
     monkeypatch.delenv("MEMEFF_CUDA_KERNELS", raising=False)
 
     def plan(**options: object) -> memeff.Plan:
@@ -128,13 +128,14 @@ def test_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             131072, 4096, 128256, "bfloat16", backend="cuda", compute_capability=(9, 0), **options
         )
 
-    assert (plan().kernels, plan().kernels_reason) == ("sm90,generic", "default")
-    assert plan().predicted_flops >= plan().flops
-    assert plan(skip_mass=1e-3).kernels == "sm90,sm90"
-    assert "cuda: sm90,generic (default)" in str(plan())
+    reason = "default; run memeff-tune to use faster ones"
+    for options in ({}, {"skip_mass": 1e-3}, {"memory_budget": "128MiB"}):
+        chosen = plan(**options)
+        assert (chosen.kernels, chosen.kernels_reason) == ("generic,generic", reason)
+        assert chosen.predicted_flops >= chosen.flops
+    assert f"cuda: generic,generic ({reason})" in str(plan())
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm90,sm90")
     small = plan(memory_budget="64MiB")
-    assert (small.kernels, small.kernels_reason) == ("sm90,sm90", "predicted")
-    assert "cuda: sm90,sm90 (predicted)" in str(small)
     assert (small.accumulation, small.input_accumulation) == ("compact", "compact")
     assert "of the input compact" in str(small)
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "sm80,sm80")

@@ -1,6 +1,7 @@
 """The build: what is compiled, what the extension knows about itself, and what users are told."""
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -143,6 +144,31 @@ class TestGpuDiagnostics:
     )
     def test_which_code_runs_where(self, arch, capability, runs):
         assert diagnostics.runs_on(arch, capability) is runs
+
+    def test_the_page_says_which_code_runs_where(self):
+        """docs/kernels.md, against the compiler's options for a build for all GPUs."""
+        rules = json.loads((ROOT / "buildtools" / "sources.json").read_text())["rows"]
+        archs = {
+            rule["pattern"].split("/")[2]: rule["archs"]
+            for rule in rules
+            if rule["pattern"].endswith("*.cu")
+        }
+
+        def code(family, capability):
+            if any(diagnostics.runs_on(a.removesuffix("+PTX"), capability) for a in archs[family]):
+                return "SASS"
+            return "PTX" if any(diagnostics.runs_on(a, capability) for a in archs[family]) else "-"
+
+        page = (ROOT / "docs" / "kernels.md").read_text()
+        _, _, table = page.partition("| GPU | compute capability |")
+        head, _, *rows = table.partition("\n\n")[0].splitlines()
+        families = re.findall(r"`(\w+)`", head)
+        assert families == list(archs)
+        for row in rows:
+            _, number, *said = (cell.strip() for cell in row.strip("|").split("|"))
+            capability = tuple(map(int, number.split(".")))
+            assert said == [code(family, capability) for family in families], row
+        assert len(rows) > 8
 
 
 class TestTorchOfTheEnvironment:

@@ -66,6 +66,15 @@ def check_emulated(case: Case, **overrides: Any) -> None:
     check(case, backend="emulated", **overrides)
 
 
+def test_generic_kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the GPU, here sm_90, no handwritten product runs that nobody asked for."""
+    monkeypatch.delenv("MEMEFF_CUDA_KERNELS", raising=False)
+    before = emulated.load().counters()
+    for reduction in ("mean", "none"):
+        check_emulated(Case((37,), 24, 150, torch.bfloat16, reduction, bias=True, ignored=0.2))
+    assert emulated.load().counters() == before
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", [(37, 24, 150), (130, 40, 300), (1, 8, 40), (5, 7, 1)], ids=str)
 def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, reduction: str) -> None:
@@ -132,12 +141,15 @@ def test_compact_sums(
     a slice, grad_input over slices. The smallest budget with such a plan and several slices."""
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
     case = Case((300,), 24, 700, dtype, reduction, ignored=0.1)
+    # So few tokens would not be divided without being asked to.
+    options = {"chunk_size": 128} if wanted[0] == "token_chunks" else {}
 
     def plan(kib: int) -> tuple[str, str, str] | None:
         try:
             made = memeff.plan(
-                300, 24, 700, dtype, reduction=reduction, backend="cuda", memory_budget=kib << 10
-            )
+                300, 24, 700, dtype, reduction=reduction, backend="cuda", memory_budget=kib << 10,
+                **options,
+            )  # fmt: skip
         except ValueError:
             return None  # too small a budget
         one_slice = made.kind == "vocab_slices" and made.num_slices == 1
@@ -150,7 +162,7 @@ def test_compact_sums(
     budgets = [kib for kib in range(40, 700, 4) if plan(kib) == wanted]
     assert bool(budgets) == can_be
     if budgets:
-        check_emulated(case, memory_budget=budgets[0] << 10)
+        check_emulated(case, memory_budget=budgets[0] << 10, **options)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -27,8 +27,8 @@ def test_the_page_shows_what_is_predicted(tokens: int, monkeypatch: pytest.Monke
 def test_more_memory_is_not_slower(gpu: frontier.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "")
     for tokens in frontier.TOKENS:
-        for products in frontier.PRODUCTS:
-            points = frontier.frontier(gpu, tokens, products)
+        for kernels in frontier.KERNELS:
+            points = frontier.frontier(gpu, tokens, kernels)
             assert all(point.mib <= point.budget for point in points)
             # Chunks are as large as the budget allows, which may fit tiles a little worse.
             for less, more in itertools.pairwise(points):

@@ -412,6 +412,26 @@ class Maker {
                                    target_logit},
                                   stream);
         });
+    // The same of tiles of classes, with scores to be kept.
+    const int64_t tiles = ceil_div(v_, kStoredTile);
+    PartialStatistics of_tiles;
+    of_tiles.max = place<float>(tiles * stride, "maxima of tiles of products");
+    of_tiles.sum = place<float>(tiles * stride, "sums of tiles of products");
+    of_tiles.stride = of_tiles.max_stride = stride;
+    add("keep_scores", "generic", tokens + "fp32 products, 16-bit scores", 0, 6 * scores,
+        [=, shape = Block{0, v_, n}, targets = targets_, stream = stream_,
+         target_logit = tokens_.target_logit, scores = scratch_] {
+          return keep_scores({shape,
+                              pristine,
+                              stride,
+                              {},
+                              targets,
+                              of_tiles,
+                              static_cast<float*>(target_logit),
+                              scores,
+                              stride},
+                             stream);
+        });
     for (const DType to : {dtype_, DType::kFloat32})
       add(
           "block_gradient", "generic",

@@ -2,12 +2,16 @@
 // registers the operators (schema.cpp, *_device.cpp), which is how tensors reach the kernels.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/arguments.h"
 #include "bindings/vocab_parallel.h"
@@ -32,7 +36,7 @@ constexpr size_t kTorchStampPrefix = sizeof("memeff was built with torch=") - 1;
 /// The GPUs of the table of measured choices, "NVIDIA H100 80GB HBM3, NVIDIA H200", or None.
 py::object measured_gpus() {
   py::list names;
-  for (const cuda::MeasuredChoice& row : cuda::measured_choices())
+  for (const cuda::MeasuredChoice& row : cuda::committed_choices())
     if (!names.contains(row.gpu)) names.append(row.gpu);
   if (names.empty()) return py::none();
   return py::str(", ").attr("join")(names);
@@ -84,6 +88,21 @@ const char* name_of(Accumulation accumulation) {
     case Accumulation::kCompact: return "compact";
   }
   return "";
+}
+
+/// A row of what memeff-tune has found: GPU, capability, dtype, tokens, features, classes, whether tiles
+/// are skipped, kernels.
+using TunedRow =
+    std::tuple<std::string, int, std::string, int64_t, int64_t, int64_t, bool, std::string>;
+
+void add_tuned(const std::vector<TunedRow>& rows,
+               const std::vector<std::pair<std::string, std::string>>& banned) {
+  cuda::MeasuredChoices choices{{}, banned};
+  for (const auto& [gpu, capability, dtype, tokens, features, vocab, skips, kernels] : rows) {
+    choices.rows.push_back({gpu, capability, parse_dtype(dtype), tokens, features, vocab, skips,
+                            kernels, /*here=*/true});
+  }
+  cuda::add_tuned(choices);
 }
 
 /// Plans a call, as the operators of a backend do.
@@ -204,6 +223,9 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Build information and planner of memeff; loading it registers its operators.";
+  module.def("add_tuned", &memeff::add_tuned,
+             "Makes known what memeff-tune has found on this machine.", py::arg("rows"),
+             py::arg("banned"));
   module.def("build_info", &memeff::build_info,
              "What the extension was compiled with, and what it uses on this processor.");
   module.def(

@@ -62,8 +62,9 @@ MEMEFF_CUDA_ARCHITECTURES(MEMEFF_DECLARE)
 #undef MEMEFF_DECLARE
 
 /// What any fused architecture asks of a problem. Class probabilities are as large as the logits, so
-/// reading those once more is no matter. None has a temperature per token. With a soft cap and label smoothing (or the gradient of a
-/// sum of logits) together the gradient needs the score itself, which exp(z - max) does not give where it underflows.
+/// reading those once more is no matter. None has a temperature per token. With a soft cap and label
+/// smoothing (or the gradient of a sum of logits) together the gradient needs the score itself,
+/// which exp(z - max) does not give where it underflows.
 inline bool suits_fused_kernels(const Problem& p) {
   return is_16_bit(p.dtype) && p.features > 0 && p.probabilities == nullptr &&
          !(p.softcap > 0 && reaches_all_classes(p)) && !has_temperatures(p);

@@ -17,7 +17,7 @@ CallMemory::CallMemory(const Problem& problem, const GpuPlanRequest& request, co
       traits_(traits),
       layout_(layout(request, traits, plan)),
       workspace_(workspace),
-      keeps_16_bits_(traits.kernels.stores_16_bits()),
+      keeps_16_bits_(traits.keeps_16_bits),
       sum_dtype_(accumulation_dtype(problem.dtype)) {
   place_token_arrays();
 }
@@ -160,6 +160,13 @@ ScoreBlock CallMemory::slice_block(int64_t tokens) const {
   return block;
 }
 
+ScoreBlock CallMemory::product_block(int64_t tokens) const {
+  ScoreBlock block;
+  block.data = place<char>(layout_.products);
+  block.stride = round_up(tokens, kRowPadding);
+  return block;
+}
+
 ScoreBlock CallMemory::part(const ScoreBlock& block, int64_t classes, int64_t tokens) const {
   ScoreBlock moved = block;
   moved.data = static_cast<char*>(block.data) +
@@ -187,8 +194,11 @@ void CallMemory::add_kept(ScoreBlock* block, int64_t before, int64_t count) cons
 }
 
 int64_t CallMemory::gradient_stride(const ScoreBlock& block) const {
-  const bool shrunk = !keeps_16_bits_ && is_16_bit(problem_.dtype);
-  return shrunk ? block.stride * size_of(sum_dtype_) / size_of(problem_.dtype) : block.stride;
+  // Only scores that are kept in 16 bits have maxima.
+  const bool products = !traits_.kernels.scores.fused() && block.maxima == nullptr;
+  return products && is_16_bit(problem_.dtype)
+             ? block.stride * size_of(sum_dtype_) / size_of(problem_.dtype)
+             : block.stride;
 }
 
 bool CallMemory::in_gradient(const ScoreBlock& block) const {

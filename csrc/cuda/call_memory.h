@@ -52,6 +52,8 @@ class CallMemory {
   ScoreBlock block_in_gradient() const;
   ScoreBlock block_in_workspace() const;
   ScoreBlock slice_block(int64_t tokens) const;
+  /// Room for the products of a slice of classes, of scores that are kept elsewhere or not at all.
+  ScoreBlock product_block(int64_t tokens) const;
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const;
 
   static StoredScores stored_scores(const ScoreBlock& block) {

@@ -32,7 +32,7 @@ class CudaBackend : public Backend {
         memory_(problem_, request_, plan_, traits_, context.workspace),
         tokens_(memory_.tokens()),
         stream_(context.stream),
-        fused_(traits_.kernels.stores_16_bits()),
+        fused_(traits_.kernels.scores.fused()),
         handwritten_(traits_.kernels.products.fused()),
         writes_gradients_(handwritten_ && !traits_.smoothing_apart),
         masks_rows_(handwritten_ && request_.grad_weight && !traits_.copies_input &&
@@ -65,16 +65,26 @@ class CudaBackend : public Backend {
           stream_));
       return;
     }
-    const int64_t step = block == nullptr ? plan_.slice_vocab : problem_.vocab;
+    const bool keeps_products = block != nullptr && !traits_.keeps_16_bits;
+    const int64_t step = keeps_products ? problem_.vocab : plan_.slice_vocab;
     for (int64_t begin = 0; begin < problem_.vocab; begin += step) {
       const Range classes{begin, std::min(begin + step, problem_.vocab)};
-      const ScoreBlock to = block == nullptr ? slice_block(tokens.size()) : *block;
+      const ScoreBlock to = keeps_products ? *block : memory_.product_block(tokens.size());
+      const Block shape = shape_of(classes, tokens);
+      const Targets targets = memory_.targets(tokens);
+      const PartialStatistics partials =
+          memory_.advanced(last_partials_, begin / classes_per_range_);
       compute_scores(classes, tokens, to);
-      check(block_statistics({shape_of(classes, tokens), to.data, to.stride, sum_dtype_, terms_,
-                              memory_.targets(tokens), classes_per_range_,
-                              memory_.advanced(last_partials_, begin / classes_per_range_),
-                              target_logit, token_scale(tokens)},
-                             stream_));
+      if (traits_.keeps_16_bits) {
+        const ScoreBlock kept = block == nullptr ? ScoreBlock{} : memory_.part(*block, begin, 0);
+        check(keep_scores({shape, static_cast<const float*>(to.data), to.stride, terms_, targets,
+                           partials, static_cast<float*>(target_logit), kept.data, kept.stride},
+                          stream_));
+      } else {
+        check(block_statistics({shape, to.data, to.stride, sum_dtype_, terms_, targets,
+                                classes_per_range_, partials, target_logit, token_scale(tokens)},
+                               stream_));
+      }
     }
   }
 
@@ -130,7 +140,7 @@ class CudaBackend : public Backend {
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
     if (reads_scores_) return;
     const Block shape = shape_of(classes, tokens);
-    if (fused_) {
+    if (block.maxima != nullptr) {  // scores kept in 16 bits
       check(stored_gradient(
           {shape, CallMemory::stored_scores(block), problem_.dtype, terms_, memory_.targets(tokens),
            memory_.coefficients(tokens), tokens_.target_gradient + tokens.begin},
@@ -468,9 +478,9 @@ class CudaBackend : public Backend {
   const CallMemory memory_;
   const TokenArrays& tokens_;
   void* const stream_;
-  const bool fused_, handwritten_;
-  const bool writes_gradients_;  // products may: label smoothing is not added to their sums
-  const bool masks_rows_;        // grad_weight's product leaves out rows by itself
+  const bool fused_, handwritten_;  // scores with their epilogue in one kernel; gradient products
+  const bool writes_gradients_;     // products may: label smoothing is not added to their sums
+  const bool masks_rows_;           // grad_weight's product leaves out rows by itself
   const FusedKernels scores_, products_;
   const DType sum_dtype_;
   const int64_t classes_per_range_;  // of partial statistics

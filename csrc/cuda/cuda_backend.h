@@ -2,15 +2,15 @@
 // stream's order. Nothing waits for the device.
 //
 // All N tokens take part; those without a target have coefficients of zero. What a kept score is
-// depends on the kernels (select.h):
+// depends on the problem and its kernels (PlanTraits::keeps_16_bits):
 //
-//   fused        exp(z - max) of a tile of classes, 16 bits, and the maxima (StoredScores)
-//   generic      the product u = x W^T in the accumulation type
+//   16 bits      exp(z - max) of a tile of classes, and the maxima (StoredScores)
+//   else         the product u = x W^T in the accumulation type
 //
-// Both turn into gradients in place, 16-bit ones for 16-bit inputs. Float products shrink: row v of
-// the gradients then has twice the stride, and starts where the row of the tokens that were converted
-// together started. Products that read scores take
-// those of 16 bits as they are, which then stay scores.
+// Both turn into gradients in place, 16-bit ones for 16-bit inputs. Float products shrink, as do those
+// of generic kernels where scores are computed again: row v of the gradients then has twice the stride,
+// and starts where the row of the tokens that were converted together started. Products that read scores
+// take those of 16 bits as they are, which then stay scores.
 #pragma once
 
 #include <memory>

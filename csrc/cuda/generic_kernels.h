@@ -23,6 +23,21 @@ struct BlockStatistics {
 };
 Status block_statistics(const BlockStatistics& call, void* stream);
 
+/// The same of fp32 products with a range per tile of kStoredTile classes, and the scores to be kept
+/// (StoredScores, whose maxima are partials.max). The block begins at a tile. No class probabilities.
+struct KeptScores {
+  Block block;
+  const float* products = nullptr;
+  int64_t stride = 0;
+  LogitTerms terms;
+  Targets targets;
+  PartialStatistics partials;
+  float* target_logit = nullptr;
+  void* scores = nullptr;  // [classes, tokens] fp16; null: statistics alone
+  int64_t scores_stride = 0;
+};
+Status keep_scores(const KeptScores& call, void* stream);
+
 /// Replaces u by the gradient with respect to u, in place. The gradient's type is that of u, or a
 /// 16-bit type for float u; its rows then start where those of u start, 2 stride elements apart.
 struct BlockGradient {

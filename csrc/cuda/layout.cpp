@@ -22,7 +22,7 @@ int64_t token_tiles(int64_t tokens) { return ceil_div(tokens, kTokenTile); }
 /// sweeps over slices begin: the driver computes grad_input from kept scores first. Products of
 /// scores as they are need them to the end.
 bool maxima_end_early(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  return t.kernels.stores_16_bits() && plan.kind == PlanKind::kVocabSlices && r.grad_input &&
+  return t.keeps_16_bits && plan.kind == PlanKind::kVocabSlices && r.grad_input &&
          !plan.products_from_scores;
 }
 
@@ -31,11 +31,10 @@ int64_t summed_classes(const PlanRequest& r, const Plan& plan) {
   return plan.kind == PlanKind::kTokenChunks ? r.vocab : std::min(r.vocab, plan.slice_vocab);
 }
 
-/// Scores that are computed slice by slice because they are not kept.
-bool needs_slice(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  if (fresh_tokens(r, plan) > 0) return true;
-  return !t.kernels.stores_16_bits() && kept_tokens(r, plan) < r.tokens &&
-         plan.kind != PlanKind::kTokenChunks;
+/// Whether the statistics see scores that are not kept.
+bool drops_scores(const PlanRequest& r, const Plan& plan) {
+  return plan.kind != PlanKind::kTokenChunks &&
+         kept_tokens(r, plan) < std::max<int64_t>(1, r.tokens);
 }
 
 /// Bytes of the longest list of tiles for a product, of the driver's blocks and slices.
@@ -101,17 +100,17 @@ bool products_write_weight(const PlanRequest& r, const PlanTraits& t, const Plan
 }
 
 int64_t kept_score_bytes(const PlanRequest& r, const PlanTraits& t) {
-  return t.kernels.stores_16_bits() ? 2 : accumulation_size(r);
+  return t.keeps_16_bits ? 2 : accumulation_size(r);
 }
 
 int64_t classes_per_range(const PlanTraits& t) {
-  return t.kernels.stores_16_bits() ? kStoredTile : kGenericRange;
+  return t.keeps_16_bits ? kStoredTile : kGenericRange;
 }
 
 Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
               std::vector<Area>* areas) {
   const int64_t sum_bytes = accumulation_size(r);
-  const bool fused = t.kernels.stores_16_bits();
+  const bool fused = t.kernels.scores.fused();
   const int64_t kept = kept_tokens(r, plan);
   const int64_t block = round_up(std::min(plan.score_block, std::max<int64_t>(1, r.tokens)), kRow);
 
@@ -136,11 +135,11 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
     at.input_exponents = cursor.take(fresh_tokens(r, plan) * compact_exponent_stride(r.features));
   if (t.smoothing_apart) at.row_sums = cursor.take(2 * r.features * 4);
   const auto take_maxima = [&] {
-    if (fused) at.kept_maxima = cursor.take(tiles(r.vocab) * round_up(kept, kRow) * 4);
+    if (t.keeps_16_bits) at.kept_maxima = cursor.take(tiles(r.vocab) * round_up(kept, kRow) * 4);
   };
   const auto take_slice = [&] {
-    if (!needs_slice(r, t, plan)) return;
-    const int64_t most = plan.kind == PlanKind::kVocabSlices ? fresh_tokens(r, plan) : r.tokens;
+    const int64_t most = fresh_tokens(r, plan);
+    if (most == 0) return;
     const int64_t blocks[2] = {std::min(plan.token_block, most),
                                std::min(plan.input_sweep_block, most)};
     const int64_t slices[2] = {plan.slice_vocab, plan.input_sweep_slice};
@@ -160,14 +159,16 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
   if (!r.statistics_known) {
     const int64_t ranges = ceil_div(r.vocab, classes_per_range(t));
     const auto bytes = [&](bool is_kept) {
-      const int64_t arrays = t.partials - (fused && is_kept ? 1 : 0);  // the maxima are kept
+      const int64_t arrays = t.partials - (t.keeps_16_bits && is_kept ? 1 : 0);  // maxima are kept
       return ranges * block * (arrays * sum_bytes + (t.argmax ? 4 : 0)) +
              (t.partials + 1) * kAlignment;
     };
-    const bool some_kept = kept > 0, some_not = plan.kind != PlanKind::kTokenChunks &&
-                                                kept < std::max<int64_t>(1, r.tokens);
+    const bool some_kept = kept > 0, some_not = drops_scores(r, plan);
     at.partials = cursor.take(
         std::max(some_kept ? bytes(true) : 0, some_not || !some_kept ? bytes(false) : 0));
+    // Products that are kept as they are lie there at once.
+    if (!fused && (t.keeps_16_bits || some_not))
+      at.products = cursor.take(plan.slice_vocab * block * sum_bytes);
   }
   if (early) {
     const int64_t sums = summed_while_kept(r, t, plan) * r.features * 4;

@@ -25,14 +25,15 @@ struct Layout {
   int64_t remainder = 0;        // lower halves of the fp32 sums of a bf16 grad_weight [V, D]
   int64_t exponents = 0;        // of compact sums of grad_weight [V or slice_vocab, exponents of D]
   int64_t input_exponents = 0;  // of those of grad_input, rows of tokens whose scores are not kept
-  int64_t slice = 0;            // scores or gradients of one slice [slice_vocab, token_block]
-  int64_t slice_tiles = 0;      // their tiles
-  int64_t partials = 0;         // partial statistics of a token block, one array after another
-  int64_t row_sums = 0;         // smoothing apart: sum_v w_v W[v], sum_n weighted_n x[n], [2, D]
-  int64_t input_sum = 0;        // fp32 sums of grad_input
-  int64_t input_copy = 0;       // copies_input: hidden states of a product's tokens [tokens, D]
-  int64_t weight_copy = 0;      // gradients moved out of grad_weight [slice_vocab, weight_block]
-  int64_t weight_sum = 0;       // sums of a slice of grad_weight [slice_vocab, D] of A
+  int64_t slice = 0;        // gradients of one slice [slice_vocab, token_block]; products at first
+  int64_t slice_tiles = 0;  // their tiles
+  int64_t partials = 0;     // partial statistics of a token block, one array after another
+  int64_t products = 0;     // generic kernels: their products, slice by slice
+  int64_t row_sums = 0;     // smoothing apart: sum_v w_v W[v], sum_n weighted_n x[n], [2, D]
+  int64_t input_sum = 0;    // fp32 sums of grad_input
+  int64_t input_copy = 0;   // copies_input: hidden states of a product's tokens [tokens, D]
+  int64_t weight_copy = 0;  // gradients moved out of grad_weight [slice_vocab, weight_block]
+  int64_t weight_sum = 0;   // sums of a slice of grad_weight [slice_vocab, D] of A
   int64_t total = 0;
 };
 constexpr int kTokenArrays = 20;

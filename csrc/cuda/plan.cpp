@@ -17,10 +17,9 @@ namespace {
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 // Preferred sizes; each scale of blocks() halves them, each width halves slice bytes.
-constexpr int64_t kTokenBlock = 2048;  // of fused scores: partial statistics of 16 MiB at V = 128K
+constexpr int64_t kTokenBlock = 2048;  // of statistics: partial ones of 16 MiB at V = 128K
 constexpr int64_t kSmallScoreBlock = 1280;
 constexpr int64_t kSliceTokenBlock = 8192;  // of vocab slices: few slices, large products
-constexpr int64_t kGenericTokenBlock = 1024;
 constexpr int64_t kSliceBytes = 64 * kMiB;  // of a slice's gradients, or of its sums
 constexpr int64_t kMostSlice = 16384;
 constexpr int kScales = 7, kWidths = 7;
@@ -42,26 +41,29 @@ constexpr double kMultiplyAddsPerLaunch = 1.4e9;
 constexpr double kMultiplyAddsPerLastBlocks = 1.3e10;
 // The fewest tokens whose hidden states are copied at a time.
 constexpr int64_t kCopiedTokens = 512;
-// Sums that are added to again and again stay in the L2 cache up to about this size.
+// Sums that are added to again and again, and what one kernel leaves to the next, stay in the L2 cache
+// up to about this size, which moves about three times as many bytes in a second as memory does.
 constexpr int64_t kCachedBytes = 24 * kMiB;
+constexpr int64_t kCacheSpeed = 3;
 
-// Without a budget the workspace stays below this or a quarter more than the gradients themselves.
+// Without a budget the workspace stays below this or a quarter more than the gradients themselves, and
+// is the smallest that costs no more than this much time; below kSmallWorkspace nobody minds.
 constexpr int64_t kDefaultBudget = 512 * kMiB;
+constexpr double kMostSlowdown = 1.03;
+constexpr int64_t kSmallWorkspace = 64 * kMiB;
 
 // ---- candidates ----
 
 /// The sizes of everything that passes through at once: tokens by the scale, classes by the width.
 Plan blocks(const GpuPlanRequest& r, const PlanTraits& t, PlanKind kind, int scale, int width) {
-  const bool fused = t.kernels.stores_16_bits();
+  const bool fused = t.kernels.scores.fused();
   const int64_t padded = round_up(std::max<int64_t>(1, r.tokens), kTokenTile);
   const auto scaled = [&](int64_t preferred) {
     return std::min(padded, std::max(kTokenTile, preferred >> scale));
   };
   Plan plan;
   plan.kind = kind;
-  plan.token_block = scaled(!fused                           ? kGenericTokenBlock
-                            : kind == PlanKind::kVocabSlices ? kSliceTokenBlock
-                                                             : kTokenBlock);
+  plan.token_block = scaled(kind == PlanKind::kVocabSlices ? kSliceTokenBlock : kTokenBlock);
   if (r.chunk_size > 0)
     plan.token_block = std::min(plan.token_block, round_up(r.chunk_size, kTokenTile));
   const int64_t score_bytes = fused ? 2 : accumulation_size(r);
@@ -78,7 +80,8 @@ Plan blocks(const GpuPlanRequest& r, const PlanTraits& t, PlanKind kind, int sca
   // In place, float products shrink to 16 bits within the tokens that are converted together.
   plan.input_block = plan.token_block;
   // 16-bit gradients do not move, so these blocks are free: sums about as large as grad_weight's.
-  if (fused) plan.input_block = std::min(plan.token_block, std::max(kTokenTile, plan.slice_vocab));
+  if (t.keeps_16_bits)
+    plan.input_block = std::min(plan.token_block, std::max(kTokenTile, plan.slice_vocab));
   plan.weight_block = plan.token_block;
   return plan;
 }
@@ -87,7 +90,7 @@ Plan blocks(const GpuPlanRequest& r, const PlanTraits& t, PlanKind kind, int sca
 void finish(const GpuPlanRequest& r, const PlanTraits& t, Plan* plan) {
   const bool chunks = plan->kind == PlanKind::kTokenChunks;
   const int64_t kept = kept_tokens(r, *plan);
-  if (t.kernels.stores_16_bits()) {
+  if (t.keeps_16_bits) {
     const int64_t padded = round_up(std::max<int64_t>(1, kept), kTokenTile);
     if (chunks) plan->weight_block = padded;
     if (writes_gradients(t)) plan->input_block = padded;
@@ -105,7 +108,7 @@ void finish(const GpuPlanRequest& r, const PlanTraits& t, Plan* plan) {
 Plan in_separate_sweeps(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
   Plan separate = plan;
   separate.separate_sweeps = true;
-  const int64_t step = t.kernels.stores_16_bits() ? kStoredTile : kGenericRange;
+  const int64_t step = t.kernels.scores.fused() ? kStoredTile : kGenericRange;
   const int64_t tokens = std::min(plan.token_block, std::max<int64_t>(1, fresh_tokens(r, plan)));
   separate.input_sweep_block =
       std::min(plan.slice_vocab, round_up(std::max<int64_t>(1, r.tokens), kTokenTile));
@@ -115,14 +118,18 @@ Plan in_separate_sweeps(const GpuPlanRequest& r, const PlanTraits& t, const Plan
 }
 
 /// Tiles of a product fill the GPU round by round; where it overlaps others
-/// (ProductOutput::overlaps_previous) these fill its last round and the time of its launch.
-enum class Rounds { kWhole, kShared };
+/// (ProductOutput::overlaps_previous) these fill its last round and the time of its launch. cuBLAS
+/// divides long sums, or takes smaller tiles, so that at most a quarter of a round stays empty.
+enum class Rounds { kWhole, kShared, kLibrary };
+
+Rounds rounds_of(const KernelSet& kernels) {
+  return kernels.fused() ? Rounds::kWhole : Rounds::kLibrary;
+}
 
 /// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in
 /// parts, and each part `pieces` times. Tiles at the edges count in full, as do the last rounds.
 double product_cost(const GpuPlanRequest& r, int64_t rows, int64_t row_part, int64_t columns,
-                    int64_t column_part, int64_t depth, int64_t pieces = 1,
-                    Rounds rounds = Rounds::kWhole) {
+                    int64_t column_part, int64_t depth, int64_t pieces, Rounds rounds) {
   double cost = 0;
   // Parts of one size, and what is left over.
   const auto for_each_part = [](int64_t size, int64_t part, const auto& visit) {
@@ -133,12 +140,14 @@ double product_cost(const GpuPlanRequest& r, int64_t rows, int64_t row_part, int
   for_each_part(rows, row_part, [&](int64_t height, int64_t vertical) {
     for_each_part(columns, column_part, [&](int64_t width, int64_t horizontal) {
       const int64_t tiles = ceil_div(height, kTileRows) * ceil_div(width, kTileColumns);
-      const int64_t counted = rounds == Rounds::kWhole ? round_up(tiles, r.multiprocessors) : tiles;
-      const int64_t elements = counted * kTileRows * kTileColumns;
+      const int64_t round = rounds == Rounds::kWhole     ? 4 * r.multiprocessors
+                            : rounds == Rounds::kLibrary ? r.multiprocessors
+                                                         : 1;
+      const int64_t elements = round_up(4 * tiles, round) / 4 * kTileRows * kTileColumns;
       cost +=
           static_cast<double>(vertical * horizontal) *
           (static_cast<double>(elements) * static_cast<double>(depth + pieces * kEpilogueDepth) +
-           static_cast<double>(rounds == Rounds::kWhole ? pieces : 0) * kMultiplyAddsPerLaunch);
+           static_cast<double>(rounds == Rounds::kShared ? 0 : pieces) * kMultiplyAddsPerLaunch);
     });
   });
   return cost;
@@ -273,7 +282,7 @@ class Candidates {
     finish(r_, t_, &plan);
     visit_(plan);
     if (t_.copies_input) copy_otherwise(plan);
-    if (!t_.kernels.stores_16_bits() || summed_while_kept(r_, t_, plan) == 0) return;
+    if (!t_.keeps_16_bits || summed_while_kept(r_, t_, plan) == 0) return;
     plan.input_block = round_up(plan.input_block / 2, kTokenTile);
     visit_(plan);
   }
@@ -291,6 +300,28 @@ class Candidates {
 
 int64_t parts_of(int64_t tokens, int64_t part) {
   return ceil_div(tokens, std::max<int64_t>(1, part));
+}
+
+/// What moving `bytes` takes, as bytes of memory traffic, where `resident` of them lie side by side.
+int64_t traffic(int64_t bytes, int64_t resident) {
+  return resident > kCachedBytes ? bytes : bytes / kCacheSpeed;
+}
+
+/// The product that makes scores of `tokens` tokens, and the kernels between it and what comes next.
+/// `kept`: they are; `gradients`: they become that at once.
+double score_cost(const GpuPlanRequest& r, const PlanTraits& t, int64_t tokens, int64_t block,
+                  int64_t slice, bool kept, bool gradients, int64_t* bytes) {
+  const int64_t v = r.vocab, d = r.features;
+  if (t.kernels.scores.fused())
+    return product_cost(r, tokens, block, v, gradients ? slice : v, d, 1, Rounds::kWhole);
+  const int64_t size = accumulation_size(r), part = kept && !t.keeps_16_bits ? v : slice;
+  *bytes += traffic(tokens * v * size, std::min(block, tokens) * part * size);
+  if (kept && t.keeps_16_bits) *bytes += tokens * v * 2;
+  if (gradients)
+    *bytes += traffic(tokens * v * size_of(r.dtype), std::min(block, tokens) * part * size);
+  const auto launches = static_cast<double>(parts_of(tokens, block) * parts_of(v, part));
+  return product_cost(r, tokens, block, v, part, d, 1, Rounds::kLibrary) +
+         launches * kMultiplyAddsPerLaunch;
 }
 
 /// Under token chunks, whether a chunk's gradient products overlap. (Those of
@@ -314,19 +345,20 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   double cost;
   int64_t passes = 1,
           products;  // passes: terms that are added in the gradient or in sums of their own
+  const Rounds alone = rounds_of(t.kernels.products);
   if (plan.kind == PlanKind::kTokenChunks) {
     const int64_t blocks = parts_of(kept_tokens(r, plan), at_once(plan.weight_block));
     const int64_t others = rest > 0 ? parts_of(rest, plan.chunk_tokens) : 0;
     passes = std::max<int64_t>(1, (stored > 0 ? 1 : 0) + others);
     products = passes * blocks;
-    const Rounds rounds = products_overlap(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
-    cost = product_cost(r, v, slice, d, d, stored, stored > 0 ? blocks : 0) +
+    const Rounds rounds = products_overlap(r, t, plan) ? Rounds::kShared : alone;
+    cost = product_cost(r, v, slice, d, d, stored, stored > 0 ? blocks : 0, alone) +
            product_cost(r, v, slice, d, d, rest, others * blocks, rounds);
     if (rounds == Rounds::kShared) cost += static_cast<double>(others) * kMultiplyAddsPerLastBlocks;
   } else {
     const int64_t block = at_once(plan.token_block);
     products = parts_of(kept, block) + parts_of(fresh, block);
-    cost = product_cost(r, v, slice, d, d, n, products);
+    cost = product_cost(r, v, slice, d, d, n, products, alone);
     if (direct) passes = std::max<int64_t>(1, products);
   }
   // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
@@ -336,14 +368,18 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
     cost = std::max(cost, static_cast<double>(moved) * kMultiplyAddsPerByte);
   else
     *bytes += moved;
-  // Sums in the workspace, and parts of them where there are more than the cache holds.
-  if (!direct) *bytes += v * d * 8 * passes;
-  if (!direct && slice * d * 4 > kCachedBytes) *bytes += v * d * 8 * (products - passes);
+  if (!direct) {  // sums in the workspace, and parts of them where there are more than the cache holds
+    *bytes += traffic(v * d * 8 * passes, slice * d * 4);
+    if (slice * d * 4 > kCachedBytes) *bytes += v * d * 8 * (products - passes);
+    cost += static_cast<double>(passes * parts_of(v, slice)) * kMultiplyAddsPerLaunch;
+  }
   if (direct) *bytes += stored * v * 4;  // moved out of the gradient
   if (t.copies_input) {
     // Once, or where blocks of tokens take turns in the copy, for each slice of classes.
     const int64_t turns = plan.kind == PlanKind::kTokenChunks ? kept_tokens(r, plan) : n;
-    *bytes += n * d * 2 * size_of(r.dtype) * (turns > plan.copied_tokens ? parts_of(v, slice) : 1);
+    const int64_t times = turns > plan.copied_tokens ? parts_of(v, slice) : 1;
+    *bytes += n * d * 2 * size_of(r.dtype) * times;
+    cost += static_cast<double>(times * parts_of(n, plan.copied_tokens)) * kMultiplyAddsPerLaunch;
   }
   return cost;
 }
@@ -352,33 +388,47 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
 double input_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
   const int64_t d = r.features, v = r.vocab, stored = plan.stored_in_gradient;
   const int64_t fresh = fresh_tokens(r, plan), kept = r.tokens - fresh;
+  const Rounds alone = rounds_of(t.kernels.products);
   if (plan.kind == PlanKind::kTokenChunks) {
-    const Rounds rounds = products_overlap(r, t, plan) ? Rounds::kShared : Rounds::kWhole;
-    return product_cost(r, stored, plan.input_block, d, d, v) +
-           product_cost(r, kept - stored, std::min(plan.chunk_tokens, plan.input_block), d, d, v, 1,
-                        rounds);
+    const int64_t rest = kept - stored, block = std::min(plan.chunk_tokens, plan.input_block);
+    const double first = product_cost(r, stored, plan.input_block, d, d, v, 1, alone);
+    const double others = product_cost(r, rest, block, d, d, v, 1, alone);
+    if (!products_overlap(r, t, plan)) return first + others;
+    // Tiles are not divided: what fills the last round of grad_input's cannot make it shorter.
+    const double fills = product_cost(r, v, plan.slice_vocab, d, d, rest,
+                                      parts_of(rest, plan.chunk_tokens), Rounds::kShared);
+    return first +
+           std::max(product_cost(r, rest, block, d, d, v, 1, Rounds::kShared), others - fills);
   }
   const int64_t slices = parts_of(v, plan.input_sweep_slice);
   if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) *bytes += 8 * slices * fresh * d;
   if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) *bytes += 4 * slices * fresh * d;
-  return product_cost(r, kept, plan.input_block, d, d, v) +
-         product_cost(r, fresh, plan.input_sweep_block, d, d, v, slices);
+  return product_cost(r, kept, plan.input_block, d, d, v, 1, alone) +
+         product_cost(r, fresh, plan.input_sweep_block, d, d, v, slices, alone);
 }
 
 }  // namespace
 
 double predicted_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  const int64_t n = r.tokens, d = r.features, v = r.vocab;
-  const int64_t fresh = fresh_tokens(r, plan);
+  const int64_t n = r.tokens, v = r.vocab;
+  const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
   int64_t bytes = 0;
-  double cost = r.statistics_known ? 0 : product_cost(r, n, plan.score_block, v, v, d);
-  if (plan.kind != PlanKind::kStatistics) {
+  double cost = 0;
+  const auto score = [&](int64_t tokens, int64_t block, int64_t slice, bool keep, bool gradients) {
+    cost += score_cost(r, t, tokens, block, slice, keep, gradients, &bytes);
+  };
+  const bool keeps = plan.kind != PlanKind::kStatistics;
+  if (!r.statistics_known) {
+    score(keeps ? kept : 0, plan.score_block, plan.slice_vocab, true, false);
+    score(keeps ? fresh : n, plan.score_block, plan.slice_vocab, false, false);
+  }
+  if (keeps) {
     if (!plan.products_from_scores)  // scores become gradients
-      bytes += (n - fresh) * v * (t.kernels.stores_16_bits() ? 4 : 8);
-    cost += product_cost(r, fresh, plan.token_block, v, plan.slice_vocab, d);
+      bytes += kept * v * (kept_score_bytes(r, t) + size_of(r.dtype));
+    score(fresh, plan.token_block, plan.slice_vocab, false, true);
   }
   if (plan.separate_sweeps)
-    cost += product_cost(r, fresh, plan.input_sweep_block, v, plan.input_sweep_slice, d);
+    score(fresh, plan.input_sweep_block, plan.input_sweep_slice, false, true);
   if (r.grad_weight) cost += weight_cost(r, t, plan, &bytes);
   if (r.grad_input) cost += input_cost(r, t, plan, &bytes);
   return cost + static_cast<double>(bytes) * kMultiplyAddsPerByte;
@@ -403,11 +453,36 @@ double rank(const PlanRequest& r, const Plan& plan) {
   return plan.predicted_flops + (unwanted ? 100 * product_flops(r) : 0);
 }
 
+/// What a search has found: the fastest of the plans that fit a budget, and the smallest of all.
+struct Found {
+  Plan fastest, smallest;
+  double rank = std::numeric_limits<double>::infinity();  // of the fastest
+  bool fits() const { return rank < std::numeric_limits<double>::infinity(); }
+};
+
+Found search(const GpuPlanRequest& request, const PlanTraits& traits, int64_t budget) {
+  Found found;
+  found.smallest.workspace_bytes = INT64_MAX;
+  Candidates(request, traits, budget, [&](Plan candidate) {
+    candidate.workspace_bytes = layout(request, traits, candidate).total;
+    candidate.predicted_flops = 2 * predicted_cost(request, traits, candidate);
+    const double its_rank = rank(request, candidate);
+    if (candidate.workspace_bytes <= budget && its_rank < found.rank) {
+      found.rank = its_rank;
+      found.fastest = candidate;
+    }
+    if (candidate.workspace_bytes < found.smallest.workspace_bytes) found.smallest = candidate;
+  }).visit_all();
+  return found;
+}
+
 }  // namespace
 
 PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selection& kernels) {
   PlanTraits traits;
   traits.kernels = kernels;
+  // exp(z - m) does not give the slope of a saturated soft cap. Handwritten kernels keep nothing else.
+  traits.keeps_16_bits = suits_fused_kernels(p) && (kernels.scores.fused() || p.softcap == 0);
   traits.partials = 2 + (wants_logit_sum(p) ? 1 : 0) + (wants_entropy(p) ? 1 : 0) +
                     (p.probabilities != nullptr ? 3 : 0);
   traits.argmax = wants_argmax(p);
@@ -427,30 +502,21 @@ std::string make_plan(const GpuPlanRequest& request, const PlanTraits& traits, P
       ((request.grad_input ? request.tokens : 0) + (request.grad_weight ? request.vocab : 0)) *
       request.features * size_of(request.dtype);
   const int64_t library = product_bytes(request);
-  const int64_t budget = request.memory_budget < 0 ? std::max(kDefaultBudget, floor + floor / 4)
-                                                   : request.memory_budget - library;
-  double best = std::numeric_limits<double>::infinity();
-  int64_t minimum = INT64_MAX;
-  const auto visit = [&](Plan candidate) {
-    candidate.workspace_bytes = layout(request, traits, candidate).total;
-    candidate.predicted_flops = 2 * predicted_cost(request, traits, candidate);
-    const double its_rank = rank(request, candidate);
-    if (candidate.workspace_bytes <= budget && its_rank < best) {
-      best = its_rank;
-      *plan = candidate;
-    }
-    // The smallest plan also serves where nothing fits and nobody set a limit.
-    if (candidate.workspace_bytes < minimum) {
-      minimum = candidate.workspace_bytes;
-      if (request.memory_budget < 0 && best == std::numeric_limits<double>::infinity())
-        *plan = candidate;
-    }
-  };
-  Candidates(request, traits, budget, visit).visit_all();
-  if (best == std::numeric_limits<double>::infinity() && request.memory_budget >= 0) {
-    plan->workspace_bytes = minimum;
+  const bool limited = request.memory_budget >= 0;
+  const int64_t budget =
+      limited ? request.memory_budget - library : std::max(kDefaultBudget, floor + floor / 4);
+  Found found = search(request, traits, budget);
+  if (limited && !found.fits()) {
+    *plan = found.smallest;
     plan->library_bytes = library;
     return budget_error(request, " on a GPU", *plan);
+  }
+  *plan = found.fits() ? found.fastest : found.smallest;
+  const double most = found.rank * kMostSlowdown;
+  while (!limited && found.fits() && plan->workspace_bytes > kSmallWorkspace) {
+    found = search(request, traits, plan->workspace_bytes / 4 * 3);
+    if (!found.fits() || found.rank > most) break;
+    *plan = found.fastest;
   }
   count_work(request, fresh_tokens(request, *plan), plan);
   plan->library_bytes = library;
@@ -463,7 +529,7 @@ std::string choose_plan(const Problem& problem, const Selection& kernels, CallPl
   const std::string objection = make_plan(request, call->traits, &call->plan);
   // What was measured was measured without a budget.
   const bool settled = kernels.forced || (kernels.measured != nullptr && request.memory_budget < 0);
-  if (settled || !kernels.stores_16_bits() || kernels.products.fused()) return objection;
+  if (settled || !kernels.scores.fused() || kernels.products.fused()) return objection;
   Selection own_kernels = kernels;
   own_kernels.products = kernels.scores;
   own_kernels.predicted = true;

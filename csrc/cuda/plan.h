@@ -24,6 +24,8 @@ struct GpuPlanRequest : PlanRequest {
 /// What follows from the problem and its kernels.
 struct PlanTraits {
   Selection kernels;
+  // Scores are kept in 16 bits (StoredScores) rather than as products of type A.
+  bool keeps_16_bits = false;
   int partials = 2;     // partial statistics of A: max, sum, ...
   bool argmax = false;  // and one of int32
   bool skips = false;   // products leave tiles out

@@ -1,5 +1,6 @@
 #include "cuda/select.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -60,27 +61,38 @@ double distance(const MeasuredChoice& row, const Problem& p) {
   return sum;
 }
 
-const MeasuredChoice* nearest(const std::vector<MeasuredChoice>& measured, const Problem& p,
-                              const Gpu& gpu) {
+const MeasuredChoice* nearest(const MeasuredChoices& measured, const Problem& p, const Gpu& gpu) {
+  const auto banned = [&](const KernelSet& kernels) {
+    return std::count(measured.banned.begin(), measured.banned.end(),
+                      std::pair{gpu.name, name_of(kernels)}) > 0;
+  };
   const MeasuredChoice* best = nullptr;
-  bool best_is_this_gpu = false;
+  int best_rank = 0;  // 2: of this machine, 1: of this GPU
   double least = std::numeric_limits<double>::infinity();
-  for (const MeasuredChoice& row : measured) {
+  for (const MeasuredChoice& row : measured.rows) {
     if (row.capability != gpu.capability || row.dtype != p.dtype || row.skips != skips_tiles(p))
       continue;
     Selection kernels;
     if (!parse_kernels(row.kernels, &kernels) || !can_run(kernels.scores, p, gpu) ||
-        !can_run(kernels.products, p, gpu) || !fit(kernels.scores, kernels.products))
+        !can_run(kernels.products, p, gpu) || !fit(kernels.scores, kernels.products) ||
+        banned(kernels.scores) || banned(kernels.products))
       continue;
     const bool is_this_gpu = gpu.name == row.gpu;
+    if (row.here && !is_this_gpu) continue;
+    const int rank = row.here ? 2 : is_this_gpu ? 1 : 0;
     const double far = distance(row, p);
-    if (std::isinf(far) || (best_is_this_gpu && !is_this_gpu)) continue;
-    if (far >= least && is_this_gpu == best_is_this_gpu) continue;
+    if (std::isinf(far) || rank < best_rank) continue;
+    if (far >= least && rank == best_rank) continue;
     best = &row;
-    best_is_this_gpu = is_this_gpu;
+    best_rank = rank;
     least = far;
   }
   return best;
+}
+
+MeasuredChoices& all_choices() {
+  static MeasuredChoices choices{committed_choices()};
+  return choices;
 }
 
 }  // namespace
@@ -98,7 +110,15 @@ int multiprocessors_of(const Gpu& gpu) {
   }
 }
 
-const std::vector<MeasuredChoice>& measured_choices() {
+const MeasuredChoices& measured_choices() { return all_choices(); }
+
+void add_tuned(const MeasuredChoices& tuned) {
+  MeasuredChoices& all = all_choices();
+  all.rows.insert(all.rows.end(), tuned.rows.begin(), tuned.rows.end());
+  all.banned.insert(all.banned.end(), tuned.banned.begin(), tuned.banned.end());
+}
+
+const std::vector<MeasuredChoice>& committed_choices() {
   static const std::vector<MeasuredChoice> rows = {
 #include "cuda/measured_choices.inc"
   };
@@ -106,15 +126,11 @@ const std::vector<MeasuredChoice>& measured_choices() {
 }
 
 Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::string& forced,
-                         const std::vector<MeasuredChoice>& measured, std::string* error) {
+                         const MeasuredChoices& measured, std::string* error) {
   Selection chosen;
   chosen.capability = gpu.capability;
   for (const Architecture* row : kArchitectures)
-    if (row->can_run(problem, gpu)) chosen.scores.architecture = row;
-  // The fused kernels keep what no library product can: no logits, 16-bit scores. For plain products
-  // cuBLAS is the choice until a handwritten one has measured faster on the GPU at hand; those that
-  // skip tiles do less work than any library product.
-  if (skips_tiles(problem)) chosen.products = chosen.scores;
+    if (row->fused && row->can_run(problem, gpu)) chosen.others_can_run = true;
   if (forced.empty()) {
     chosen.measured = nearest(measured, problem, gpu);
     if (chosen.measured != nullptr) parse_kernels(chosen.measured->kernels, &chosen);
@@ -128,7 +144,13 @@ Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::stri
     return chosen;
   }
   chosen.forced = true;
-  if (can_run(wanted.scores, problem, gpu)) chosen.scores = wanted.scores;
+  // A family that cannot run the problem: the newest that can.
+  if (can_run(wanted.scores, problem, gpu)) {
+    chosen.scores = wanted.scores;
+  } else {
+    for (const Architecture* row : kArchitectures)
+      if (row->can_run(problem, gpu)) chosen.scores.architecture = row;
+  }
   const bool possible =
       can_run(wanted.products, problem, gpu) && fit(chosen.scores, wanted.products);
   chosen.products = possible ? wanted.products : KernelSet{};
@@ -175,10 +197,11 @@ std::string name_of(const Selection& selection) {
 std::string reason_of(const Selection& selection) {
   if (selection.forced) return "MEMEFF_CUDA_KERNELS";
   if (selection.predicted) return "predicted";
-  if (selection.measured == nullptr) return "default";
+  if (selection.measured == nullptr)
+    return selection.others_can_run ? "default; run memeff-tune to use faster ones" : "default";
   const MeasuredChoice& row = *selection.measured;
-  return std::string("measured on ") + row.gpu + " at " + std::to_string(row.tokens) + "x" +
-         std::to_string(row.features) + "x" + std::to_string(row.vocab);
+  return (row.here ? "tuned on " : "measured on ") + row.gpu + " at " + std::to_string(row.tokens) +
+         "x" + std::to_string(row.features) + "x" + std::to_string(row.vocab);
 }
 
 }  // namespace memeff::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/problem.h"
@@ -28,33 +29,43 @@ std::vector<KernelSet> all_kernel_sets();
 
 /// What was measured on one GPU at one shape: the fastest kernels, whole calls compared.
 struct MeasuredChoice {
-  const char* gpu = "";  // its name, "NVIDIA H200"
-  int capability = 0;    // as in Gpu
+  std::string gpu{};   // its name, "NVIDIA H200"
+  int capability = 0;  // as in Gpu
   DType dtype = DType::kBFloat16;
   int64_t tokens = 0, features = 0, vocab = 0;
   bool skips = false;                       // measured with tiles skipped
-  const char* kernels = "generic,generic";  // "scores,products"
+  std::string kernels = "generic,generic";  // "scores,products"
+  bool here = false;                        // by memeff-tune, on this machine
+};
+
+/// All that is known of kernels: choices, and those that memeff-tune saw fail, by the GPU's name.
+struct MeasuredChoices {
+  std::vector<MeasuredChoice> rows;
+  std::vector<std::pair<std::string, std::string>> banned{};  // GPU, one name of kernels
 };
 
 struct Selection {
   KernelSet scores;    // x W^T with statistics or gradients in its epilogue
   KernelSet products;  // grad_input and grad_weight from gradients of the logits
   // Why these: asked for; else the measurement that was followed; else predicted to win in the
-  // memory that the call may take (choose_plan); else the rule by default.
+  // memory that the call may take (choose_plan); else by default, though others could run, too.
   bool forced = false;
   const MeasuredChoice* measured = nullptr;
   bool predicted = false;
+  bool others_can_run = false;
   int capability = 0;  // of the GPU
-
-  /// Whether scores are kept in 16 bits (StoredScores) rather than as products of type A.
-  bool stores_16_bits() const { return scores.fused(); }
 };
 
 /// Where it is unknown: those of a GPU that is often met with this compute capability.
 int multiprocessors_of(const Gpu& gpu);
 
 /// The table of measured choices: measured_choices.inc, which scripts/verify_gpu.py writes.
-const std::vector<MeasuredChoice>& measured_choices();
+const std::vector<MeasuredChoice>& committed_choices();
+
+/// That table, and what memeff-tune has found on this machine (memeff/tuning.py reads its file).
+const MeasuredChoices& measured_choices();
+/// Adds to it. Called while the library is loaded, before any call is planned.
+void add_tuned(const MeasuredChoices& tuned);
 
 /// The kernels for the problem on that GPU:
 ///
@@ -63,15 +74,15 @@ const std::vector<MeasuredChoice>& measured_choices();
 ///   2. what `measured` has for it. A row counts if it was measured on this compute capability, in
 ///      this dtype, skipping tiles or not as the problem does, at a shape whose tokens, features
 ///      and classes each differ by no more than a factor of 4, and if its kernels can run the
-///      problem. Rows of a GPU of the same name come first; then the nearest shape, by the sum of
-///      the three |log2(ratio)|; then the first;
-///   3. the last architecture of the table that the problem and the GPU allow for the scores; for the
-///      products cuBLAS, or where tiles are skipped the same. choose_plan (plan.h) may prefer the
-///      latter.
+///      problem and are not banned. Rows of this machine come first (for the GPU of that name alone),
+///      then those of a GPU of the same name; then the nearest shape, by the sum of the three
+///      |log2(ratio)|; then the first. With a memory budget choose_plan (plan.h) may prefer products
+///      of the same architecture as the scores;
+///   3. generic: what runs unless asked for or measured is certain to work.
 ///
 /// A name that means nothing is reported in `error`.
 Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::string& forced,
-                         const std::vector<MeasuredChoice>& measured, std::string* error);
+                         const MeasuredChoices& measured, std::string* error);
 
 /// The value of MEMEFF_CUDA_KERNELS, "" where it is not set.
 std::string forced_kernels();
@@ -80,7 +91,8 @@ std::string forced_kernels();
 std::string name_of(const Selection& selection);
 /// Sets both kernels from such a name; false if it means nothing.
 bool parse_kernels(const std::string& names, Selection* selection);
-/// "default", "predicted", "measured on NVIDIA H200 at 8192x4096x128256" or "MEMEFF_CUDA_KERNELS".
+/// "default", "default; run memeff-tune to use faster ones", "predicted", "measured on NVIDIA H200 at
+/// 8192x4096x128256", "tuned on ..." or "MEMEFF_CUDA_KERNELS".
 std::string reason_of(const Selection& selection);
 
 }  // namespace memeff::cuda

@@ -1,4 +1,4 @@
-// block_statistics and block_gradient, emulated, against double precision: every type, ragged and
+// block_statistics, keep_scores and block_gradient, emulated, against double precision: every type, ragged and
 // unaligned blocks, every option.
 #include <limits>
 #include <random>
@@ -99,8 +99,13 @@ struct Experiment {
   }
 };
 
-void test_statistics(const Case& c, DType dtype) {
+// `keeps`: by keep_scores, whose ranges are tiles.
+void test_statistics(const Case& c, DType dtype, bool keeps = false) {
   Experiment e(c, dtype);
+  CHECK(!keeps || c.classes_per_range == kStoredTile);
+  const int64_t scores_stride = c.tokens + c.padding;
+  Array scores(DType::kFloat16, c.classes * scores_stride, "scores", BufferAccess::kReadWrite,
+               c.offset);
   const int64_t ranges = (c.classes + c.classes_per_range - 1) / c.classes_per_range;
   const int64_t max_stride = c.tokens + 1, stride = c.tokens + 2;
   Array max(dtype, ranges * max_stride, "max"), sum(dtype, ranges * stride, "sum"),
@@ -121,10 +126,18 @@ void test_statistics(const Case& c, DType dtype) {
     partials.target_dot = dot.data(), partials.target_mass = mass.data();
     partials.target_plain = plain.data();
   }
-  CHECK(block_statistics({e.block(), e.products.data(), e.stride, dtype, e.terms(), e.targets(),
-                          c.classes_per_range, partials, target_logit.data()},
-                         nullptr)
-            .ok());
+  if (keeps) {
+    CHECK(keep_scores({e.block(), static_cast<const float*>(e.products.data()), e.stride, e.terms(),
+                       e.targets(), partials, static_cast<float*>(target_logit.data()),
+                       scores.data(), scores_stride},
+                      nullptr)
+              .ok());
+  } else {
+    CHECK(block_statistics({e.block(), e.products.data(), e.stride, dtype, e.terms(), e.targets(),
+                            c.classes_per_range, partials, target_logit.data()},
+                           nullptr)
+              .ok());
+  }
 
   const double roundoff = unit_roundoff(dtype);
   for (int64_t range = 0; range < ranges; ++range) {
@@ -155,6 +168,12 @@ void test_statistics(const Case& c, DType dtype) {
         CHECK(found == first || (found >= begin && found < end &&
                                  e.logit(found, n) > largest - 8 * roundoff * scale));
       }
+      for (int64_t v = begin; keeps && v < end; ++v) {
+        const double p = std::exp(e.logit(v, n) - largest);
+        const double error = unit_roundoff(DType::kFloat16) + 16 * roundoff * scale;
+        compare(scores.at(v * scores_stride + n), p, error * p + std::ldexp(1.0, -25), "score",
+                DType::kFloat16);
+      }
       if (c.probabilities) {
         compare(dot.at(at), d, 16 * roundoff * absolute, "dot", dtype);
         compare(mass.at(at), m, 16 * roundoff * m, "mass", dtype);
@@ -166,6 +185,9 @@ void test_statistics(const Case& c, DType dtype) {
       CHECK(sum.untouched(padding) && entropy.untouched(padding) && dot.untouched(padding) &&
             argmax[padding] == -7);
   }
+  for (int64_t v = 0; v < c.classes; ++v)
+    for (int64_t n = c.tokens; n < scores_stride; ++n)
+      CHECK(scores.untouched(v * scores_stride + n));
   for (int64_t n = 0; n < c.tokens; ++n) {
     const int64_t y = e.local_target(n);
     if (y < 0) {
@@ -289,6 +311,22 @@ void test_every_type() {
   });
 }
 
+// Blocks that begin at a tile, in tiles that are full, ragged, or end before some warp's classes.
+void test_kept_scores() {
+  emulator::expect_clean("kept scores", [] {
+    for (const Case& c : {
+             Case{1, 1, 0, 0, 0, 128},
+             Case{5, 7, 1, 0, 128, 128, true},
+             Case{133, 12, 4, 0, 256, 128, false, true},
+             Case{129, 20, 1, 1, 0, 128, true, true, false, true, 0.5, 7.0},
+             Case{256, 130, 2, 0, 128, 128, true, false, false, false, 2.0},
+             Case{40, 300, 4, 0, 0, 128, false, false, false, false},
+             Case{300, 131, 5, 3, 0, 128, true, true, false, false, 0.25, 12.0},
+         })
+      test_statistics(c, DType::kFloat32, true);
+  });
+}
+
 // So many classes that a thread takes 16 rows; in one schedule, because of the time it takes.
 void test_many_classes() {
   const Case c{131072 - 3, 1, 0, 0, 0, 65536};
@@ -338,6 +376,35 @@ void test_special_values() {
         sum.at(2 * kTokens + kNan) == 2);
   CHECK(max.at(kTwice) == 2 && argmax[kTwice] == 1030);
   CHECK(max.at(kPositive) == inf && std::isnan(sum.at(kPositive)) && argmax[kPositive] == 1009);
+
+  // The same in tiles, whose scores are 0 where a logit is -inf.
+  Array scores(DType::kFloat16, classes * e.stride, "scores");
+  CHECK(keep_scores({e.block(),
+                     static_cast<const float*>(e.products.data()),
+                     e.stride,
+                     {},
+                     {},
+                     partials,
+                     nullptr,
+                     scores.data(),
+                     e.stride},
+                    nullptr)
+            .ok());
+  const auto score = [&](int64_t v, int token) { return scores.at(v * e.stride + token); };
+  for (const int64_t tile : {0, 1}) {
+    const int64_t at = tile * kTokens;
+    CHECK(max.at(at + kNothing) == -inf && sum.at(at + kNothing) == 0);
+    CHECK(entropy.at(at + kNothing) == 0 && argmax[at + kNothing] == 1000 + 128 * tile);
+    CHECK(std::isnan(sum.at(at + kAllNan)));
+  }
+  CHECK(max.at(kOneFinite) == 1 && sum.at(kOneFinite) == 1 && entropy.at(kOneFinite) == 0);
+  CHECK(argmax[kOneFinite] == 1007 && argmax[kTwice] == 1030 && argmax[kPositive] == 1009);
+  CHECK(std::isnan(max.at(kNan)) && std::isnan(sum.at(kNan)) && sum.at(kTokens + kNan) == 2);
+  CHECK(max.at(kPositive) == inf && std::isnan(sum.at(kPositive)));
+  for (int64_t v = 0; v < classes; ++v) {
+    CHECK(score(v, kOneFinite) == (v == 7 ? 1 : 0) && score(v, kNothing) == 0);
+    CHECK(std::isnan(score(v, kAllNan)) && std::isnan(score(v, kNan)) == (v < 128));
+  }
 
   // A class weight or probability of zero hides a logit of -inf from the sums over targets.
   shape.probabilities = shape.class_weight = true;
@@ -496,6 +563,7 @@ void test_statuses() {
 int main() {
   emulator::config().printed_reports = 0;
   test_every_type();
+  test_kept_scores();
   test_many_classes();
   test_special_values();
   test_target_of_a_peaked_softmax();
