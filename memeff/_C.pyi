@@ -1,5 +1,8 @@
 # What csrc/bindings/module.cpp defines. Importing it also registers torch.ops.memeff.*.
 
+def add_tuned(
+    rows: list[tuple[str, int, str, int, int, int, bool, str]], banned: list[tuple[str, str]]
+) -> None: ...
 def build_info() -> dict[str, str | None]: ...
 def plan(
     tokens: int,

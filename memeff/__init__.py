@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     __version__: str
     from memeff import losses as losses
     from memeff import reference as reference
+    from memeff.bench.tuning import Tuning as Tuning
+    from memeff.bench.tuning import tune as tune
     from memeff.chunked import chunked_linear_apply as chunked_linear_apply
     from memeff.functional import linear_cross_entropy as linear_cross_entropy
     from memeff.fused_loss import linear_loss as linear_loss
@@ -37,6 +39,7 @@ _HOMES = {
     "MemoryEfficientLinear": "memeff.memory_efficient_linear",
     "Plan": "memeff.planning",
     "TokenStatistics": "memeff.statistics",
+    "Tuning": "memeff.bench.tuning",
     "VocabParallel": "memeff.vocab_parallel",
     "chunked_linear_apply": "memeff.chunked",
     "linear_cross_entropy": "memeff.functional",
@@ -46,6 +49,7 @@ _HOMES = {
     "patch": "memeff.lazy.patching",
     "plan": "memeff.planning",
     "shift_labels": "memeff.label_shards",
+    "tune": "memeff.bench.tuning",
     "unpatch": "memeff.lazy.patching",
 }
 
@@ -55,6 +59,7 @@ __all__ = [
     "MemoryEfficientLinear",
     "Plan",
     "TokenStatistics",
+    "Tuning",
     "VocabParallel",
     "chunked_linear_apply",
     "linear_cross_entropy",
@@ -66,6 +71,7 @@ __all__ = [
     "plan",
     "reference",
     "shift_labels",
+    "tune",
     "unpatch",
 ]
 

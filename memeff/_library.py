@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch  # first: the extension links against libraries that only torch loads
 
+from memeff import _tuned
+
 # module.cpp stores this text, so that the version can be read from a file that does not load.
 _TORCH_STAMP = re.compile(rb"memeff was built with torch=([^\s\0]+)")
 
@@ -29,6 +31,7 @@ def load() -> ModuleType:
     built_with = str(extension.build_info()["torch"])
     if not same_minor_version(built_with, torch.__version__):
         raise ImportError(_wrong_torch(built_with))
+    extension.add_tuned(*_tuned.known(_tuned.tune_file(), extension.build_info(), extension_file()))
     return extension
 
 

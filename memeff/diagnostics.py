@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("Missing\n  torch is not installed. Type:  pip install torch")
 
-from memeff import _library, planning
+from memeff import _library, _tuned, planning
 
 # Beyond what every x86-64 processor has; names as Linux prints them in /proc/cpuinfo.
 _INSTRUCTION_SETS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16")
@@ -146,6 +146,26 @@ def kernel_rows() -> list[Row]:
     return rows
 
 
+def tuning_rows() -> list[Row]:
+    """What memeff-tune has found on this machine: its file, and a row per GPU."""
+    if not _library.is_available():
+        return []
+    file = _tuned.tune_file()
+    try:
+        results = _tuned.read(file)
+    except ValueError as error:
+        return [("file", str(error))]
+    info, extension = _library.load().build_info(), _library.extension_file()
+    here = (_tuned.driver(), _tuned.build(info, extension))
+    rows = [("file", str(file) if results else f"{file}: none; memeff-tune writes it")]
+    for result in results:
+        states = ", ".join(f"{name} {state}" for name, state in result["families"].items())
+        if (result["driver"], result["build"]) != here:
+            states = "of another driver or build of memeff: run memeff-tune again"
+        rows.append((result["gpu"], states))
+    return rows
+
+
 def problems() -> list[str]:
     """What keeps memeff from running or from being built, each with the command that mends it."""
     found = []
@@ -210,6 +230,7 @@ def main() -> int:
         "Tools": tool_rows(),
         "Machine": machine_rows(),
         "CUDA kernels for scores, products": kernel_rows(),
+        "Found by memeff-tune": tuning_rows(),
     }
     for title, rows in sections.items():
         print(title if rows else f"{title}: -")

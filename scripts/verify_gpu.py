@@ -41,6 +41,7 @@ import measured_choices
 
 from buildtools.cuda_toolkit import find_toolkit
 from buildtools.environment import Torch, find_torch
+from memeff.bench.choices import candidates, choices_of
 
 SKIPPED = 77  # exit status of our C++ tests, and of this program, where there is no GPU
 TAIL_LINES = 60
@@ -214,7 +215,7 @@ def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -
 def choice_step(arch: str, shape: str, dtype: str, skips: bool = False) -> Step:
     """The families of kernels against each other, whole calls in one process."""
     mass = "~1e-3" if skips else ""
-    families = measured_choices.candidates(int(arch), skips)
+    families = candidates(int(arch), skips)
     variants = ",".join(f"memeff{mass}={kernels}" for kernels in families)
     options = ["--variants", variants, *(["--peaked"] if skips else [])]
     return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, *options)
@@ -226,9 +227,17 @@ def budget_step(arch: str, shape: str, dtype: str) -> Step:
     variants = [
         f"memeff@{budget}={kernels}"
         for budget in ("512MiB", "256MiB", "32MiB")
-        for kernels in measured_choices.candidates(int(arch))
+        for kernels in candidates(int(arch))
     ]
     return bench_step("budgets", shape, dtype, 60, "--variants", ",".join(variants))
+
+
+def tune_step(limit: float) -> Step:
+    """What a user runs: every family verified and timed in a process of its own."""
+    file = BUILD / "figures" / "tuned.json"
+    command = [sys.executable, "-m", "memeff.bench.tuning", "--json", str(file),
+               "--seconds", str(limit)]  # fmt: skip
+    return Step("memeff-tune", command, limit + 10, figures=file)
 
 
 def kernel_step(
@@ -307,6 +316,7 @@ def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
             pytest_step("CUDA tests, sm90x2", "sm90x2", 60),
         ] if hopper else []),
         pytest_step("CUDA tests", "not sm90", 150),
+        tune_step(120),
         *([choice_step(arch, first, dtype)] if new else []),
         kernel_step([first, second], dtype, torch),
         bench_step("all", first, dtype, 120),
@@ -338,7 +348,7 @@ def choices_file(outcomes: Sequence[Outcome], environment: Mapping[str, Any], ol
     for outcome in outcomes:
         if outcome.figures is not None and "runs" in outcome.figures:
             runs += outcome.figures["runs"]
-    choices = measured_choices.choices_of(runs)
+    choices = choices_of(runs)
     if not choices:
         return ""
     gpu = environment["gpu"]

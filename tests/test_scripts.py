@@ -1,5 +1,6 @@
 """The scripts' own logic, without nvcc and without a GPU."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 
 from buildtools.cuda_archs import Arch
 from buildtools.sources import ROOT
+from memeff.bench import choices
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "kernels")]
 
@@ -358,11 +360,11 @@ def bench_run(times, *, errors=None, mass="", **fields):
 
 class TestMeasuredChoices:
     def chosen(self, run):
-        return [(c.kernels, c.skips) for c in measured_choices.choices_of([run])]
+        return [(c.kernels, c.skips) for c in choices.choices_of([run])]
 
     def test_the_fastest(self):
         run = bench_run({"sm90+generic": 0.036, "sm90+sm90": 0.035, "sm80+sm80": 0.09})
-        (choice,) = measured_choices.choices_of([run])
+        (choice,) = choices.choices_of([run])
         assert choice.kernels == "sm90+sm90"
         assert (choice.tokens, choice.features, choice.vocab) == (8192, 4096, 128256)
         assert choice.seconds == {"sm90+generic": 0.036, "sm90+sm90": 0.035, "sm80+sm80": 0.09}
@@ -404,8 +406,8 @@ class TestMeasuredChoices:
 
     def table(self, gpu="NVIDIA H200", old="", times=None):
         times = times or {"sm90+generic": 0.036, "sm90+sm90": 0.035}
-        choices = measured_choices.choices_of([bench_run(times)])
-        return measured_choices.render(choices, gpu, 90, ["driver 580"], old)
+        chosen = choices.choices_of([bench_run(times)])
+        return measured_choices.render(chosen, gpu, 90, ["driver 580"], old)
 
     def test_rows(self):
         text = self.table()
@@ -434,13 +436,13 @@ class TestMeasuredChoices:
         """As part of selection, with every family that may win."""
         runs = []
         for skips in (False, True):
-            families = measured_choices.candidates(capability, skips)
+            families = choices.candidates(capability, skips)
             for best in families:
                 times = {name: 1.0 if name == best else 2.0 for name in families}
                 runs.append(bench_run(times, mass="~1e-3" if skips else ""))
-        choices = measured_choices.choices_of(runs)
-        assert len(choices) == len(runs)
-        text = measured_choices.render(choices, "NVIDIA", capability, [])
+        chosen = choices.choices_of(runs)
+        assert len(chosen) == len(runs)
+        text = measured_choices.render(chosen, "NVIDIA", capability, [])
         (tmp_path / "cuda").mkdir()
         (tmp_path / "cuda" / "measured_choices.inc").write_text(text)
         flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
@@ -448,7 +450,7 @@ class TestMeasuredChoices:
         subprocess.run(["c++", *flags, *folders, ROOT / "csrc/cuda/select.cpp"], check=True)
 
     def test_candidates(self):
-        assert measured_choices.candidates(75) == ()
-        assert measured_choices.candidates(120) == measured_choices.candidates(80)
-        assert measured_choices.candidates(90)[0] == "sm90+generic"
-        assert measured_choices.candidates(90, skips=True)[0] == "sm90+sm90"
+        assert choices.candidates(75) == ()
+        assert choices.candidates(120) == choices.candidates(80)
+        for capability, skips in itertools.product((80, 90), (False, True)):
+            assert choices.candidates(capability, skips)[0] == "generic+generic"  # the default
