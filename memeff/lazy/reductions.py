@@ -72,8 +72,13 @@ def _keep(state: State, name: str, value: Tensor) -> None:
     before = state.known.get(name)
     if before is not None and before.requires_grad and not value.requires_grad:
         return
-    if not torch.compiler.is_compiling():
+    # Checkpointed code has to save the same tensors when it runs again.
+    if not torch.compiler.is_compiling() and not _saved_tensors_are_hooked():
         state.known[name] = value
+
+
+def _saved_tensors_are_hooked() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _known(state: State, name: str) -> Tensor:
@@ -115,7 +120,13 @@ def _entries(state: State, classes: Tensor) -> Tensor:
 
     All that code gets of single entries is computed here, so that equal entries are equal bits.
     """
-    found = statistics(state, classes)
+    try:
+        found = statistics(state, classes)
+    except IndexError as error:  # torch.gather's
+        wrong = classes[(classes < 0) | (classes >= state.vocab)][0].item()
+        raise RuntimeError(
+            f"index {wrong} is out of bounds for dimension {state.ndim - 1} with size {state.vocab}"
+        ) from error
     assert found.logprob is not None
     if state.kind == LOGITS:
         value = found.logprob + found.lse.unsqueeze(-1)

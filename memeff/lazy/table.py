@@ -55,7 +55,7 @@ class Row:
         self.least_args = sum(
             p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters
         )
-        self.names = tuple(p.name for p in parameters)
+        self.names = tuple(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
 
     def reads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the rule has a parameter for every argument, and gets those it needs."""

@@ -34,8 +34,8 @@ def _lead_dim(state: State, dim: int) -> int | None:
 
 
 @row("view", "reshape", aliases=True)
-def view(state: State, *shape: Any) -> Any:
-    sizes = _dims(shape)
+def view(state: State, *sizes: Any, shape: Sequence[int] | None = None) -> Any:
+    sizes = _dims(sizes if shape is None else shape)
     if not sizes or isinstance(sizes[0], torch.dtype) or not state.classes_last:
         return NotImplemented
     *lead, last = sizes
@@ -177,8 +177,8 @@ def transpose(state: State, dim0: int, dim1: int) -> Any:
 
 
 @row("permute", aliases=True)
-def permute(state: State, *dims: Any) -> Any:
-    order = [dim % state.ndim for dim in _dims(dims)]
+def permute(state: State, *order: int, dims: Sequence[int] | None = None) -> Any:
+    order = tuple(dim % state.ndim for dim in _dims(order if dims is None else dims))
     if sorted(order) != list(range(state.ndim)):
         return NotImplemented
     return _reorder(state, order)
@@ -196,7 +196,7 @@ def movedim(state: State, source: int, destination: int) -> Any:
     return _reorder(state, order)
 
 
-def _reorder(state: State, order: list[int]) -> State:
+def _reorder(state: State, order: Sequence[int]) -> State:
     """Dimension i of the result is order[i] of the state."""
     axis = state.class_axis
     lead = [dim - (dim > axis) for dim in order if dim != axis]
