@@ -58,6 +58,7 @@ class HeadSource(Source):
             self.bias is not None and self.bias.requires_grad
         )
         self.version = version_of(self.weight)
+        self.bias_version = None if self.bias is None else version_of(self.bias)
 
     def parameters(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
@@ -84,23 +85,20 @@ class HeadSource(Source):
         elif type(weight) is not nn.Parameter and (unit := _fsdp1_unit(head)) is not None:
             return _in_fsdp_unit(unit, hidden, on_whole)
         else:
-            self.check_unchanged(weight)
+            self.check_unchanged()
         return on_whole(hidden, weight, bias)
 
-    def check_unchanged(self, weight: Tensor) -> None:
-        """Raise RuntimeError if the weight is not what it was when the head was called."""
-        if self.version is not None and self.version != weight._version:
-            raise RuntimeError(
-                "the weight of a head was modified in place (by an optimizer?) between the "
-                "call of the head and the first use of its lazy logits, whose values are lost; "
-                "call .dense() on logits that have to outlive a change of the weight"
-            )
-        storage = getattr(weight, "_local_tensor", weight).untyped_storage()
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError if the weights are not what they were when the head was called."""
+        _check_version("weight", self.weight, self.version)
+        if self.bias is not None:
+            _check_version("bias", self.bias, self.bias_version)
+        storage = getattr(self.weight, "_local_tensor", self.weight).untyped_storage()
         if storage.size() == 0 and self.vocab > 0:
             raise RuntimeError(
-                "the weight of a head was freed (by FSDP?) between the call of the head and the "
-                "first use of its lazy logits; compute the loss in the forward of the unit that "
-                "has the head, or make the head a unit"
+                "the weight of a head was freed (by FSDP?) between the call of the head and a use "
+                "of its lazy logits; compute the loss in the forward of the unit that has the "
+                "head, or make the head a unit"
             )
 
 
@@ -109,6 +107,7 @@ class BiasedSource(Source):
 
     def __init__(self, source: Source, bias: Tensor) -> None:
         self.source, self.added = source, bias
+        self.version = version_of(bias)
         self.dtype, self.report, self.vocab = source.dtype, source.report, source.vocab
         self.requires_grad = source.requires_grad or bias.requires_grad
         self.has_bias = True
@@ -117,6 +116,8 @@ class BiasedSource(Source):
         return [*self.source.parameters(), self.added]
 
     def run(self, hidden: Tensor, compute: Computation[T]) -> T:
+        if not torch.compiler.is_compiling():
+            _check_version("bias", self.added, self.version)
         # In the dtype of the computation: the plain logits are no more exact than that either.
         added = self.added.to(self.dtype)
         return self.source.run(
@@ -178,7 +179,7 @@ def unshard_owner(head: nn.Module) -> None:
     units: list[Any] = [m for m in _modules_above(head) if hasattr(m, "unshard")]
     if not units:
         raise RuntimeError(
-            "the weight of a head was sharded between the call of the head and the first use of "
+            "the weight of a head was sharded between the call of the head and a use of "
             "its lazy logits, and no module of the model that was patched can unshard it"
         )
     units[-1].unshard()
@@ -212,6 +213,15 @@ def version_of(tensor: Tensor) -> int | None:
     if torch.compiler.is_compiling() or tensor.is_inference():
         return None
     return tensor._version
+
+
+def _check_version(what: str, tensor: Tensor, version: int | None) -> None:
+    if version is not None and version != tensor._version:
+        raise RuntimeError(
+            f"the {what} of a head was modified in place (by an optimizer?) between the call of "
+            "the head and a use of its lazy logits, which can no longer be computed; use them "
+            f"before the {what} changes, or call .dense() on them before"
+        )
 
 
 def grad_mode(enabled: bool) -> Any:

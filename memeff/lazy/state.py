@@ -130,6 +130,6 @@ class State:
         """Raise RuntimeError if the hidden states are not those that the head saw."""
         if self.version is not None and self.version != self.hidden._version:
             raise RuntimeError(
-                "hidden states were modified in place between the call of a head and the first "
-                "use of its lazy logits, whose values are lost; call .dense() on the logits first"
+                "hidden states were modified in place between the call of a head and a use of its "
+                "lazy logits, which can no longer be computed; call .dense() on the logits before"
             )

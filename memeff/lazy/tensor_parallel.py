@@ -139,7 +139,7 @@ class ShardedSource(HeadSource):
             unshard_owner(self.head)
             weight, bias = self.head.weight, self.head.bias
         else:
-            self.check_unchanged(weight)
+            self.check_unchanged()
         weight = weight.to(self.dtype)
         bias = None if bias is None else bias.to(self.dtype)
         if compute is F.linear:
