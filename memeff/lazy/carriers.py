@@ -13,8 +13,10 @@ Both have every method of Tensor, and ``dense()``: the plain logits.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, make_dataclass
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +47,7 @@ class Carrier:
         """Note a write through this carrier, which leaves it with `node`."""
         self._node = node
         node.storage.writes += 1
-        self._writes = node.storage.writes
+        self._writes = node.version = node.storage.writes
 
     @property
     def node(self) -> Node:
@@ -98,6 +100,10 @@ def _lazily(row: Row, function: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not isinstance(lazy, Carrier) or not row.reads(args, kwargs):
         return NotImplemented
     node = lazy.node
+    if node.state.grad and not torch.is_grad_enabled():
+        _refuse_functions_of_autograd(lazy)
+        if row.writes is not None:  # of which autograd does not know
+            return NotImplemented
     if row.silent:
         return row.rule(node.state, *others, **kwargs)
     if node.is_dense:
@@ -160,12 +166,7 @@ def _densely(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """The call on plain logits."""
 
     def plain(value: Any) -> Any:
-        if not isinstance(value, Carrier):
-            return value
-        node = value.node
-        if not node.is_dense:
-            node.state.source.report.needs_logits(function, training=node.state.requires_grad)
-        return node.dense()
+        return _logits(value, function) if isinstance(value, Carrier) else value
 
     if function is torch.autograd.grad:
         _check_differentiable(args, kwargs)
@@ -179,6 +180,37 @@ def _densely(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if isinstance(written, Carrier):
         written._wrote(written._node)
     return result
+
+
+def _logits(lazy: Carrier, function: Any) -> Tensor:
+    """The plain logits, which `function` needs."""
+    node = lazy.node
+    if not node.is_dense:
+        if node.state.grad and not torch.is_grad_enabled():
+            _refuse_functions_of_autograd(lazy)
+        node.state.source.report.needs_logits(function, training=node.state.requires_grad)
+    return node.dense()
+
+
+def _refuse_functions_of_autograd(lazy: Carrier) -> None:
+    """Raise RuntimeError in the forward of a torch.autograd.Function that was given `lazy`.
+
+    Autograd has seen no Tensor: what the function returns would have no gradient.
+    """
+    if torch.compiler.is_compiling() or not lazy._node.state.requires_grad:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY and any(arg is lazy for arg in frame.f_locals["args"]):
+            raise RuntimeError(
+                f"{frame.f_locals['cls'].__name__}.apply, a torch.autograd.Function, was given "
+                "lazy logits, which are no torch.Tensor: their gradient would be lost; give it "
+                "logits.dense()"
+            )
+        frame = frame.f_back
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def _names_in_place(home: Any) -> list[str]:
@@ -228,10 +260,20 @@ class LazyTensor(Carrier, Tensor):  # type: ignore[misc]
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if _has_a_graph_of_its_own(args) or function in _OF_THE_WRAPPER:
+        kwargs = kwargs or {}
+        if function in _OF_THE_WRAPPER:
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
-        return call(function, tuple(args), kwargs or {})
+                return function(*args, **kwargs)
+        in_graphs = _with_a_graph_of_their_own(args, kwargs)
+        if not in_graphs:
+            return call(function, tuple(args), kwargs)
+        row = TABLE.get(function)
+        if row is None or not row.silent:
+            # While autograd records what they are made from; below it nothing is recorded.
+            for lazy in in_graphs:
+                _logits(lazy, function)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -247,10 +289,15 @@ _OF_THE_WRAPPER = {
 }
 
 
-def _has_a_graph_of_its_own(args: Any) -> bool:
-    """Whether somebody made the wrapper part of a graph, as an autograd.Function does whose forward
-    returned it. What it stands for is then computed below autograd."""
-    return any(isinstance(arg, LazyTensor) and _wrapper_requires_grad(arg) for arg in args)
+def _with_a_graph_of_their_own(args: Any, kwargs: dict[str, Any]) -> list[LazyTensor]:
+    """The wrappers that somebody made part of a graph, as an autograd.Function does whose forward
+    returned one. Autograd then records calls of the wrappers themselves."""
+    return [
+        value
+        for arg in (*args, *kwargs.values())
+        for value in (arg if isinstance(arg, (tuple, list)) else (arg,))
+        if isinstance(value, LazyTensor) and _wrapper_requires_grad(value)
+    ]
 
 
 def _wrapper_requires_grad(wrapper: LazyTensor) -> bool:

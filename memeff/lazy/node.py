@@ -48,6 +48,7 @@ class Node:
         # which of several results.
         self.function, self.args, self.kwargs, self.part = function, args, kwargs or {}, part
         self.storage = Storage() if storage is None else storage
+        self.version = self.storage.writes
         self.sources = [arg for arg in args if isinstance(arg, Node)]
         self.writes = [source.storage.writes for source in self.sources]
         # Autocast upcasts some functions: replayed under the same.
@@ -80,8 +81,9 @@ class Node:
                 self._dense = self._head_product() if self.function is None else self._replay()
             # Code compares logits with the k-th largest that it got: equal ones have to be equal.
             # They differ in the last bits, of which autograd need not know.
-            for classes, values in self.state.given:
-                self._dense.data.scatter_(-1, classes, values.detach())
+            if self.version == self.storage.writes:  # else they are from before a write
+                for classes, values in self.state.given:
+                    self._dense.data.scatter_(-1, classes, values.detach())
         return self._dense
 
     def _head_product(self) -> Tensor:

@@ -96,11 +96,12 @@ def _entropy_term(probabilities: State, other: State) -> State | None:
         return None
     if probabilities.known is not other.known or probabilities.class_axis != other.class_axis:
         return None
+    if probabilities.grad != other.grad:  # the gradient is that of one factor only
+        return None
     return probabilities.replace(
         kind=products[other.kind],
         factor=probabilities.factor * other.factor,
         dtype=torch.promote_types(probabilities.dtype, other.dtype),
-        grad=probabilities.grad or other.grad,
     )
 
 

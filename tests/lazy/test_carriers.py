@@ -156,6 +156,34 @@ def test_temperature_in_place_stays_lazy() -> None:
     c.check(loss)
 
 
+@pytest.mark.parametrize("write", [lambda z: z.div_(4.0), lambda z: z.neg_()])
+def test_writes_that_autograd_does_not_record(write: Any) -> None:
+    """Their factor is in the value, and not in the gradient."""
+
+    def loss(z: Any) -> Tensor:
+        with torch.no_grad():
+            write(z)
+        return z.logsumexp(-1)
+
+    Comparison(strict=False).check(loss)
+
+
+def test_entries_from_before_a_write() -> None:
+    """What code got of logits is what they turn out to be, unless code wrote to them since."""
+    c = Comparison(strict=False)
+
+    def entries(z: Any) -> tuple[Tensor, ...]:
+        rows = z.view(-1, V)
+        largest = rows.topk(3).values
+        z[:, 0] = 7.0
+        return largest, rows[:7].exp(), z.exp()
+
+    with torch.no_grad():
+        ours, plain = (entries(z) for z in both(c))
+    torch.testing.assert_close(ours[0], plain[0])
+    assert torch.equal(ours[1], plain[1]) and torch.equal(ours[2], plain[2])
+
+
 def test_a_copy_from_before_a_write_is_an_error() -> None:
     c = Comparison(dtype=torch.bfloat16, strict=False)
     with torch.no_grad():
@@ -292,6 +320,20 @@ def test_changed_weight_or_hidden_states_are_an_error() -> None:
             use()
 
 
+def test_changed_bias_is_an_error() -> None:
+    """Of the head, as where only biases are trained, or added by code."""
+    c = Comparison(bias=True, strict=False)
+    added = torch.randn(V)
+    for bias in (c.lazy.head.bias, added):
+        z = c.lazy.head(c.lazy.hidden) + added
+        values = z.logsumexp(-1)
+        with torch.no_grad():
+            bias.add_(1.0)
+        with pytest.raises(RuntimeError, match="bias of a head was modified"):
+            z.argmax(-1)
+        torch.testing.assert_close((c.lazy.head(c.lazy.hidden) + added).logsumexp(-1), values + 1.0)
+
+
 def test_functional_call_uses_the_given_weight() -> None:
     c = Comparison()
     weight = torch.randn(V, FEATURES, requires_grad=True)
@@ -327,6 +369,65 @@ def test_checkpoint(reentrant: bool, loss_inside: bool) -> None:
                 loss.backward()
             return
         loss.backward()
+    torch.testing.assert_close(c.lazy.hidden.grad, c.plain.hidden.grad)
+    torch.testing.assert_close(c.lazy.head.weight.grad, c.plain.head.weight.grad)
+
+
+def test_checkpoint_of_a_loss_alone() -> None:
+    """It saves the same tensors when it runs again, whatever is known of the logits by then."""
+
+    def statistics(z: Any) -> Tensor:
+        log_p = z.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return z.logsumexp(-1) + entropy + log_p.sum(-1)
+
+    Comparison().check(lambda z: checkpoint(statistics, z, use_reentrant=False))
+
+
+class CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        logits = logits.view(-1, V)
+        ctx.save_for_backward(logits.softmax(-1), target)
+        return F.cross_entropy(logits, target)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        p, target = ctx.saved_tensors
+        return gradient * (p - F.one_hot(target, V)).view(3, 5, V) / len(target), None
+
+
+def test_functions_of_autograd_that_get_logits() -> None:
+    """Autograd gives no gradient to an argument that is no Tensor: an error, not a smaller one."""
+    c = Comparison(strict=False)
+    target = torch.randint(V, (15,))
+    z, plain = both(c)
+    for apply in (
+        lambda: CrossEntropy.apply(z, target),
+        lambda: checkpoint(lambda z: z.logsumexp(-1), z, use_reentrant=True),
+        lambda: checkpoint(lambda z: z.std(), z, use_reentrant=True),
+    ):
+        with pytest.raises(RuntimeError, match=r"was given lazy logits.*logits\.dense\(\)"):
+            apply()
+    CrossEntropy.apply(z.dense(), target).backward()
+    F.cross_entropy(plain.view(-1, V), target).backward()
+    torch.testing.assert_close(c.lazy.hidden.grad, c.plain.hidden.grad)
+    with torch.no_grad():
+        z, plain = both(c)
+        torch.testing.assert_close(*(CrossEntropy.apply(logits, target) for logits in (z, plain)))
+
+
+def test_a_leaf_made_of_detached_logits() -> None:
+    """Gradients of logits first, then those of the model, as gradient caches do."""
+    c = Comparison(strict=False)
+    target = torch.randint(V, (3, 5))
+    for side in (c.lazy, c.plain):
+        z = side.head(side.hidden)
+        leaf = z.detach().requires_grad_()
+        joined = torch.cat([leaf, leaf])
+        loss = F.cross_entropy(target=target, input=leaf.transpose(1, 2)) + joined.square().mean()
+        loss.backward()
+        (z * leaf.grad + z.logsumexp(-1, keepdim=True)).sum().backward()
     torch.testing.assert_close(c.lazy.hidden.grad, c.plain.hidden.grad)
     torch.testing.assert_close(c.lazy.head.weight.grad, c.plain.head.weight.grad)
 
