@@ -128,7 +128,9 @@ class State:
 
     def check_hidden(self) -> None:
         """Raise RuntimeError if the hidden states are not those that the head saw."""
-        if self.version is not None and self.version != self.hidden._version:
+        if self.version is None or torch.compiler.is_compiling():
+            return
+        if self.version != self.hidden._version:
             raise RuntimeError(
                 "hidden states were modified in place between the call of a head and a use of its "
                 "lazy logits, which can no longer be computed; call .dense() on the logits before"

@@ -64,6 +64,32 @@ def test_logits_may_leave_the_graph() -> None:
     torch.testing.assert_close(z.std(), c.plain.head(c.plain.hidden).std())
 
 
+def test_compiled_loss_of_an_eager_model() -> None:
+    """One graph without logits serves all steps, though an optimizer changes the weight."""
+    torch._dynamo.reset()
+    c = Comparison()
+    y = torch.randint(V, (3, 4))
+    graphs = []
+
+    def loss(z: Any) -> Any:
+        return F.cross_entropy(z[:, :-1].float().reshape(-1, V), y.view(-1))
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    for _ in range(3):
+        for side, function in ((c.lazy, compiled), (c.plain, loss)):
+            function(side.head(side.hidden)).backward()
+            with torch.no_grad():
+                side.head.weight.sub_(side.head.weight.grad)
+    torch.testing.assert_close(c.lazy.hidden.grad, c.plain.hidden.grad)
+    torch.testing.assert_close(c.lazy.head.weight, c.plain.head.weight)
+    [graph] = graphs
+    assert "memeff" in graph.code and "linear(" not in graph.code
+
+
 def test_dynamic_shapes_in_one_graph() -> None:
     torch._dynamo.reset()
     c = Comparison(strict=False)
