@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Everything that needs a GPU, in one command: `make verify-gpu OUT=folder`.
 
-Builds memeff for the GPU that is there, then runs the conformance program, the CUDA tests, the
-benchmarks and compute-sanitizer, the most telling ones first, within a time limit that suits one
-datacenter GPU with 16 processor cores. Needs nvcc, g++, cmake, torch, ninja, pybind11 and pytest;
-no network. Files are written after every step, so that whatever ends this program leaves what was
-done:
+Builds memeff for the GPU that is there, then runs the conformance program, memeff-tune, the CUDA
+tests, the benchmarks, ncu and compute-sanitizer, the most telling ones first, within a time limit
+that suits one datacenter GPU with 16 processor cores. A family of kernels that fails, hangs or is
+wrong in one step is left out of those that follow. Needs nvcc, g++, cmake, torch, ninja, pybind11
+and pytest; no network. Files are written after every step, so that whatever ends this program
+leaves what was done:
 
     FOLDER/results.json            every step with its last output and its figures
     FOLDER/output.txt              everything that the steps printed
     FOLDER/measured_choices.inc    which kernels were fastest, for csrc/cuda/measured_choices.inc
 
-A second run builds only what has changed; --steps names what it is for.
+A second run builds only what has changed; --steps names what it is for, --build-only ARCH builds
+without a GPU, before its clock runs.
 
 Exit status: 0 every step passed or was skipped, 1 some failed, 77 there is no GPU.
 """
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,9 @@ sys.path.insert(0, str(ROOT))
 
 import measured_choices
 
-from buildtools.cuda_toolkit import find_toolkit
+from buildtools.cuda_toolkit import Toolkit, find_toolkit
 from buildtools.environment import Torch, find_torch
+from memeff._tuned import VERIFIED
 from memeff.bench.choices import candidates, choices_of
 
 SKIPPED = 77  # exit status of our C++ tests, and of this program, where there is no GPU
@@ -58,7 +61,8 @@ SMALL_SHAPES = ("2048,2048,32768", "4096,2048,32768", "8192,2048,50304")
 @dataclass
 class Step:
     """One thing to run. `needs`: programs without which it is skipped; `figures`: a file that it
-    writes, JSON, which becomes part of its outcome.
+    writes, JSON, which becomes part of its outcome; `family`: the kernels that its failure speaks
+    against.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Step:
     needs: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     figures: Path | None = None
+    family: str = ""
 
 
 @dataclass
@@ -174,11 +179,12 @@ def cpp_build_command(arch: str) -> str:
     return " && ".join(lines)
 
 
-def sanitizer_command(tool: str) -> str:
+def sanitizer_command(tool: str, families: Sequence[str]) -> str:
     """compute-sanitizer over the C++ kernel tests, the newest GPU's first, each for a while; the
     first finding fails the step.
     """
-    tests = " ".join(f"{BUILD}/cpp/gpu_test_{part}*" for part in ("sm90", "sm80", "token", "gen"))
+    parts = [*(part for part in ("sm90", "sm80") if part in families), "token", "gen"]
+    tests = " ".join(f"{BUILD}/cpp/gpu_test_{part}*" for part in parts)
     return (
         f"status={SKIPPED}; for test in {tests}; do echo $test; "
         f'timeout 40 compute-sanitizer --tool {tool} --error-exitcode 9 "$test"; code=$?; '
@@ -188,20 +194,20 @@ def sanitizer_command(tool: str) -> str:
     )
 
 
-def pytest_step(name: str, which: str, limit: float) -> Step:
+def pytest_step(name: str, which: str, limit: float, family: str = "") -> Step:
     """The tests of the CUDA extension whose names `which` selects (pytest -k). After an error that
     CUDA does not recover from all that follow fail: hence a process for each family of kernels, and
     an end after some failures. Names come first, so that one that hangs has been named.
     """
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-m", "cuda",
                "-p", "no:cacheprovider", "-k", which, "tests"]  # fmt: skip
-    return Step(name, command, limit)
+    return Step(name, command, limit, family=family)
 
 
-def ctest_step(name: str, *selection: str) -> Step:
+def ctest_step(name: str, *selection: str, family: str = "") -> Step:
     """The C++ tests of the kernels that are so selected."""
     command = ["ctest", "--test-dir", f"{BUILD}/cpp", "--output-on-failure", "-L", "gpu"]
-    return Step(name, [*command, *selection], 90, ["ctest"])
+    return Step(name, [*command, *selection], 90, ["ctest"], family=family)
 
 
 def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -> Step:
@@ -212,41 +218,43 @@ def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -
     return Step(f"benchmark {name} {shape} {dtype}", command, limit, figures=file)
 
 
-def choice_step(arch: str, shape: str, dtype: str, skips: bool = False) -> Step:
-    """The families of kernels against each other, whole calls in one process."""
+def choice_step(pairs: Sequence[str], shape: str, dtype: str, skips: bool = False) -> Step:
+    """Kernels against each other, whole calls in one process."""
     mass = "~1e-3" if skips else ""
-    families = candidates(int(arch), skips)
-    variants = ",".join(f"memeff{mass}={kernels}" for kernels in families)
+    variants = ",".join(f"memeff{mass}={kernels}" for kernels in pairs)
     options = ["--variants", variants, *(["--peaked"] if skips else [])]
     return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, *options)
 
 
-def budget_step(arch: str, shape: str, dtype: str) -> Step:
+def budget_step(pairs: Sequence[str], shape: str, dtype: str) -> Step:
     """The same under memory budgets, where handwritten products are predicted to win
     (docs/kernels.md, "Time against memory")."""
     variants = [
         f"memeff@{budget}={kernels}"
         for budget in ("512MiB", "256MiB", "32MiB")
-        for kernels in candidates(int(arch))
+        for kernels in pairs
     ]
     return bench_step("budgets", shape, dtype, 60, "--variants", ",".join(variants))
 
 
-def tune_step(limit: float) -> Step:
+def tune_step(shapes: Sequence[str], dtype: str, limit: float) -> Step:
     """What a user runs: every family verified and timed in a process of its own."""
     file = BUILD / "figures" / "tuned.json"
     command = [sys.executable, "-m", "memeff.bench.tuning", "--json", str(file),
-               "--seconds", str(limit)]  # fmt: skip
+               "--dtype", dtype, "--seconds", str(limit)]  # fmt: skip
+    for shape in shapes:
+        command += ["--shape", shape]
     return Step("memeff-tune", command, limit + 10, figures=file)
 
 
 def kernel_step(
-    shapes: Sequence[str], dtype: str, torch: Torch | None, name: str = "kernels alone",
-    build: str = "cpp", part: str = "",
+    shapes: Sequence[str], dtype: str, torch: Torch | None, families: Sequence[str],
+    name: str = "kernels alone", build: str = "cpp", part: str = "",
 ) -> Step:  # fmt: skip
-    """Every kernel alone, or those with `part` in their names, next to torch's cuBLAS."""
+    """Every kernel of these families alone, or those with `part` in their names."""
     file = BUILD / "figures" / f"{name}.json"
-    command = [f"{BUILD}/{build}/bench_cuda_kernels", "--dtype", dtype, "--json", str(file)]
+    command = [f"{BUILD}/{build}/bench_cuda_kernels", "--dtype", dtype, "--json", str(file),
+               "--families", ",".join(families)]  # fmt: skip
     for shape in shapes:
         command += ["--shape", shape]
     if part:
@@ -257,10 +265,29 @@ def kernel_step(
     return Step(name, command, 90, environment={"LD_LIBRARY_PATH": path}, figures=file)
 
 
+# One of each kind: scores and products on tensor cores, and what memory bounds.
+PROFILED = ("linear_statistics", "grad_weight_product", "stored_gradient", "keep_scores")
+
+
+def profile_step(shape: str, dtype: str, families: Sequence[str]) -> Step:
+    """How busy tensor cores, L2 and shared memory are in four kernels."""
+    sections = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
+                "WarpStateStats", "Occupancy")  # fmt: skip
+    command = ["ncu", *(word for section in sections for word in ("--section", section))]
+    names = "|".join(PROFILED)
+    command += ["--kernel-name", f"regex:{names}", "--launch-count", "12"]
+    command += [f"{BUILD}/cpp/bench_cuda_kernels", "--dtype", dtype, "--shape", shape,
+                "--rounds", "1", "--kernels", ",".join(PROFILED),
+                "--families", ",".join(families)]  # fmt: skip
+    return Step("ncu", command, 60, ["ncu"])
+
+
 WITH_STAGGER, WITHOUT_STAGGER = "kernels with a stagger", "kernels without a stagger"
 
 
-def stagger_steps(shape: str, dtype: str, torch: Torch | None) -> list[Step]:
+def stagger_steps(
+    shape: str, dtype: str, torch: Torch | None, families: Sequence[str]
+) -> list[Step]:
     """What the stagger of the consumer warpgroups of sm90 gains: a second build, whose groups
     begin tiles together (csrc/cuda/sm90/pipeline.cuh), and both timed one after the other.
     """
@@ -270,10 +297,12 @@ def stagger_steps(shape: str, dtype: str, torch: Torch | None) -> list[Step]:
         f"cmake --build {BUILD}/cpp-no-stagger --parallel {os.cpu_count() or 1} "
         "--target bench_cuda_kernels"
     )
+    families = [family for family in families if family.startswith("sm90")]
+    part = "linear_,_product"
     return [
         Step("build without a stagger", ["sh", "-c", build], 180),
-        kernel_step([shape], dtype, torch, WITHOUT_STAGGER, "cpp-no-stagger", "linear_,_product"),
-        kernel_step([shape], dtype, torch, WITH_STAGGER, "cpp", "linear_,_product"),
+        kernel_step([shape], dtype, torch, families, WITHOUT_STAGGER, "cpp-no-stagger", part),
+        kernel_step([shape], dtype, torch, families, WITH_STAGGER, "cpp", part),
     ]
 
 
@@ -295,44 +324,90 @@ def stagger_comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def plan_steps(arch: str, torch: Torch | None) -> list[Step]:
-    """All steps, the most valuable first; each needs the build, which comes before them."""
+# Whether torch can use the GPU that nvidia-smi has found, and the driver programs of this nvcc.
+DRIVER_CHECK = """
+import sys, torch
+assert torch.ones(3, device="cuda").sum().item() == 3
+driver, toolkit = torch._C._cuda_getDriverVersion() // 1000, int(sys.argv[1])
+if driver < toolkit:
+    sys.exit(f"the driver is for CUDA {driver}, nvcc is of CUDA {toolkit}: install a newer driver")
+"""
+
+
+def driver_step(toolkit: Toolkit | None) -> Step:
+    """Too old a driver would make tests skip, and skipped tests look like nothing was wrong."""
+    major = toolkit.version.split(".")[0] if toolkit else "0"
+    return Step("driver", [sys.executable, "-c", DRIVER_CHECK, major], 60)
+
+
+def plan_steps(arch: str, torch: Torch | None, banned: Collection[str]) -> Iterator[Step]:
+    """All steps, the most valuable first; each needs the build, which comes before them. They come
+    one by one: families of kernels in `banned`, which grows meanwhile, are left out of the rest.
+    """
     python = sys.executable
     new = int(arch) >= 80
     dtype = "bfloat16" if new else "float16"
     first, second, third = SHAPES if new else SMALL_SHAPES
-    more_choices = []
+
+    def left(skips: bool = False) -> list[str]:
+        return [
+            pair for pair in candidates(int(arch), skips)
+            if not any(family in banned for family in pair.split("+"))
+        ]  # fmt: skip
+
+    def families() -> list[str]:
+        return sorted({"generic", *(name for pair in left() for name in pair.split("+"))})
+
+    yield Step("diagnostics", [python, "-m", "memeff.diagnostics"], 60)
     if new:
-        more_choices = [choice_step(arch, s, dtype) for s in (second, third, SMALL_HEAD)]
-        more_choices.append(choice_step(arch, first, dtype, skips=True))
-    hopper = arch == "90"
-    return [
-        Step("diagnostics", [python, "-m", "memeff.diagnostics"], 60),
-        Step("conformance", [f"{BUILD}/conformance/conformance"], 90)
-        if new
-        else Step("conformance", ["sh", "-c", f"echo needs sm_80; exit {SKIPPED}"], 5),
-        *([
-            pytest_step("CUDA tests, sm90", "sm90 and not sm90x2", 90),
-            pytest_step("CUDA tests, sm90x2", "sm90x2", 60),
-        ] if hopper else []),
-        pytest_step("CUDA tests", "not sm90", 150),
-        tune_step(120),
-        *([choice_step(arch, first, dtype)] if new else []),
-        kernel_step([first, second], dtype, torch),
-        bench_step("all", first, dtype, 120),
-        *more_choices,
-        *([budget_step(arch, first, dtype)] if new else []),
-        *([ctest_step("C++ kernel tests, sm90", "-R", "sm90")] if hopper else []),
-        ctest_step("C++ kernel tests", "-E", "sm90"),
-        Step("memcheck", ["sh", "-c", sanitizer_command("memcheck")], 90, ["compute-sanitizer"]),
-        Step("racecheck", ["sh", "-c", sanitizer_command("racecheck")], 90, ["compute-sanitizer"]),
-        bench_step("all", second, dtype, 60),
-        bench_step("all", third, dtype, 60),
-        bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
-                   "standard,cce,memeff,memeff~1e-3"),
-        bench_step("forward", first, dtype, 60, "--forward"),
-        *(stagger_steps(first, dtype, torch) if arch == "90" else []),
-    ]  # fmt: skip
+        yield Step("conformance", [f"{BUILD}/conformance/conformance"], 90)
+    yield tune_step([first, SMALL_HEAD], dtype, 120)
+    yield pytest_step("CUDA tests", "not sm80 and not sm90", 90)
+    yield ctest_step("C++ kernel tests", "-E", "sm|bench")
+    if "sm80" in families():
+        yield pytest_step("CUDA tests, sm80", "sm80 and not sm90", 90, "sm80")
+        yield ctest_step("C++ kernel tests, sm80", "-R", "sm80", family="sm80")
+    yield kernel_step([first], dtype, torch, [*families(), "cublas"])
+    if "sm90" in families():
+        yield pytest_step("CUDA tests, sm90", "sm90 and not sm90x2 and not sm90rs", 60, "sm90")
+        yield ctest_step("C++ kernel tests, sm90", "-R", "sm90", family="sm90")
+    for family in ("sm90x2", "sm90rs"):
+        if family in families():
+            yield pytest_step(f"CUDA tests, {family}", family, 60, family)
+    if len(left()) > 1:
+        yield choice_step(left(), first, dtype)
+        yield budget_step(left(), first, dtype)
+    yield bench_step("all", first, dtype, 120)
+    if len(left()) > 1:
+        for shape in (SMALL_HEAD, second, third):
+            yield choice_step(left(), shape, dtype)
+        yield choice_step(left(skips=True), first, dtype, skips=True)
+    yield profile_step(second, dtype, families())
+    for tool in ("memcheck", "racecheck"):
+        yield Step(tool, ["sh", "-c", sanitizer_command(tool, families())], 90,
+                   ["compute-sanitizer"])  # fmt: skip
+    for shape in (second, third):
+        yield bench_step("all", shape, dtype, 60)
+    yield bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
+                     "standard,cce,memeff,memeff~1e-3")  # fmt: skip
+    yield bench_step("forward", first, dtype, 60, "--forward")
+    if "sm90" in families():
+        yield from stagger_steps(first, dtype, torch, families())
+
+
+def newly_banned(outcome: Outcome, step: Step) -> dict[str, str]:
+    """The families that a step speaks against, and what it says."""
+    if step.name == "memeff-tune":
+        results = (outcome.figures or {"results": []})["results"]
+        return {
+            family: f"{step.name}: {state}"
+            for result in results
+            for family, state in result["families"].items()
+            if state != VERIFIED
+        }
+    if step.family and outcome.status in ("failed", "timeout"):
+        return {step.family: f"{step.name}: {outcome.status}"}
+    return {}
 
 
 def replace(file: Path, text: str) -> None:
@@ -380,6 +455,68 @@ class Results:
             print("\n".join(f"          {line}" for line in outcome.log_tail[-15:]), flush=True)
 
 
+class Run:
+    """One run: where its results go, and how much of its time is left."""
+
+    def __init__(self, folder: Path, environment: dict[str, Any], seconds: float):
+        self._deadline = time.monotonic() + seconds
+        self._folder = folder
+        self._environment = environment
+        self._results = Results(folder, environment)
+        self._output = folder / "output.txt"
+        self._output.write_text("")
+        self.banned: dict[str, str] = {}  # families of kernels, and why
+
+    @property
+    def failed(self) -> bool:
+        return any(o.status in ("failed", "timeout") for o in self._results.outcomes)
+
+    def left(self, limit: float) -> float:
+        return min(limit, self._deadline - time.monotonic())
+
+    def build(self, arch: str) -> None:
+        """The C++ programs and the extension at the same time: both keep 16 cores busy."""
+        BUILD.mkdir(parents=True, exist_ok=True)
+        log, start, command = BUILD / "cpp.log", time.monotonic(), cpp_build_command(arch)
+        with log.open("w") as file:
+            cpp = subprocess.Popen(
+                ["sh", "-c", command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            switches = {"MEMEFF_CUDA": "1", "MEMEFF_CUDA_ARCHS": arch}
+            self.do(Step("build of the extension", build, 300, environment=switches))
+            try:
+                code = cpp.wait(max(1.0, self.left(180)))
+                status = "passed" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status = "timeout"
+        finally:
+            end_group(cpp)
+        text = log.read_text(errors="replace")
+        keep(self._output, "build of the C++ tests", text)
+        tail = text.splitlines()[-TAIL_LINES:]
+        seconds = round(time.monotonic() - start, 1)
+        self._results.add(Outcome("build of the C++ tests", status, seconds, command, tail))
+
+    def do(self, step: Step) -> Outcome:
+        """A step, if there is time for it."""
+        limit = self.left(step.limit)
+        if limit < LEAST_SECONDS:
+            outcome = Outcome(step.name, "skipped", 0.0, "", ["no time was left"])
+        else:
+            outcome = run(step, limit, self._output)
+        self._results.add(outcome)
+        for family, reason in newly_banned(outcome, step).items():
+            print(f"          {family} is left out from here on: {reason}", flush=True)
+            self.banned.setdefault(family, reason)
+        table = choices_file(self._results.outcomes, self._environment, CHOICES.read_text())
+        if table:
+            replace(self._folder / "measured_choices.inc", table)
+        return outcome
+
+
 def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
@@ -392,14 +529,15 @@ def main() -> int:
     parser.add_argument(
         "--steps", metavar="PART,...", help="only steps with one of these in their names"
     )
+    parser.add_argument(
+        "--build-only", metavar="ARCH", help="build for it, such as 90, and end: needs no GPU"
+    )
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
 
     gpu = query_gpu()
-    if gpu is None:
+    if gpu is None and not options.build_only:
         print("SKIPPED: nvidia-smi finds no GPU, nothing was verified")
         return SKIPPED
-    arch = gpu["compute_cap"].replace(".", "")
     torch, toolkit = find_torch(), find_toolkit()
     options.folder.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -410,56 +548,24 @@ def main() -> int:
         "nvcc": toolkit.version if toolkit else None,
         "cpus": os.cpu_count(),
     }
-    results = Results(options.folder, environment)
-    output = options.folder / "output.txt"
-    output.write_text("")
     # Programs of the environment that this Python belongs to, such as ninja.
     path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     os.environ["PATH"] = os.pathsep.join(path)
+    this_run = Run(options.folder, environment, options.seconds)
+    if options.build_only:
+        this_run.build(options.build_only)
+        return 1 if this_run.failed else 0
+    assert gpu is not None
+    arch = gpu["compute_cap"].replace(".", "")
     print(f"{gpu['name']}, sm_{arch}, driver {gpu['driver_version']}; results in {options.folder}")
-
-    def left(limit: float) -> float:
-        return min(limit, deadline - time.monotonic())
-
-    # The C++ programs and the extension are built at the same time: both keep 16 cores busy.
-    BUILD.mkdir(parents=True, exist_ok=True)
-    cpp_log = BUILD / "cpp.log"
-    cpp_start = time.monotonic()
-    with cpp_log.open("w") as log:
-        cpp = subprocess.Popen(
-            ["sh", "-c", cpp_build_command(arch)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    try:
-        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        switches = {"MEMEFF_CUDA": "1", "MEMEFF_CUDA_ARCHS": arch}
-        step = Step("build of the extension", build, 300, environment=switches)
-        results.add(run(step, left(step.limit), output))
-        try:
-            code = cpp.wait(max(1.0, left(180)))
-            status = "passed" if code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            status = "timeout"
-    finally:
-        end_group(cpp)
-    seconds = round(time.monotonic() - cpp_start, 1)
-    text = cpp_log.read_text(errors="replace")
-    keep(output, "build of the C++ tests", text)
-    tail = text.splitlines()[-TAIL_LINES:]
-    results.add(Outcome("build of the C++ tests", status, seconds, cpp_build_command(arch), tail))
-
+    if this_run.do(driver_step(toolkit)).status != "passed":
+        return 1
+    this_run.build(arch)
     parts = options.steps.split(",") if options.steps else [""]
-    for step in plan_steps(arch, torch):
-        if not any(part in step.name for part in parts):
-            continue
-        if left(step.limit) < LEAST_SECONDS:
-            results.add(Outcome(step.name, "skipped", 0.0, "", ["no time was left"]))
-            continue
-        results.add(run(step, left(step.limit), output))
-        table = choices_file(results.outcomes, environment, CHOICES.read_text())
-        if table:
-            replace(options.folder / "measured_choices.inc", table)
-    return 1 if any(o.status in ("failed", "timeout") for o in results.outcomes) else 0
+    for step in plan_steps(arch, torch, this_run.banned):
+        if any(part in step.name for part in parts):
+            this_run.do(step)
+    return 1 if this_run.failed else 0
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from buildtools.cuda_archs import Arch
 from buildtools.sources import ROOT
@@ -260,7 +262,7 @@ class TestVerifyGpu:
 
     @pytest.mark.parametrize("arch", ["75", "80", "90", "120"])
     def test_every_step_has_its_name_and_limit(self, arch):
-        steps = verify_gpu.plan_steps(arch, None)
+        steps = list(verify_gpu.plan_steps(arch, None, {}))
         assert len({step.name for step in steps}) == len(steps)
         assert all(step.limit > 0 for step in steps)
         compared = [step for step in steps if "choices" in step.name]
@@ -271,11 +273,24 @@ class TestVerifyGpu:
         for step in steps:
             assert (step.figures is not None) == ("--json" in step.command)
 
-    def test_only_some_steps(self, tmp_path, monkeypatch, capsys):
-        gpu = {"name": "some", "compute_cap": "9.0", "driver_version": "1"}
-        monkeypatch.setattr(verify_gpu, "query_gpu", lambda: gpu)
+    @pytest.fixture
+    def gpu(self, tmp_path, monkeypatch):
+        """What main() asks of the machine, as if there were an H200 and everything was built."""
+        fields = {"name": "some", "compute_cap": "9.0", "driver_version": "1"}
+        monkeypatch.setattr(verify_gpu, "query_gpu", lambda: fields)
         monkeypatch.setattr(verify_gpu, "BUILD", tmp_path / "build")
         monkeypatch.setattr(verify_gpu, "cpp_build_command", lambda arch: "true")
+        monkeypatch.setenv("PATH", os.environ["PATH"])
+
+        def start(*options):
+            folder = tmp_path / "results"
+            monkeypatch.setattr(sys, "argv", ["verify_gpu.py", str(folder), *options])
+            status = verify_gpu.main()
+            return status, json.loads((folder / "results.json").read_text())["steps"]
+
+        return start
+
+    def test_only_some_steps(self, gpu, monkeypatch, capsys):
         ran = []
 
         def run(step, seconds, output=None):
@@ -283,11 +298,89 @@ class TestVerifyGpu:
             return verify_gpu.Outcome(step.name, "passed", 1.0, "", [])
 
         monkeypatch.setattr(verify_gpu, "run", run)
-        arguments = ["verify_gpu.py", str(tmp_path / "results"), "--steps", "conf,memcheck"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        monkeypatch.setenv("PATH", os.environ["PATH"])
-        assert verify_gpu.main() == 0
-        assert ran == ["build of the extension", "conformance", "memcheck"]
+        assert gpu("--steps", "conf,memcheck")[0] == 0
+        assert ran == ["driver", "build of the extension", "conformance", "memcheck"]
+
+    def test_rehearsal(self, gpu, monkeypatch, capsys):
+        """A run in which families hang, crash and are wrong: the rest is done without them."""
+        tuned = {"generic": "verified", "sm80": "wrong number: dx", "sm90": "verified",
+                 "sm90x2": "verified", "sm90rs": "verified"}  # fmt: skip
+        figures = {
+            "memeff-tune": {"results": [{"families": tuned}]},
+            "kernels alone": {"shapes": []},
+        }
+        scripts = {
+            "CUDA tests, sm90x2": "print('case 7', flush=True); import time; time.sleep(600)",
+            "CUDA tests, sm90rs": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            "memcheck": "raise SystemExit(9)",
+        }
+        real = verify_gpu.run
+
+        def run(step, seconds, output=None):
+            code = scripts.get(step.name, "")
+            if step.name in figures:
+                code = f"open({str(step.figures)!r}, 'w').write({json.dumps(figures[step.name])!r})"
+            limit = 2.0 if "sleep" in code else seconds
+            done = real(replace(step, command=python(code), needs=()), limit, output)
+            return replace(done, command=" ".join(step.command))
+
+        monkeypatch.setattr(verify_gpu, "run", run)
+        status, steps = gpu("--seconds", "600")
+        assert status == 1
+        outcomes = {step["step"]: step["status"] for step in steps}
+        bad = {name: status for name, status in outcomes.items() if status != "passed"}
+        assert bad == {"CUDA tests, sm90x2": "timeout", "CUDA tests, sm90rs": "failed",
+                       "memcheck": "failed"}  # fmt: skip
+        assert "CUDA tests, sm90" in outcomes and "CUDA tests, sm80" not in outcomes
+        names = [step["step"] for step in steps]
+        (hung,) = (step for step in steps if step["status"] == "timeout")
+        assert hung["log_tail"] == ["case 7"]
+        by_name = {step["step"]: step for step in steps}
+        assert by_name["memeff-tune"]["figures"] == figures["memeff-tune"]
+        # What was wrong stays out at once, what hung or crashed from then on.
+        assert "--families generic,sm90,sm90rs,sm90x2,cublas" in by_name["kernels alone"]["command"]
+        for step in steps[names.index("CUDA tests, sm90rs") + 1 :]:
+            for family in ("sm80", "sm90x2", "sm90rs"):
+                assert family not in step["command"], step["step"]
+        assert sum("sm90" in step["command"] for step in steps) > 8
+        printed = capsys.readouterr().out
+        assert "sm80 is left out from here on: memeff-tune: wrong number: dx" in printed
+        assert "sm90x2 is left out from here on: CUDA tests, sm90x2: timeout" in printed
+
+    def test_a_driver_that_does_not_serve_is_a_failure(self, gpu, monkeypatch, capsys):
+        """Nothing else runs: tests would be skipped, as if nothing was wrong."""
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        status, steps = gpu()
+        assert (status, [(s["step"], s["status"]) for s in steps]) == (1, [("driver", "failed")])
+
+    @pytest.mark.parametrize("driver", [12080, 13000, 13010])
+    def test_drivers(self, driver, monkeypatch):
+        """The check, with a torch that has a GPU."""
+        ones = torch.ones(3)
+        monkeypatch.setattr(torch, "ones", lambda *shape, device: ones)
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+        monkeypatch.setattr(sys, "argv", ["-c", "13"])
+        if driver < 13000:
+            with pytest.raises(
+                SystemExit, match="for CUDA 12, nvcc is of CUDA 13: install a newer"
+            ):
+                exec(verify_gpu.DRIVER_CHECK, {})
+        else:
+            exec(verify_gpu.DRIVER_CHECK, {})
+
+    def test_builds_without_a_gpu(self, gpu, monkeypatch, capsys):
+        monkeypatch.setattr(verify_gpu, "query_gpu", lambda: None)
+        monkeypatch.setattr(
+            verify_gpu, "run",
+            lambda step, seconds, output=None: verify_gpu.Outcome(step.name, "passed", 1, "", []),
+        )  # fmt: skip
+        status, steps = gpu("--build-only", "90")
+        assert status == 0
+        assert [step["step"] for step in steps] == [
+            "build of the extension",
+            "build of the C++ tests",
+        ]
 
     def test_figures_become_part_of_the_outcome(self, tmp_path):
         file = tmp_path / "new" / "figures.json"
@@ -299,14 +392,16 @@ class TestVerifyGpu:
         assert (outcome.status, outcome.figures) == ("failed", None)
 
     def test_kernels_with_and_without_a_stagger(self, tmp_path):
-        steps = {step.name: step for step in verify_gpu.plan_steps("90", None)}
+        steps = {step.name: step for step in verify_gpu.plan_steps("90", None, {})}
         build = steps["build without a stagger"]
         with_stagger, without = steps[verify_gpu.WITH_STAGGER], steps[verify_gpu.WITHOUT_STAGGER]
         assert "STAGGER_STEPS=0" in build.command[-1]
         folder = without.command[0].rsplit("/", 1)[0]
         assert f"-B {folder} " in build.command[-1]
         assert with_stagger.command[0] == steps["kernels alone"].command[0] != without.command[0]
-        assert "build without a stagger" not in {s.name for s in verify_gpu.plan_steps("80", None)}
+        assert "build without a stagger" not in {
+            s.name for s in verify_gpu.plan_steps("80", None, {})
+        }
 
         def outcome(step, **medians):
             cases = [

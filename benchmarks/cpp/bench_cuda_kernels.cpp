@@ -38,8 +38,9 @@ void require(cudaError_t error, const char* what) {
 
 struct Options {
   std::vector<Shape> shapes;
-  std::string dtype;                 // "": bfloat16, float16 on GPUs without it
-  std::vector<std::string> kernels;  // parts of their names; none: all
+  std::string dtype;                  // "": bfloat16, float16 on GPUs without it
+  std::vector<std::string> kernels;   // parts of their names; none: all
+  std::vector<std::string> families;  // none: all
   int rounds = 10;
   double peak_tflops = 0, peak_gb_per_s = 0;  // 0: measured
   std::string json;
@@ -55,7 +56,8 @@ std::vector<std::string> split(const std::string& text) {
 [[noreturn]] void refuse(const std::string& message) {
   std::fprintf(stderr,
                "%s\nusage: bench_cuda_kernels [--shape N,D,V]... [--dtype bfloat16|float16] "
-               "[--kernels PART,...] [--rounds N] [--peak-tflops X] [--peak-gbs X] [--json PATH]\n",
+               "[--kernels PART,...] [--families NAME,...] [--rounds N] [--peak-tflops X] "
+               "[--peak-gbs X] [--json PATH]\n",
                message.c_str());
   std::exit(2);
 }
@@ -88,6 +90,8 @@ Options parse(int count, char** arguments) {
       options.dtype = value;
     } else if (name == "--kernels") {
       options.kernels = split(value);
+    } else if (name == "--families") {
+      options.families = split(value);
     } else if (name == "--rounds") {
       options.rounds = static_cast<int>(positive(name, value));
     } else if (name == "--peak-tflops") {
@@ -224,16 +228,23 @@ double floor_seconds(const Case& measured, const Peaks& peaks) {
 std::vector<Result> measure(std::vector<Case> cases, const Options& options, Timer& timer) {
   std::vector<Result> results;
   for (Case& one : cases) {
-    const auto wanted = [&](const std::string& part) {
+    const auto is_part = [&](const std::string& part) {
       return one.kernel.find(part) != std::string::npos;
     };
-    if (options.kernels.empty() ||
-        std::any_of(options.kernels.begin(), options.kernels.end(), wanted))
-      results.push_back({std::move(one), {}});
+    const std::vector<std::string>&kernels = options.kernels, &families = options.families;
+    const bool wanted =
+        (kernels.empty() || std::any_of(kernels.begin(), kernels.end(), is_part)) &&
+        (families.empty() || std::count(families.begin(), families.end(), one.family) > 0);
+    if (wanted) results.push_back({std::move(one), {}});
   }
   constexpr int kWarmUpRounds = 2;
   for (int round = -kWarmUpRounds; round < options.rounds; ++round)
     for (Result& result : results) {
+      if (round == -kWarmUpRounds) {  // so that one that hangs has been named
+        const Case& next = result.measured;
+        std::printf("%s, %s, %s\n", next.kernel.c_str(), next.family.c_str(), next.variant.c_str());
+        std::fflush(stdout);
+      }
       if (result.measured.prepare) result.measured.prepare();
       const double seconds = timer.seconds([&] {
         const Status status = result.measured.run();
@@ -308,6 +319,15 @@ int run(const Options& options) {
   const double bandwidth = options.peak_gb_per_s > 0 ? 0 : measured_bandwidth(timer);
 
   std::string shapes;
+  // After every shape: whatever ends this program leaves what was measured.
+  const auto write_json = [&] {
+    if (options.json.empty()) return;
+    std::ofstream file(options.json);
+    file << "{\"gpu\": \"" << gpu.name << "\", \"capability\": " << capability
+         << ", \"multiprocessors\": " << gpu.multiProcessorCount
+         << ", \"rounds\": " << options.rounds << ", \"shapes\": [" << shapes << "]}\n";
+    if (!file.good()) refuse("--json is '" + options.json + "': cannot be written");
+  };
   bool failed = false;
   for (const Shape& shape : options.shapes) {
     std::printf("\nN=%lld D=%lld V=%lld %s\n", static_cast<long long>(shape.tokens),
@@ -322,19 +342,13 @@ int run(const Options& options) {
       const Peaks peaks = find_peaks(options, results, bandwidth, gpu);
       print(results, peaks);
       shapes += (shapes.empty() ? "\n" : ",\n") + to_json(shape, dtype, peaks, results);
+      write_json();
     } catch (const std::runtime_error& problem) {
       std::printf("FAILED: %s\n", problem.what());
       cudaGetLastError();  // a lack of memory is no reason to fail again
       failed = true;
     }
     std::fflush(stdout);
-  }
-  if (!options.json.empty()) {
-    std::ofstream file(options.json);
-    file << "{\"gpu\": \"" << gpu.name << "\", \"capability\": " << capability
-         << ", \"multiprocessors\": " << gpu.multiProcessorCount
-         << ", \"rounds\": " << options.rounds << ", \"shapes\": [" << shapes << "]}\n";
-    if (!file.good()) refuse("--json is '" + options.json + "': cannot be written");
   }
   return failed ? EXIT_FAILURE : EXIT_SUCCESS;
 }

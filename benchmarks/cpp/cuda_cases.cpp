@@ -308,7 +308,7 @@ class Maker {
           const double share = some == nullptr ? 1.0 : some->share;
           const ScoreGradient terms{maxima_,  stride_,       {},
                                     targets_, coefficients_, tokens_.target_gradient};
-          add(kernel, family.name, variant, share * product_flops(),
+          add(kernel, family.name + "rs", variant, share * product_flops(),
               share * (all_scores(2) + 4.0 * as_double(ranges_) * as_double(n_)) + operands -
                   all_scores(2) + bytes * out,
               [=, shape = block(), stream = stream_] {

@@ -36,7 +36,7 @@ using LibraryProduct = std::function<Status(const cuda::Matrix& a, const cuda::M
 /// One launch. Cases of the same kernel and variant compute the same thing.
 struct Case {
   std::string kernel;
-  std::string family;             // "generic", "sm80", ..., "cublas"
+  std::string family;             // "generic", "sm80", ..., "sm90rs", "cublas"
   std::string variant;            // what the result is, or which choice the launcher was given
   double flops = 0;               // of products on tensor cores
   double bytes = 0;               // of global memory, every operand and result once

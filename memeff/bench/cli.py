@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             steps.append({"model": name, **training_step.measure_step(what, progress.update)})
             progress.clear()
             print("\n" + training_step.table(name, steps[-1], what), flush=True)
-        _write_json(options.json, {**environment, "runs": steps})
+            _write_json(options.json, {**environment, "runs": steps})
         return 0
     finished: list[tuple[Settings, ShapeResult]] = []
     for shape, softcap in _problems(options, dtype):
@@ -232,9 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.clear()
         print("\n" + report.table(result, settings), flush=True)
         finished.append((settings, result))
+        _write_json(options.json, report.to_json(environment, finished))
     print("\n" + report.LEGEND)
 
-    _write_json(options.json, report.to_json(environment, finished))
     if options.plot:
         report.plot(options.plot, finished[0][0], [result for _, result in finished])
         print(f"wrote {options.plot}")
@@ -242,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write_json(path: str | None, figures: dict[str, Any]) -> None:
+    """After every shape: whatever ends this program leaves what was measured."""
     if path:
         Path(path).write_text(json.dumps(figures, indent=1) + "\n")
         print(f"wrote {path}")

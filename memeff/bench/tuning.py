@@ -154,6 +154,8 @@ def tune_machine(
     deadline = time.monotonic() + seconds
     states: dict[str, str] = {}
     found: dict[str, dict[str, Any]] = {}  # by kernels, "sm90,generic"
+    target = Path(file) if file is not None else _tuned.tune_file()
+    choices: list[dict[str, Any]] = []
     for family, kernels in _families(machine.capability).items():
         usable = [pair for pair in kernels if _usable(pair, family, states)]
         started = time.monotonic()
@@ -169,6 +171,16 @@ def tune_machine(
                 f"{states[family]}. Please report this with the output of python -m "
                 "memeff.diagnostics"
             )
+        choices = _choices(found, shapes, dtype)
+        # At once: whatever ends this process leaves what was found.
+        _tuned.write(target, _result(machine, states, choices))
+    return Tuning(machine.gpu, states, choices, target)
+
+
+def _choices(
+    found: dict[str, dict[str, Any]], shapes: Sequence[Shape], dtype: str
+) -> list[dict[str, Any]]:
+    """The fastest of the kernels at every call that they were timed at."""
     choices = []
     for index, (shape, skips) in enumerate(_calls(shapes)):
         times = {
@@ -182,32 +194,32 @@ def tune_machine(
                  "vocab": shape.vocab, "skips": skips, "kernels": fastest(times),
                  "seconds": times}
             )  # fmt: skip
+    return choices
+
+
+def _result(
+    machine: Machine, states: dict[str, str], choices: list[dict[str, Any]]
+) -> _tuned.Result:
     info = _library.load().build_info()
-    target = Path(file) if file is not None else _tuned.tune_file()
-    _tuned.write(
-        target,
-        {
-            "gpu": machine.gpu,
-            "capability": machine.capability,
-            "driver": _tuned.driver(),
-            "build": _tuned.build(info, _library.extension_file()),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "families": states,
-            "choices": choices,
-        },
-    )
-    return Tuning(machine.gpu, states, choices, target)
+    return {
+        "gpu": machine.gpu,
+        "capability": machine.capability,
+        "driver": _tuned.driver(),
+        "build": _tuned.build(info, _library.extension_file()),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "families": states,
+        "choices": choices,
+    }
 
 
 def _families(capability: int) -> dict[str, list[str]]:
     """Kernels to compare, "scores,products", by their family: that of the two whose name comes
-    later. The generic ones come first: all others are compared with them."""
-    families: dict[str, list[str]] = {"generic": ["generic,generic"]}
+    later. The generic ones come first, as all others are compared with them; then the older the
+    architecture, the less can go wrong."""
     pairs = [pair.split("+") for skips in (False, True) for pair in candidates(capability, skips)]
-    for pair in pairs:
-        for name in pair:
-            families.setdefault(name, [])
-    names = list(families)
+    names = sorted({"generic", *(name for pair in pairs for name in pair)})
+    families: dict[str, list[str]] = {name: [] for name in names}
+    families["generic"] = ["generic,generic"]
     for pair in pairs:
         family = families[max(pair, key=names.index)]
         if ",".join(pair) not in family:

@@ -63,7 +63,7 @@ std::set<std::string> run_all(const bench::Shape& shape, DType dtype, int capabi
 
 int main() {
   emulator::config().printed_reports = 3;
-  const std::set<std::string> fused{"generic", "sm80", "sm90", "sm90x2"};
+  const std::set<std::string> fused{"generic", "sm80", "sm90", "sm90rs", "sm90x2"};
   CHECK(run_all({136, 72, 400}, DType::kBFloat16, 90) == fused);
   CHECK(run_all({8, 16, 130}, DType::kFloat16, 90) == fused);
   CHECK(run_all({40, 24, 300}, DType::kFloat16, 75) == std::set<std::string>{"generic"});
