@@ -96,7 +96,10 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 plain_forwards.add(LazyHead.forward)
-_classes: dict[tuple[type[LazyHead], type[nn.Module]], type[LazyHead]] = {}
+# The first is there for a model that was pickled patched, and is unpatched in another process.
+_classes: dict[tuple[type[LazyHead], type[nn.Module]], type[LazyHead]] = {
+    (LazyHead, nn.Linear): LazyHead
+}
 
 
 def lazy_class(base: type[LazyHead], kind: type[nn.Linear]) -> type[LazyHead]:

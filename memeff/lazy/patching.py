@@ -113,7 +113,9 @@ def _patch_linear(linear: nn.Module, name: str, report: Report) -> None:
     linear.__class__ = lazy_class(base, type(linear))
     linear.__dict__["memeff_report"] = report
     linear.__dict__["memeff_name"] = name
-    report.heads.append(name)
+    report.left_dense.pop(name, None)
+    if name not in report.heads:  # as it is if another module has taken the place of a head
+        report.heads.append(name)
 
 
 def _why_not(linear: nn.Module) -> str | None:
@@ -152,9 +154,9 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _heads(model: nn.Module, head: Any) -> Iterable[nn.Module]:
     if head is None:
         return [_find_head(model)]
-    if isinstance(head, (str, nn.Module)):
+    if isinstance(head, (str, nn.Module)) or not isinstance(head, Iterable):
         head = [head]
-    found = []
+    found: list[nn.Module] = []
     modules = dict(model.named_modules())
     for one in head:
         if isinstance(one, str):
@@ -169,7 +171,11 @@ def _heads(model: nn.Module, head: Any) -> Iterable[nn.Module]:
                 )
             found.append(one)
         else:
-            raise TypeError(f"head must be a module or a name, got {type(one).__name__}")
+            raise TypeError(
+                f"head must be a module, a name, or a list of these, got {type(one).__name__}"
+            )
+    if not found:
+        raise ValueError("head is an empty list, expected a module or a name in it")
     return found
 
 

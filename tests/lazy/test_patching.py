@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import memeff
 from memeff.lazy.carriers import Carrier
-from memeff.lazy.head import LazyHead
+from memeff.lazy.head import LazyHead, plain_class
 
 V, D = 53, 16
 
@@ -102,6 +103,36 @@ def test_a_linear_is_its_own_head() -> None:
     assert isinstance(linear(torch.randn(2, D)), Carrier)
 
 
+def test_a_head_that_is_replaced() -> None:
+    """resize_token_embeddings makes a new one; it is plain until the model is patched again."""
+    model = Model()
+    report = memeff.patch(model)
+    model.lm_head = nn.Linear(D, V)
+    hook = model.lm_head.register_forward_hook(lambda module, args, result: result * 2)
+    assert type(model(torch.tensor([[1]]))) is Tensor
+    with pytest.warns(UserWarning, match="the hook .* may look at its logits"):
+        assert memeff.patch(model) is report
+    hook.remove()
+    memeff.patch(model)
+    assert report.heads == ["lm_head"] and not report.left_dense
+    assert isinstance(model(torch.tensor([[1]])), Carrier)
+
+
+# In a process that has patched nothing yet.
+_plain_class_at_first = plain_class(LazyHead)
+
+
+def test_a_patched_model_is_pickled() -> None:
+    model = Model()
+    memeff.patch(model)
+    x = torch.tensor([[1, 4, 2]])
+    loaded = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(loss_of(loaded, x), loss_of(model, x))
+    memeff.unpatch(loaded)
+    assert type(loaded.lm_head) is nn.Linear and type(model.lm_head) is LazyHead
+    assert _plain_class_at_first is nn.Linear
+
+
 def test_several_heads() -> None:
     model = Model()
     model.second = nn.Linear(D, V)
@@ -118,14 +149,17 @@ def test_heads_that_are_not_found() -> None:
         memeff.patch(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     with pytest.raises(ValueError, match="'nonsense', expected the name of a submodule"):
         memeff.patch(Model(), head="nonsense")
+    with pytest.raises(ValueError, match="empty"):
+        memeff.patch(Model(), head=[])
     with pytest.raises(ValueError, match="not part of the model"):
         memeff.patch(Model(), head=nn.Linear(D, V))
     with pytest.raises(TypeError, match="model must be"):
         memeff.patch(lambda x: x)
     with pytest.raises(TypeError, match="model must be"):
         memeff.unpatch(lambda x: x)
-    with pytest.raises(TypeError, match="head must be a module or a name, got int"):
-        memeff.patch(Model(), head=[3])
+    for wrong in (3, [3]):
+        with pytest.raises(TypeError, match="a module, a name, or a list of these, got int"):
+            memeff.patch(Model(), head=wrong)
 
 
 class OtherLinear(nn.Linear):
