@@ -118,10 +118,10 @@ def linear_cross_entropy(
         chunk_size: tokens per chunk, for those who want to fix what the planner chooses; at least 8
             where torch's matrix products compute the scores.
         accum_dtype: how the weight gradient is summed over chunks of tokens. torch.float32
-            (torch.float64 for float64 inputs): in sums of that dtype. None: the same wherever the
-            memory budget allows, and for 16-bit dtypes in smaller ones, or where it is faster on a
-            GPU, in 16-bit sums that are 32 times finer than bfloat16 (the plan calls them
-            "compact"; GPUs sum the input's gradient in the same way).
+            (torch.float64 for float64 inputs): in sums of that dtype. None: the same, or for 16-bit
+            dtypes, where that is faster or a memory budget too small, in 16-bit sums that are 32
+            times finer than bfloat16 (the plan calls them "compact"; GPUs sum the input's gradient
+            in the same way).
         skip_mass: e > 0 lets the gradients leave out tiles of the softmax without much probability:
             less than e per token in all, so that the error of a token's input gradient is less than
             e * max_v ||linear_weight[v]|| times its share of the loss. Saves time on GPUs where the

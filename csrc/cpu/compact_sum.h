@@ -14,7 +14,7 @@ inline float load_compact(uint16_t code, uint8_t exponent) {
   const uint32_t bits = (uint32_t{code & 0x7fffu} << kCompactShift) + kCompactOffset;
   const float magnitude = (float_from_bits(bits) - float_from_bits(kCompactOffset)) *
                           float_from_bits(compact_unit(exponent));
-  return (code & 0x8000u) != 0 ? -magnitude : magnitude;
+  return float_from_bits(bits_of(magnitude) | uint32_t{code & 0x8000u} << 16);
 }
 
 /// The exponent of a block of `count` values.

@@ -189,6 +189,26 @@ bool plan_vocab_slices(const CpuPlanRequest& r, bool separate_sweeps, const Limi
   return true;
 }
 
+/// Replaces a plan of a call without a budget by one with compact sums that takes a quarter of the 16-bit
+/// logits, or more if its chunks have only kLeastChunkTokens. Such sums take less time than fp32 ones, and
+/// larger chunks save little: products of a BLAS take long compared with a pass over grad_weight.
+void prefer_lean(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
+  constexpr int64_t kLittle = int64_t{16} << 20;
+  const int64_t quarter = std::max(kLittle, r.tokens * r.vocab * 2 / 4);
+  if (memory_bytes(r, *plan) <= quarter) return;
+  Limits lean = limits;
+  lean.shrink = Shrink::kEfficiently;
+  lean.least_chunk = std::min(limits.most_chunk, kLeastChunkTokens);
+  lean.budget = quarter;
+  Plan found;
+  if (!plan_token_chunks(r, Accumulation::kCompact, lean, &found)) {
+    lean.budget = limits.budget;
+    lean.most_chunk = lean.least_chunk;
+    if (!plan_token_chunks(r, Accumulation::kCompact, lean, &found)) return;
+  }
+  if (memory_bytes(r, found) < memory_bytes(r, *plan)) *plan = found;
+}
+
 /// Sets the plan that suits the request best among those that fit, most wanted first.
 bool choose(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
   if (!wants_gradient(r)) {
@@ -210,9 +230,12 @@ bool choose(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
     return efficient;
   };
   const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
-  if (plan_token_chunks(r, Accumulation::kFloat32, at_least(least), plan)) return true;
   const bool compact =
       r.grad_weight && r.dtype == DType::kBFloat16 && r.accumulation == GradAccumulation::kAuto;
+  if (plan_token_chunks(r, Accumulation::kFloat32, at_least(least), plan)) {
+    if (compact && r.blas && r.memory_budget < 0 && r.chunk_size == 0) prefer_lean(r, limits, plan);
+    return true;
+  }
   if (compact && plan_token_chunks(r, Accumulation::kCompact, at_least(kLeastCompactChunk), plan))
     return true;
   if (!r.grad_weight) return plan_token_chunks(r, Accumulation::kFloat32, limits, plan);

@@ -29,15 +29,20 @@ void update_fp32_row(const T* sums, T scale, int64_t columns, bool read, bool ro
 template <class T>
 void update_compact_row(const T* sums, T scale, int64_t columns, bool read, bool round,
                         uint16_t* row, uint8_t* exponents) {
+  // Exponents are bytes, which might alias any row: compilers make vectors of these loops only where none
+  // is read or written inside.
   for (int64_t begin = 0; begin < columns; begin += kCompactBlock, ++exponents) {
     const int64_t count = std::min(kCompactBlock, columns - begin);
+    uint16_t* const block = row + begin;
     float values[kCompactBlock];
-    for (int64_t i = 0; i < count; ++i) {
-      values[i] = static_cast<float>(sums[begin + i] * scale);
-      if (read) values[i] += load_compact(row[begin + i], *exponents);
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(sums[begin + i] * scale);
+    if (read) {
+      const uint8_t before = *exponents;
+      for (int64_t i = 0; i < count; ++i) values[i] += load_compact(block[i], before);
     }
-    *exponents = round ? kPlainExponent : compact_exponent(values, count);
-    for (int64_t i = 0; i < count; ++i) row[begin + i] = compact_code(values[i], *exponents);
+    const uint8_t after = round ? kPlainExponent : compact_exponent(values, count);
+    for (int64_t i = 0; i < count; ++i) block[i] = compact_code(values[i], after);
+    *exponents = after;
   }
 }
 

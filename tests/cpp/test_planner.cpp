@@ -185,7 +185,7 @@ void check_plan(const CpuPlanRequest& r, const Plan& plan) {
     if (r.accumulation == GradAccumulation::kFloat32)
       CHECK(plan.accumulation == Accumulation::kFloat32 || !several);
     if (plan.accumulation == Accumulation::kCompact) {
-      CHECK(r.dtype == DType::kBFloat16 && r.memory_budget >= 0);
+      CHECK(r.dtype == DType::kBFloat16 && (r.memory_budget >= 0 || r.blas));
       CHECK(r.accumulation == GradAccumulation::kAuto);
       CHECK(plan.num_chunks <= 257);  // rounding errors add up
     }
@@ -326,6 +326,38 @@ void test_compact_sums() {
   check(130, PlanKind::kVocabSlices, Accumulation::kExact);
 }
 
+/// Without a budget, where a BLAS computes bf16: a quarter of the 16-bit logits, or chunks of 256 tokens.
+void test_default_of_a_blas() {
+  const auto plan_of = [](int64_t tokens, int64_t features, int64_t vocab, DType dtype,
+                          GradAccumulation accumulation = GradAccumulation::kAuto) {
+    CpuPlanRequest r;
+    r.tokens = tokens, r.features = features, r.vocab = vocab, r.dtype = dtype;
+    r.accumulation = accumulation;
+    r.blas = true, r.threads = 2, r.grad_input = r.grad_weight = true;
+    test::context() = name_of(r);
+    Plan plan;
+    CHECK_EQ(make_plan(r, &plan), "");
+    check_plan(r, plan);
+    CHECK_EQ(plan.flops, plan.floor_flops);
+    return plan;
+  };
+  const auto bytes = [](const Plan& plan) { return plan.workspace_bytes + plan.library_bytes; };
+  Plan plan = plan_of(4096, 1024, 32768, DType::kBFloat16);
+  CHECK(plan.accumulation == Accumulation::kCompact);
+  CHECK(plan.chunk_tokens >= 256);
+  CHECK(bytes(plan) <= int64_t{4096} * 32768 * 2 / 4);
+  plan = plan_of(2048, 2048, 128256, DType::kBFloat16);
+  CHECK(plan.accumulation == Accumulation::kCompact);
+  CHECK_EQ(plan.chunk_tokens, 256);
+  CHECK(bytes(plan) <= int64_t{160} << 20);
+  // Little memory in any case; what the caller wants; a dtype without such sums.
+  CHECK(plan_of(300, 32, 5000, DType::kBFloat16).accumulation == Accumulation::kFloat32);
+  plan = plan_of(2048, 2048, 128256, DType::kBFloat16, GradAccumulation::kFloat32);
+  CHECK(plan.accumulation == Accumulation::kFloat32);
+  plan = plan_of(4096, 1024, 32768, DType::kFloat32);
+  CHECK(plan.accumulation == Accumulation::kFloat32);
+}
+
 /// No tokens at all, or none of the inner dimension.
 void test_empty() {
   for (const int64_t features : {0, 5}) {
@@ -358,6 +390,7 @@ int main() {
   test_grid();
   test_large();
   test_compact_sums();
+  test_default_of_a_blas();
   test_empty();
   test_tokens_in_gradient_row();
   return test::result();
