@@ -28,13 +28,13 @@ static Status status_of(cudaError_t error) {
   return error == cudaSuccess ? Status{} : Status{cudaGetErrorString(error)};
 }
 
-// kOnHost: in page-locked memory of the host, which the C++ tests of the kernels use on a GPU.
-template <bool kOnHost = false>
+// kManaged: in managed memory, which the C++ tests of the kernels use on a GPU.
+template <bool kManaged = false>
 static Status run_case(const Case& c, const uint32_t* in, uint32_t* out) {
   const std::size_t bytes = kWords * sizeof(uint32_t);
   void *device_in = nullptr, *device_out = nullptr;
   const auto allocate = [&](void** memory) {
-    return kOnHost ? cudaHostAlloc(memory, bytes, cudaHostAllocMapped) : cudaMalloc(memory, bytes);
+    return kManaged ? cudaMallocManaged(memory, bytes) : cudaMalloc(memory, bytes);
   };
   Status status = status_of(allocate(&device_in));
   if (status.ok()) status = status_of(allocate(&device_out));
@@ -45,13 +45,13 @@ static Status run_case(const Case& c, const uint32_t* in, uint32_t* out) {
                                                               static_cast<uint32_t*>(device_out));
   if (status.ok()) status = status_of(cudaDeviceSynchronize());
   if (status.ok()) status = status_of(cudaMemcpy(out, device_out, bytes, cudaMemcpyDefault));
-  for (void* memory : {device_in, device_out}) kOnHost ? cudaFreeHost(memory) : cudaFree(memory);
+  for (void* memory : {device_in, device_out}) cudaFree(memory);
   return status;
 }
 
 #else
 
-template <bool kOnHost = false>
+template <bool kManaged = false>
 static Status run_case(const Case& c, const uint32_t* in, uint32_t* out) {
   using emulator::GlobalBuffer;
   std::vector<uint32_t> input(in, in + kWords);

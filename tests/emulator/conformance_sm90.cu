@@ -257,7 +257,7 @@ std::vector<Case> MEMEFF_CASES(sm90)() {
   constexpr auto bits = Compare::kBits, floats = Compare::kFloats;
   constexpr auto kBf16 = TensorMapElement::kBFloat16, kFp16 = TensorMapElement::kFloat16,
                  kFp32 = TensorMapElement::kFloat32;
-  constexpr auto on_host = run_case<true>;
+  constexpr auto in_managed = run_case<true>;
   return {
       {"stmatrix", words, bits, 32, 512, matrix_stores<false>, nullptr, run_case},
       {"stmatrix .trans", words, bits, 32, 512, matrix_stores<true>, nullptr, run_case},
@@ -284,12 +284,12 @@ std::vector<Case> MEMEFF_CASES(sm90)() {
        launch_store<Store::kSums, kFp32, false>, run_case},
       {"TMA reduce add fp32, swizzled", words, bits, 64, 1024, nullptr,
        launch_store<Store::kSums, kFp32, true>, run_case},
-      {"TMA load bf16, page-locked memory", words, bits, 64, 1024, nullptr,
-       launch_load<kBf16, true>, on_host},
-      {"TMA store bf16, page-locked memory", words, bits, 64, 1024, nullptr,
-       launch_store<Store::kBits, kBf16, true>, on_host},
-      {"TMA reduce add fp32, page-locked memory", words, bits, 64, 1024, nullptr,
-       launch_store<Store::kSums, kFp32, true>, on_host},
+      {"TMA load bf16, managed memory", words, bits, 64, 1024, nullptr, launch_load<kBf16, true>,
+       in_managed},
+      {"TMA store bf16, managed memory", words, bits, 64, 1024, nullptr,
+       launch_store<Store::kBits, kBf16, true>, in_managed},
+      {"TMA reduce add fp32, managed memory", words, bits, 64, 1024, nullptr,
+       launch_store<Store::kSums, kFp32, true>, in_managed},
       {"barrier.cluster", words, bits, 64, 0, nullptr, launch_meeting, run_case},
       {"TMA multicast, mapa, remote arrivals", words, bits, 64, 2048, nullptr, launch_sharing,
        run_case},

@@ -4,8 +4,9 @@
 // GPU detects nothing, compute-sanitizer does when a test runs under it.
 //
 //   buffers    The tests keep them in std::vector and on the stack, and pass host pointers to
-//              launchers. So operator new gives page-locked memory here, which a GPU reads at the
-//              same address, and register_buffer maps the pages of anything else.
+//              launchers. So operator new gives managed memory here: at the same address for both
+//              sides, and in the GPU's own memory while a kernel works on it, with its caches as in
+//              use. register_buffer maps the pages of anything else, which stay the host's.
 //   launches   The emulator's are synchronous; CUDA_LAUNCH_BLOCKING makes the GPU's so, too.
 //
 // Without a GPU, or on one that the tested kernels are not for (MEMEFF_TEST_ARCH), the program
@@ -48,6 +49,10 @@ void start_gpu() {
   require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
   require(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attribute");
   const int arch = 10 * major + minor;
+  // Without it the host must not touch any of the memory that all of the program uses while a kernel runs.
+  int shares = 0;
+  require(cudaDeviceGetAttribute(&shares, cudaDevAttrConcurrentManagedAccess, 0), "attribute");
+  if (shares == 0) skip("the GPU and the host cannot use managed memory at the same time");
   // The code for 9.0 is sm_90a's, which runs there alone.
   if (MEMEFF_TEST_ARCH == 90 ? arch != 90 : arch < MEMEFF_TEST_ARCH) {
     char text[80];
@@ -56,7 +61,7 @@ void start_gpu() {
   }
 }
 
-// One page-locked region from which all of the program's memory comes, in blocks of powers of two;
+// One region of managed memory from which all of the program's memory comes, in blocks of powers of two;
 // freed blocks of a size form a list. (A region per allocation would take a millisecond each.)
 class Arena {
  public:
@@ -67,8 +72,7 @@ class Arena {
       starting_ = true;
       start_gpu();
       void* region = nullptr;
-      require(cudaHostAlloc(&region, kBytes, cudaHostAllocMapped | cudaHostAllocPortable),
-              "page-locked memory");
+      require(cudaMallocManaged(&region, kBytes), "managed memory");
       begin_ = next_ = static_cast<unsigned char*>(region);
     }
     if (begin_ == nullptr) return nullptr;
