@@ -306,6 +306,21 @@ def stagger_steps(
     ]
 
 
+def hang_steps() -> list[Step]:
+    """The C++ tests of sm90 in a build that says which wait does not end (docs/kernels-sm90.md)."""
+    folder = f"{BUILD}/cpp-traps"
+    build = (
+        f"cmake -DCMAKE_BUILD_TYPE=Release -S . -B {folder} -DMEMEFF_CUDA=ON "
+        "-DMEMEFF_CUDA_ARCHS=90 -DCMAKE_CUDA_FLAGS=-DMEMEFF_MBARRIER_TRIES=100000 && "
+        f"cmake --build {folder} --parallel {os.cpu_count() or 1} --target gpu"
+    )
+    test = ["ctest", "--test-dir", folder, "--output-on-failure", "-L", "gpu", "-R", "sm90"]
+    return [
+        Step("build that traps hangs", ["sh", "-c", build], 180),
+        Step("C++ kernel tests, sm90, trapping hangs", test, 90, ["ctest"]),
+    ]
+
+
 def stagger_comparison(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """The medians of both builds side by side, for each kernel that has such a stagger."""
     seconds: dict[tuple[str, ...], dict[str, float]] = {}
@@ -386,6 +401,8 @@ def plan_steps(arch: str, torch: Torch | None, banned: Collection[str]) -> Itera
     for tool in ("memcheck", "racecheck"):
         yield Step(tool, ["sh", "-c", sanitizer_command(tool, families())], 90,
                    ["compute-sanitizer"])  # fmt: skip
+    if any(family.startswith("sm90") for family in banned):
+        yield from hang_steps()
     for shape in (second, third):
         yield bench_step("all", shape, dtype, 60)
     yield bench_step("peaked", first, dtype, 60, "--peaked", "--variants",

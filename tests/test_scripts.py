@@ -342,6 +342,7 @@ class TestVerifyGpu:
         for step in steps[names.index("CUDA tests, sm90rs") + 1 :]:
             for family in ("sm80", "sm90x2", "sm90rs"):
                 assert family not in step["command"], step["step"]
+        assert "C++ kernel tests, sm90, trapping hangs" in names
         assert sum("sm90" in step["command"] for step in steps) > 8
         printed = capsys.readouterr().out
         assert "sm80 is left out from here on: memeff-tune: wrong number: dx" in printed

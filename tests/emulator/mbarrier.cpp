@@ -1,5 +1,8 @@
 // mbarriers, the fences of the asynchronous proxy, and the life cycle of a block's Hopper state.
 #include <algorithm>
+#include <iterator>
+#include <set>
+#include <string>
 
 #include "emulator/hopper.h"
 
@@ -145,6 +148,17 @@ bool mbarrier_test(std::uint32_t address, int parity) {
   return true;
 }
 
+// What a report calls the wait, by the mbarrier's number among the block's in the order of addresses.
+// Kept for good: threads point there.
+const char* name_of_wait(std::uint32_t address, int parity) {
+  static std::set<std::string> names;
+  const auto& mbarriers = hopper().mbarriers;
+  const auto number = std::distance(mbarriers.begin(), mbarriers.find(address));
+  return names
+      .insert("mbarrier " + std::to_string(number) + ", wait for parity " + std::to_string(parity))
+      .first->c_str();
+}
+
 void mbarrier_wait(std::uint32_t address, int parity) {
   const Pc pc = MEMEFF_CALLER_PC;
   Mbarrier* barrier = find_mbarrier(address, "mbarrier.try_wait", pc);
@@ -155,7 +169,7 @@ void mbarrier_wait(std::uint32_t address, int parity) {
   }
   if (barrier->phase == parity) {
     barrier->waiting.emplace_back(current, parity);
-    block_current(parity != 0 ? "mbarrier wait, parity 1" : "mbarrier wait, parity 0", pc);
+    block_current(name_of_wait(address, parity), pc);
   }
   current->clock.join(barrier->completed);
 }

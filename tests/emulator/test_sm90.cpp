@@ -147,6 +147,14 @@ void test_pipeline() {
   expect_flaw<Flaw::kNoFullWait>("no wait for the tile", Defect::kSharedRace, m);
   expect_flaw<Flaw::kNoEmptyWait>("no wait for a free tile", Defect::kSharedRace, m);
   expect_flaw<Flaw::kEmptyParity>("wrong parity", Defect::kDeadlock, m);
+  // The report says who waits for what: the first empty stage.
+  run_product<Flaw::kEmptyParity>(m);
+  const std::string wait = "mbarrier " + std::to_string(kStages) + ", wait for parity 0";
+  CHECK(!emulator::reports().empty());
+  for (const emulator::Report& report : emulator::reports())
+    CHECK(report.message.find("block 0,0,0") != std::string::npos &&
+          report.message.find(wait) != std::string::npos);
+  emulator::clear_reports();
   emulator::expect_reports("too few bytes", [&] { run_product<Flaw::kTooFewBytes>(m); });
   expect_flaw<Flaw::kTooManyArrivals>("too many arrivals", Defect::kSharedRace, m);
   expect_flaw<Flaw::kNoWgmmaFence>("no wgmma.fence", Defect::kBadArgument, m);

@@ -3,6 +3,9 @@
 // bodies with __CUDA_ARCH_FEAT_SM90_ALL.
 #pragma once
 
+#if defined(MEMEFF_MBARRIER_TRIES)
+#include <cstdio>
+#endif
 #include <type_traits>
 
 #include "cuda/common/tensor_map.cuh"
@@ -146,8 +149,27 @@ MEMEFF_DEVICE void mbarrier_arrive_expect_tx(uint32_t mbarrier, uint32_t bytes) 
 #endif
 }
 
+// A build with -DMEMEFF_MBARRIER_TRIES=n traps where n tries in turn have failed, and says who waits for
+// what: a hang becomes a diagnosis. In the emulator such a wait is a deadlock, reported with the same
+// facts.
 MEMEFF_DEVICE void mbarrier_wait(uint32_t mbarrier, int parity) {
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && defined(MEMEFF_MBARRIER_TRIES)
+  for (int tries = 0; tries < MEMEFF_MBARRIER_TRIES; ++tries) {
+    uint32_t is_over;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(is_over)
+        : "r"(mbarrier), "r"(parity)
+        : "memory");
+    if (is_over != 0) return;
+  }
+  // The number is right where mbarriers lie at a multiple of 1024 bytes, as in the ring of sm90/pipeline.cuh.
+  printf("memeff: block %u,%u,%u thread %u: mbarrier %u, wait for parity %d: no end\n", blockIdx.x,
+         blockIdx.y, blockIdx.z, threadIdx.x, mbarrier % 1024 / 8, parity);
+  __trap();
+#elif defined(__CUDACC__)
   // try_wait sleeps for a while by itself; the label must be unique in every inlined copy.
   asm volatile(
       "{\n.reg .pred p;\n"

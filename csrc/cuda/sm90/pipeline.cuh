@@ -70,6 +70,8 @@ constexpr int kScratchAt = kMbarriersAt + 3 * kStages * 8;
 constexpr int kScratchBytes = 2176;
 constexpr int kSharedBytes = kScratchAt + kScratchBytes;
 static_assert(kSharedBytes <= 227 * 1024);
+// Reports of hangs number mbarriers from here: full, empty and landed stages, kStages of each.
+static_assert(kMbarriersAt % 1024 == 0);
 
 // ---- operands ----
 
