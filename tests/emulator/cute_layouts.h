@@ -3,6 +3,8 @@
 // use it, because CuTe's headers and the emulator's macros do not go together.
 #pragma once
 
+#include <cstdint>
+
 namespace memeff::cute_oracle {
 
 struct Coordinate {
@@ -28,5 +30,9 @@ Coordinate wgmma_d(int thread, int value);
 // contiguous.
 int k_major_offset(int row, int k);  // row < 128
 int mn_major_offset(int mn, int k);  // mn < 128
+
+// wgmma m64n256k16: the descriptor of A [128,64] or B [256,64] in such a tile that begins at the shared
+// address `tile`, from row first_mn (of A, a multiple of 64) and the 16 k number k16 on.
+std::uint64_t descriptor(bool of_a, bool mn_major, std::uint32_t tile, int first_mn, int k16);
 
 }  // namespace memeff::cute_oracle

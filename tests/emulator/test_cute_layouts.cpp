@@ -3,6 +3,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/sm90/pipeline.cuh"
 #include "emulator/check.h"
 #include "emulator/cute_layouts.h"
 #include "emulator/more_ptx.cuh"
@@ -169,6 +170,29 @@ void test_wgmma() {
   });
 }
 
+// The descriptors of the kernels' operands, bit by bit, for every 16 k of a step.
+template <bool kOfA, cuda::sm90::Major kMajor>
+void test_descriptors() {
+  constexpr int kExtent = kOfA ? cuda::sm90::kTileM : cuda::sm90::kTileN;
+  constexpr bool kMnMajor = kMajor == cuda::sm90::Major::kMn;
+  // 14 bits of the address, two of nothing, 14 of the bytes to the next 64 rows.
+  constexpr uint64_t kLeading = uint64_t{0x3fff} << 16;
+  for (const uint32_t tile : {1024u, 49152u, 221184u})
+    for (int first_mn = 0; first_mn < (kOfA ? kExtent : 1); first_mn += 64)
+      for (int k16 = 0; k16 < cuda::sm90::kStepK / 16; ++k16) {
+        uint64_t ours = cuda::sm90::OperandTile<kMajor, kExtent>::descriptor(tile, first_mn, k16);
+        uint64_t expected = cute_oracle::descriptor(kOfA, kMnMajor, tile, first_mn, k16);
+        // A has no more than 64 rows: nothing reads the bytes to the next.
+        if (kOfA && kMnMajor) ours &= ~kLeading, expected &= ~kLeading;
+        if (ours != expected)
+          std::printf("descriptor of %s, %s-major, row %d, k %d: %llx, CuTe has %llx\n",
+                      kOfA ? "A" : "B", kMnMajor ? "MN" : "K", first_mn, 16 * k16,
+                      static_cast<unsigned long long>(ours),
+                      static_cast<unsigned long long>(expected));
+        CHECK(ours == expected);
+      }
+}
+
 }  // namespace
 
 int main() {
@@ -185,5 +209,9 @@ int main() {
   test_wgmma<true, true, false>();
   test_wgmma<false, false, true>();
   test_wgmma<false, true, true>();
+  test_descriptors<true, cuda::sm90::Major::kK>();
+  test_descriptors<true, cuda::sm90::Major::kMn>();
+  test_descriptors<false, cuda::sm90::Major::kK>();
+  test_descriptors<false, cuda::sm90::Major::kMn>();
   return emulator::finish("test_cute_layouts");
 }
