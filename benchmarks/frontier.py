@@ -21,7 +21,8 @@ import memeff
 
 MIB = 2**20
 FEATURES, VOCAB = 4096, 128256
-TOKENS = (4096, 8192, 16384)
+TOKENS = (4096, 8192, 16384)  # those that are drawn, at VOCAB classes
+SHAPES = (*((tokens, VOCAB) for tokens in TOKENS), (16384, 131072))  # of the tables
 CAPABILITIES = {"A100 80GB": (8, 0), "H100 SXM": (9, 0), "H200": (9, 0)}
 DRAWN = [gpu for gpu in GPUS if gpu.name in CAPABILITIES]
 BUDGETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -50,12 +51,12 @@ class Point:
         return self.plan.workspace_bytes / MIB
 
 
-def floor_ms(gpu: Gpu, tokens: int) -> float:
+def floor_ms(gpu: Gpu, tokens: int, vocab: int = VOCAB) -> float:
     """Time of the three bare products."""
-    return 6.0 * tokens * FEATURES * VOCAB / gpu.tflops / 1e9
+    return 6.0 * tokens * FEATURES * vocab / gpu.tflops / 1e9
 
 
-def frontier(gpu: Gpu, tokens: int, kernels: str) -> list[Point]:
+def frontier(gpu: Gpu, tokens: int, kernels: str, vocab: int = VOCAB) -> list[Point]:
     """One point per budget; `kernels`: a key of KERNELS."""
     capability = CAPABILITIES[gpu.name]
     own = "sm90" if capability == (9, 0) else "sm80"
@@ -64,19 +65,20 @@ def frontier(gpu: Gpu, tokens: int, kernels: str) -> list[Point]:
     points = []
     for budget in BUDGETS:
         plan = memeff.plan(
-            tokens, FEATURES, VOCAB, "bfloat16", backend="cuda", memory_budget=budget * MIB,
+            tokens, FEATURES, vocab, "bfloat16", backend="cuda", memory_budget=budget * MIB,
             compute_capability=capability,
         )  # fmt: skip
         points.append(Point(budget, plan, plan.predicted_flops / gpu.tflops / 1e9))
     return points
 
 
-def table(gpu: Gpu, tokens: int) -> list[str]:
+def table(gpu: Gpu, tokens: int, vocab: int) -> list[str]:
     """Markdown, a row for every budget that changes a plan."""
-    columns = [frontier(gpu, tokens, kernels) for kernels in KERNELS]
+    floor = floor_ms(gpu, tokens, vocab)
+    columns = [frontier(gpu, tokens, kernels, vocab) for kernels in KERNELS]
     head = [f"{name}: MiB taken | N D V | ms | x floor" for name in KERNELS.values()]
     lines = [
-        f"{gpu.name}, {tokens} tokens; three bare products: {floor_ms(gpu, tokens):.1f} ms",
+        f"{gpu.name}, {tokens} tokens, {vocab} classes; three bare products: {floor:.1f} ms",
         "",
         f"| budget, MiB | {' | '.join(head)} |",
         "| --- |" + " --- |" * 4 * len(KERNELS),
@@ -86,8 +88,9 @@ def table(gpu: Gpu, tokens: int) -> list[str]:
         cells = []
         for point in points:
             ndv = 6 * point.plan.flops / point.plan.floor_flops
-            ratio = point.ms / floor_ms(gpu, tokens)
-            cells += [f"{point.mib:.0f}", f"{ndv:.2f}", f"{point.ms:.1f}", f"{ratio:.2f}"]
+            cells += [
+                f"{point.mib:.0f}", f"{ndv:.2f}", f"{point.ms:.1f}", f"{point.ms / floor:.2f}"
+            ]  # fmt: skip
         if cells != before:
             lines.append(f"| {points[0].budget} | {' | '.join(cells)} |")
         before = cells
@@ -147,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw(options.plot)
         return
     for gpu in DRAWN:
-        for tokens in TOKENS:
-            print("\n".join(table(gpu, tokens)) + "\n")
+        for shape in SHAPES:
+            print("\n".join(table(gpu, *shape)) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import frontier
 
 
-@pytest.mark.parametrize("tokens", frontier.TOKENS)
-def test_the_page_shows_what_is_predicted(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", frontier.SHAPES, ids=str)
+def test_the_page_shows_what_is_predicted(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MEMEFF_CUDA_KERNELS", "")  # frontier() sets it
     (h200,) = (gpu for gpu in frontier.DRAWN if gpu.name == "H200")
-    title, _, *rows = frontier.table(h200, tokens)
+    title, _, *rows = frontier.table(h200, *shape)
     page = (ROOT / "docs" / "predictions.md").read_text()
     assert "\n".join([f"**{title}**", "", *rows]) in page
 

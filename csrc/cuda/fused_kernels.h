@@ -1,6 +1,6 @@
 // The kernels of fused architectures (architecture.h): scores and gradient products of 16-bit matrices
 // on tensor cores, with all that follows them in their epilogues. Each architecture has the same
-// functions in its own namespace. Sums in fp32; nothing but the results is rounded.
+// functions in its own namespace. Sums in fp32, truncated by tensor cores (docs/numerics.md, GPU).
 #pragma once
 
 #include "core/weight_update.h"
