@@ -43,21 +43,29 @@ class Carrier:
         self._node = node
         self._writes = node.storage.writes
 
-    def _wrote(self, node: Node) -> None:
-        """Note a write through this carrier, which leaves it with `node`."""
+    def _wrote(self) -> None:
+        """Note a write into the logits, which exist."""
+        self._node.storage.writes += 1
+        self._writes = self._node.storage.writes
+
+    def _rewrote(self, node: Node) -> None:
+        """Note a write that leaves this carrier with `node`, whose logits need not exist."""
         self._node = node
-        node.storage.writes += 1
-        self._writes = node.version = node.storage.writes
+        self._wrote()
+        node.version = node.storage.rewritten = self._writes
 
     @property
     def node(self) -> Node:
-        if self._writes != self._node.storage.writes and not self._node.is_dense:
+        node = self._node
+        if self._writes != node.storage.writes and (
+            self._writes < node.storage.rewritten or not node.is_dense
+        ):
             raise RuntimeError(
                 "these lazy logits share memory with others that were modified in place before "
                 "anybody looked at these, so that their values are lost; call .dense() on them "
                 "before that"
             )
-        return self._node
+        return node
 
     def dense(self) -> Tensor:
         """The plain logits, part of the graph as they would be; computed once."""
@@ -128,7 +136,7 @@ def _lazily(row: Row, function: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if isinstance(result, State):
         if row.writes is None:
             return _carry(row, lazy, result, function, recorded, kwargs)
-        lazy._wrote(Node(result, row.writes, recorded, kwargs, storage=node.storage))
+        lazy._rewrote(Node(result, row.writes, recorded, kwargs, storage=node.storage))
         return lazy
     if isinstance(result, tuple) and result and isinstance(result[0], State):
         return tuple(
@@ -178,7 +186,7 @@ def _densely(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     result = function(*dense_args, **dense_kwargs)
     written = args[0] if _writes(function, kwargs) else kwargs.get("out")
     if isinstance(written, Carrier):
-        written._wrote(written._node)
+        written._wrote()
     return result
 
 

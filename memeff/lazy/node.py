@@ -28,6 +28,7 @@ class Storage:
 
     def __init__(self) -> None:
         self.writes = 0
+        self.rewritten = 0  # the last write whose result is another state: no logits that exist
 
 
 class Node:

@@ -194,6 +194,23 @@ def test_a_copy_from_before_a_write_is_an_error() -> None:
         upcast.norm()
 
 
+def test_a_view_from_before_a_lazy_write_is_an_error() -> None:
+    """Also where a copy has computed the logits from before it, which are not the memory's now."""
+    c = Comparison(strict=False)
+    with torch.no_grad():
+        z, plain = both(c)
+        view, copied, expected = z[1:], z.clone(), plain.clone()
+        z.neg_(), plain.neg_()
+        torch.testing.assert_close(copied.exp(), expected.exp())
+        torch.testing.assert_close(z.logsumexp(-1), plain.logsumexp(-1))
+        for use in (lambda: view.logsumexp(-1), lambda: view.exp()):
+            with pytest.raises(RuntimeError, match="modified in place"):
+                use()
+        view = z[1:]
+        z.zero_()
+        assert view.count_nonzero() == 0
+
+
 def test_a_computed_copy_survives_a_write() -> None:
     c = Comparison(dtype=torch.bfloat16, strict=False)
     with torch.no_grad():
