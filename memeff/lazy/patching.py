@@ -116,6 +116,8 @@ def _patch_linear(linear: nn.Module, name: str, report: Report) -> None:
     report.left_dense.pop(name, None)
     if name not in report.heads:  # as it is if another module has taken the place of a head
         report.heads.append(name)
+    if base is TensorParallelHead and name not in report.eager_only:
+        report.eager_only.append(name)
 
 
 def _why_not(linear: nn.Module) -> str | None:

@@ -35,6 +35,8 @@ class Report:
     strict: bool = False
     heads: list[str] = field(default_factory=list)
     """Names of the heads whose logits are lazy."""
+    eager_only: list[str] = field(default_factory=list)
+    """Those of them whose logits are plain under torch.compile: heads of tensor-parallel models."""
     left_dense: dict[str, str] = field(default_factory=dict)
     """Name of a head that stayed as it was, or of a call that returned plain logits -> reason."""
     without_logits: Counter[str] = field(default_factory=Counter)
@@ -85,6 +87,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"lazy heads: {', '.join(self.heads) or 'none'}"]
+        if self.eager_only:
+            lines.append(f"plain logits under torch.compile: {', '.join(self.eager_only)}")
         lines += [f"plain logits: {name}: {why}" for name, why in self.left_dense.items()]
         lines.append(
             "ran without logits:" if self.without_logits else "ran without logits: nothing"

@@ -128,6 +128,7 @@ def check_head(ranks: Ranks, bias: bool, sequence_parallel: bool) -> None:
     compare_gradients(*models)
     assert not report.left_dense and not report.materialised, str(report)
     assert report.without_logits["cross_entropy"] == 2
+    assert "plain logits under torch.compile: head" in str(report)
 
 
 def check_functions(ranks: Ranks) -> None:
