@@ -39,7 +39,7 @@ def local_operands(
         RuntimeError: placements that are no sharded vocabulary.
         ValueError: vocab_parallel is given, too, for another group.
     """
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     head: Any = operands["linear_weight"]
     dimension = _vocabulary_dimension(head)
@@ -75,11 +75,28 @@ def local_operands(
             )
         placements = by_class if name in ("linear_weight", *_PER_CLASS) else everywhere
         if name == "target" and value.is_floating_point():
-            placements = [Shard(value.dim() - 1) if p == Shard(0) else p for p in by_class]
+            classes = operands["input"].dim() - 1
+            placements = [Shard(classes) if p == Shard(0) else p for p in by_class]
+        of_gradient = list(placements)
         if tuple(tensor.placements) != tuple(placements):
+            if name == "input" and _scatters(tensor, dimension, shared):
+                # A reduce-scatter instead of the all-reduce, of which a rank needs its part alone.
+                of_gradient[dimension] = Partial()
+                shared = VocabParallel(
+                    mesh.get_group(dimension),
+                    reduce_input_grad=False,
+                    reduce_dtype=shared.reduce_dtype,
+                )
             tensor = tensor.redistribute(placements=placements)
-        local[name] = tensor.to_local(grad_placements=placements)
+        local[name] = tensor.to_local(grad_placements=of_gradient)
     return local, shared
+
+
+def _scatters(hidden: Any, dimension: int, shared: VocabParallel) -> bool:
+    """Whether what a rank contributes to the gradient of sharded hidden states may be added up as
+    the operator returns it: rounded to nothing, or to what the ranks are asked to add up."""
+    sharded: bool = hidden.placements[dimension].is_shard()
+    return sharded and hidden.dtype in (torch.float64, shared.reduce_dtype or torch.float32)
 
 
 def _vocabulary_dimension(head: Any) -> int:
