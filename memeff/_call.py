@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memeff import ops, reference
-from memeff._backends import DEVICE_TYPES, resolve_backend
+from memeff._backends import resolve_backend
 from memeff._dtensor import is_dtensor, local_operands
 from memeff._gradients import records_tangents, refuse_tangents
 from memeff._logit_scale import take_scale, tie
@@ -62,11 +62,6 @@ class Call(NamedTuple):
         if torch.compiler.is_compiling():
             return wanted | _values(self.options, names)
         return wanted | _values_before(self.options, names)
-
-    @property
-    def merges_ranks(self) -> bool:
-        """Whether ranks share the vocabulary and the kernels do not know: `_rank_statistics`."""
-        return self.options.vocab_parallel is not None and self.backend != "cpu"
 
     def count_classes(self) -> int | Tensor:
         """V, of all ranks that share the vocabulary; they ask each other, so all of them call."""
@@ -163,18 +158,11 @@ def _sharing(make: Callable[..., Call]) -> Callable[..., Call]:
             call = make(*tensors, **given)
             _check_sharded(call)
         except Exception as error:
-            if _compares(tensors[0], given["backend"]):
-                shared.report_failure(error)
+            shared.report_failure(error)
             raise
         return call
 
     return make_shared
-
-
-def _compares(input: Any, backend: Any) -> bool:
-    """Whether the ranks of such a call compare what they are about to compute: on the CPU."""
-    others = [name for name in DEVICE_TYPES if name != "cpu"]
-    return getattr(input, "is_cpu", True) and backend not in others
 
 
 def _check_sharded(call: Call) -> None:
@@ -188,21 +176,6 @@ def _check_sharded(call: Call) -> None:
         raise NotImplementedError(
             'backend is "reference" (or a gradient is wanted that only the reference computes), '
             "expected another one with vocab_parallel: the reference knows one process"
-        )
-    if call.probabilities and call.options.return_statistics:
-        raise NotImplementedError(
-            "return_statistics is True, expected False for class probabilities with "
-            "vocab_parallel: whether the most probable class is the target's is not known to a rank"
-        )
-    if call.merges_ranks and (call.probabilities or call.weight is not None):
-        name = "target holds class probabilities" if call.probabilities else "weight is given"
-        raise NotImplementedError(
-            f"{name}, expected class indices without class weights with vocab_parallel on a GPU"
-        )
-    if call.linear_weight.dim() > 2:
-        raise NotImplementedError(
-            f"linear_weight has shape {tuple(call.linear_weight.shape)}, expected [V, D] with "
-            "vocab_parallel"
         )
 
 

@@ -87,7 +87,14 @@ def _denominators(call: Call) -> tuple[Tensor, Tensor]:
     count = counted.sum()
     if weight is None:
         return count, count
-    # Out-of-range targets are reported by the op; here they must only not crash.
-    index = target.long().clamp(0, weight.shape[0] - 1)
+    shared, classes = call.options.vocab_parallel, len(weight)
+    index = target.long()
+    if shared is not None:
+        index = index - shared.first_class(classes, weight.device)
+    # A class of another rank counts there. Out-of-range targets are reported by the op; here they
+    # must only not crash.
+    here = counted & (index >= 0) & (index < classes)
+    found = torch.nn.functional.pad(weight, (0, 1))[index.where(here, classes)]
     # In float64, as the op sums the denominator of one position, whatever the dtype of the weights.
-    return weight[index].where(counted, 0).sum(dtype=torch.float64), count
+    total = found.sum(dtype=torch.float64)
+    return total if shared is None else shared.gather(total).sum(), count

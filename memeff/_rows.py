@@ -6,15 +6,16 @@ K-dimensional linear_weight becomes one call of the op per position, over views 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from memeff._call import Call, RowResults, call_loss
 from memeff._checks import SMALL_INDEX_DTYPES
 from memeff._positions import each_position
-from memeff._rank_statistics import loss_of_ranks
 from memeff.reference import shifted_pairs
 from memeff.statistics import TokenStatistics
+from memeff.vocab_parallel import VocabParallel
 
 
 def compute(call: Call) -> tuple[Tensor, TokenStatistics | None]:
@@ -44,8 +45,7 @@ def compute(call: Call) -> tuple[Tensor, TokenStatistics | None]:
             token_weight = _flatten_leading(token_weight, len(leading), False)
     if input is not call.input or target is not call.target:
         call = call._replace(input=input, target=target, token_weight=token_weight)
-    compute_rows = loss_of_ranks if call.merges_ranks else call_loss
-    results = each_position(call) if positions else compute_rows(call)
+    results = each_position(call) if positions else call_loss(call)
 
     def in_shape(rows: Tensor) -> Tensor:
         shaped = rows.reshape(leading + positions)
@@ -54,7 +54,7 @@ def compute(call: Call) -> tuple[Tensor, TokenStatistics | None]:
     loss = in_shape(results.loss) if options.reduction == "none" else results.loss
     if not options.return_statistics:
         return loss, None
-    fields = _token_statistics(results, target, probabilities, options.ignore_index)
+    fields = _token_statistics(results, target, call)
     return loss, TokenStatistics(*(in_shape(value) for value in fields))
 
 
@@ -73,14 +73,27 @@ def _flatten_leading(tensor: Tensor, leading: int, probabilities: bool) -> Tenso
     return tensor.unsqueeze(0) if probabilities else tensor.reshape(1)
 
 
-def _token_statistics(
-    results: RowResults, target: Tensor, probabilities: bool, ignore_index: int
-) -> TokenStatistics:
+def _most_probable(target: Tensor, shared: VocabParallel | None) -> Tensor:
+    """[N, ...] the first class of the largest probability [N, V, ...], of all ranks' classes."""
+    if shared is None:
+        return target.argmax(1)
+    first = shared.first_class(target.shape[1], target.device)
+    if target.shape[1] == 0:
+        target = torch.nn.functional.pad(target, [0, 0] * (target.dim() - 2) + [0, 1], value=-1)
+    ids = target.argmax(1, keepdim=True)
+    own = torch.cat([target.gather(1, ids).double(), (ids + first).double()], 1)
+    values, of_ranks = shared.gather(own).unbind(2)
+    return of_ranks.where(values == values.amax(0), torch.inf).amin(0).long()
+
+
+def _token_statistics(results: RowResults, target: Tensor, call: Call) -> TokenStatistics:
     """The op's packed rows as fields; each [N] or, for K-dimensional weights, [N, P]."""
     loss, target_logit, entropy, max_logit = results.statistics.detach().unbind(0)
     logprob = (target_logit - results.lse).to(loss.dtype)
+    probabilities, ignore_index = call.probabilities, call.options.ignore_index
     if probabilities:
-        correct = results.argmax == target.argmax(1).reshape(loss.shape)
+        best = _most_probable(target, call.options.vocab_parallel)
+        correct = results.argmax == best.reshape(loss.shape)
     else:
         target = target.reshape(loss.shape)
         ignored = target == ignore_index

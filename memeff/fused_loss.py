@@ -175,7 +175,7 @@ def _can_stop(call: Call) -> bool:
         return False
     if call.input.dtype == torch.float16:
         return False  # gradients could underflow before a loss scale is applied
-    if call.backend == "reference" or call.merges_ranks:
+    if call.backend == "reference":
         return False
     target = call.target
     one = target is None or target.dim() == 1 or target.shape[1] == 1

@@ -191,7 +191,6 @@ def plan(
         TypeError: a missing argument, or one of the wrong type.
         ValueError: a bad value, or a memory_budget in which no plan fits; the message states the
             minimum.
-        NotImplementedError: ``vocab_parallel`` on a GPU.
     """
     ranks, of_tensors = 0, isinstance(tokens, Tensor)
     if vocab_parallel is not None:
@@ -255,11 +254,6 @@ def plan(
         backend = "cuda" if on_gpu else "cpu"
     if backend == "reference":
         raise ValueError('backend is "reference", expected one with a plan: it stores the logits')
-    if ranks and backend != "cpu":
-        raise NotImplementedError(
-            f'vocab_parallel is {ranks} with backend="{backend}", expected backend="cpu": the plan '
-            "of a rank is that of the CPU's kernels"
-        )
 
     options = {name: flag is not False for name, flag in wanted.items()}
     options |= {name: getattr(parsed, name) for name in _OPTIONS}

@@ -99,9 +99,6 @@ class StatisticsOperators:
         self._recompute = operators.linear_token_statistics_backward.default
         # Called by memeff/fused_loss.py, whose own autograd.Function has its gradients.
         self.linear_loss_gradients = operators.linear_loss_gradients.default
-        # Called by memeff/_rank_statistics.py, with what it knows of all ranks' classes.
-        self.linear_token_statistics_backward = self._recompute
-        self.backward_options = ops.options_of_calls(self._recompute)
         self.statistics_options = ops.options_of_calls(self._forward)
         self.loss_options = ops.options_of_calls(self.linear_loss_gradients)
         self._recompute_options = ops.option_names(self._recompute)

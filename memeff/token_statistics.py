@@ -12,7 +12,6 @@ from memeff import _positions, _rows, reference, statistics_ops
 from memeff._call import Call, statistics_call
 from memeff._checks import check_tensor
 from memeff._options import StatisticsOptions, show_options
-from memeff._rank_statistics import statistics_of_ranks, top_of_ranks
 from memeff.statistics import LogitStatistics
 from memeff.vocab_parallel import VocabParallel
 
@@ -275,8 +274,6 @@ def _leading_target(call: Call) -> Tensor | None:
 
 def _call_op(call: Call) -> Sequence[Tensor]:
     """What the op returns for input [N, D] and target [N, k]."""
-    if call.merges_ranks:
-        return statistics_of_ranks(call)
     library = statistics_ops.LIBRARIES[call.backend]
     return library.linear_token_statistics_forward(
         call.input,
@@ -342,4 +339,18 @@ def _top(call: Call, lse: Tensor) -> list[Tensor]:
     if not found:
         return [lse.new_zeros((0, top_k)), lse.new_zeros((0, top_k), dtype=torch.int64)]
     values, ids = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-    return [*top_of_ranks(call, values, ids)] if call.merges_ranks else [values, ids]
+    shared = call.options.vocab_parallel
+    return [values, ids] if shared is None else [*_top_of_ranks(call, shared, values, ids)]
+
+
+def _top_of_ranks(
+    call: Call, shared: VocabParallel, values: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest of those that each rank has found among its own classes."""
+    top_k = call.options.top_k
+    first = shared.first_class(len(call.linear_weight), ids.device)
+    missing = (0, top_k - values.shape[1])
+    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
+    ids = torch.nn.functional.pad(ids + first, missing)
+    top = shared.gather(values).movedim(0, 1).flatten(1).topk(top_k)
+    return top.values, shared.gather(ids).movedim(0, 1).flatten(1).gather(1, top.indices)

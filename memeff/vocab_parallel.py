@@ -74,6 +74,14 @@ class VocabParallel:
         """[ranks, ...] what every rank gives."""
         return gather(tensor, self.group_name, self.ranks)
 
+    def first_class(self, rows: int, device: torch.device) -> int | Tensor:
+        """This rank's first class. Without ``start`` the ranks ask each other: all of them call,
+        each with its number of classes."""
+        if self.start is not None:
+            return self.start
+        sizes = self.gather(torch.full((), rows, dtype=torch.int64, device=device))
+        return sizes[: self.rank].sum()
+
     def report_failure(self, error: Exception) -> None:
         """Lets the other ranks, which wait for this one, raise an error as well."""
         if torch.compiler.is_compiling():

@@ -68,8 +68,26 @@ def test_ranks_that_share_the_vocabulary() -> None:
     assert (rows.vocab, rows.reduced_bytes) == (20, 0)
     with pytest.raises(ValueError, match=r"vocab_parallel is 0, expected a number of ranks >= 1"):
         memeff.plan(8, 4, 40, "float32", vocab_parallel=0)
-    with pytest.raises(NotImplementedError, match='vocab_parallel is 2 with backend="cuda"'):
-        memeff.plan(8, 4, 40, "float32", vocab_parallel=2, backend="cuda")
+
+
+@pytest.mark.parametrize("kernels", [None, "sm90,sm90", "sm80,sm80"])
+def test_ranks_that_share_the_vocabulary_on_gpus(
+    kernels: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores are kept until the ranks have merged their statistics: 6 N D V / R."""
+    if kernels is not None:
+        monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+    plan = memeff.plan(2048, 4096, 131072, "bfloat16", vocab_parallel=8, backend="cuda")
+    assert plan.flops == plan.floor_flops == 6 * 2048 * 4096 * 131072 / 8
+    assert (plan.gathered_bytes, plan.reduced_bytes) == (16 * 2048, 4 * 2048 * 4096)
+    assert "on each of 8 ranks" in repr(plan)
+    # Sums of the input's gradient are added up over the ranks: no other ones than float32.
+    for budget in (24 << 20, 64 << 20):
+        small = memeff.plan(
+            8192, 1024, 65536, "bfloat16", memory_budget=budget, vocab_parallel=2, backend="cuda"
+        )
+        assert small.input_accumulation == "float32"
+        assert small.workspace_bytes + small.library_bytes <= budget
 
 
 @pytest.mark.parametrize("budget", ["32MiB", "256MiB", "4GiB"])

@@ -112,6 +112,7 @@ class Maker {
   }
 
   void make_tokens() {
+    tokens_.vocab = v_;
     tokens_.scalars = place<CallScalars>(1, "scalars");
     tokens_.target = place<int64_t>(n_, "token targets");
     tokens_.lse = place<double>(n_, "lse");

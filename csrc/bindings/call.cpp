@@ -44,7 +44,7 @@ Call::Call(const Device& device, const Arguments& arguments)
   if (arguments.vocab_group.empty()) {
     describe();
   } else {
-    ranks_ = std::make_unique<RankCall>(arguments.vocab_group);
+    ranks_ = std::make_unique<RankCall>(arguments.vocab_group, input_.device());
     try {
       describe();
     } catch (const std::exception& error) {

@@ -26,6 +26,10 @@ class CudaLikeDevice : public Device {
     return objection;
   }
 
+  DeviceFacts facts(const Problem& problem) const override {
+    return {0, cuda::describe_choice(problem, cuda::current_gpu(), cuda::forced_kernels())};
+  }
+
  protected:
   std::string run_on_stream(const Problem& problem, const PlanRequest& request,
                             const at::Tensor& like, void* stream) const {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 
 #include <string>
 
@@ -15,7 +14,7 @@ namespace memeff {
 /// What a plan depends on in addition to the call.
 struct DeviceFacts {
   int threads = 0;
-  std::string kernels;  // that compute the products
+  std::string kernels;  // that compute the products, or what their choice depends on
 };
 
 class Device {
@@ -33,12 +32,8 @@ class Device {
   virtual std::string run(const Problem& problem, const PlanRequest& request,
                           const at::Tensor& like) const = 0;
 
-  /// What ranks that share a vocabulary plan with; an error on devices without such calls.
-  virtual DeviceFacts facts(const Problem&) const {
-    TORCH_CHECK_NOT_IMPLEMENTED(false,
-                                "vocab_parallel: expected tensors on the CPU; a vocabulary that "
-                                "ranks share is not implemented on this device yet");
-  }
+  /// What ranks that share a vocabulary must have in common to plan alike.
+  virtual DeviceFacts facts(const Problem& problem) const = 0;
 
   /// to = from * scale, element by element; contiguous, of one dtype; may be the same tensor.
   /// `scale` has one element.

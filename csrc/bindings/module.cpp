@@ -170,7 +170,7 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   if (ranks > 0) problem.shard = &shard;
 
   PlanRequest request = plan_request(problem, arguments);
-  request.ranks = std::max<int64_t>(ranks, 1);
+  request.ranks = ranks;
 
   int64_t shared_numbers = 0;  // of a token, in all operators of the call
   Planner planner;
@@ -183,11 +183,12 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
       return objection;
     };
   } else if (backend == "cuda") {
-    planner = [gpu = cuda::Gpu{capability, gpu, multiprocessors}](
+    planner = [&shared_numbers, gpu = cuda::Gpu{capability, gpu, multiprocessors}](
                   const Problem& planned, const PlanRequest& asked, Plan* plan) {
       cuda::CallPlan call;
       std::string objection = cuda::plan_call(planned, asked, gpu, &call);
       *plan = call.plan;
+      shared_numbers += call.traits.shared_numbers;
       return objection;
     };
   } else {

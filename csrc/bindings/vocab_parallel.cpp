@@ -1,13 +1,16 @@
 #include "bindings/vocab_parallel.h"
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <optional>
 #include <vector>
 
 namespace memeff {
@@ -20,75 +23,71 @@ std::string message_of(const std::exception& error) {
 
 }  // namespace
 
-/// torch.distributed's process group, for numbers in the host's memory.
+/// torch.distributed's process group, for numbers in the memory of `device`.
 class RankCall::Group : public RankGroup {
  public:
-  explicit Group(const std::string& name)
-      : group_(c10d::resolve_process_group(name)), name_(name) {}
+  Group(const std::string& name, at::Device device)
+      : group_(c10d::resolve_process_group(name)), name_(name), device_(device) {}
 
   int64_t rank() const { return group_->getRank(); }
   int64_t size() const { return group_->getSize(); }
 
   void all_gather(const double* own, double* all, int64_t count) override {
-    gather(const_cast<double*>(own), all, count, at::kDouble);
+    gather(tensor_of(own, count, at::kDouble, device_),
+           tensor_of(all, size() * count, at::kDouble, device_));
   }
 
+  void start_all_reduce(void* sums, DType dtype, int64_t count) override {
+    reduced_ = {tensor_of(sums, count, scalar_type(dtype), device_)};
+    attempt("all-reduce", [&] { reduction_ = group_->allreduce(reduced_); });
+  }
+
+  void finish_all_reduce() override {
+    attempt("all-reduce", [&] { reduction_->wait(); });
+    reduction_.reset();
+    reduced_.clear();
+  }
+
+  /// Whether it has a backend for the host's memory, as gloo.
+  bool reaches_hosts() const {
+    const std::vector<c10::Device> types = group_->getDeviceTypes();
+    return std::any_of(types.begin(), types.end(), [](c10::Device type) { return type.is_cpu(); });
+  }
+
+  /// Of bytes in the host's memory. A group that cannot exchange those takes the device's, and the host
+  /// waits for it.
   void gather_bytes(const void* own, void* all, int64_t bytes) {
-    gather(const_cast<void*>(own), all, bytes, at::kByte);
+    at::Tensor given = tensor_of(own, bytes, at::kByte, at::kCPU);
+    at::Tensor found = tensor_of(all, size() * bytes, at::kByte, at::kCPU);
+    if (reaches_hosts()) return gather(given, found);
+    at::Tensor on_device = at::empty(found.sizes(), found.options().device(device_));
+    gather(given.to(device_), on_device);
+    found.copy_(on_device);
   }
-
-  void all_reduce(void* sums, DType dtype, int64_t count) override {
-    if (reduce_in_bfloat16 && dtype == DType::kFloat32) {
-      narrow(static_cast<char*>(sums), count);
-      all_reduce(sums, count, at::kBFloat16);
-      widen(static_cast<char*>(sums), count);
-    } else {
-      all_reduce(sums, count, dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
-    }
-  }
-
-  bool reduce_in_bfloat16 = false;
 
  private:
-  void all_reduce(void* sums, int64_t count, at::ScalarType type) {
-    std::vector<at::Tensor> tensors{at::from_blob(sums, {count}, type)};
-    wait("all-reduce", [&] { return group_->allreduce(tensors); });
+  static at::ScalarType scalar_type(DType dtype) {
+    return dtype == DType::kBFloat16  ? at::kBFloat16
+           : dtype == DType::kFloat64 ? at::kDouble
+                                      : at::kFloat;
+  }
+  static at::Tensor tensor_of(const void* data, int64_t count, at::ScalarType type,
+                              at::Device device) {
+    const auto options = at::TensorOptions().dtype(type).device(device);
+    return at::from_blob(const_cast<void*>(data), {count}, [](void*) {}, options, device);
   }
 
-  // Between fp32 and bf16 in the same memory, which the plan knows of.
-  static void narrow(char* numbers, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      float wide;
-      std::memcpy(&wide, numbers + i * 4, 4);
-      const c10::BFloat16 rounded = wide;
-      std::memcpy(numbers + i * 2, &rounded, 2);
-    }
-  }
-  static void widen(char* numbers, int64_t count) {
-    for (int64_t i = count - 1; i >= 0; --i) {
-      c10::BFloat16 rounded;
-      std::memcpy(&rounded, numbers + i * 2, 2);
-      const float wide = rounded;
-      std::memcpy(numbers + i * 4, &wide, 4);
-    }
+  void gather(const at::Tensor& own, const at::Tensor& all) {
+    std::vector<at::Tensor> input{own};
+    std::vector<std::vector<at::Tensor>> output{all.chunk(size())};
+    attempt("all-gather", [&] { group_->allgather(output, input)->wait(); });
   }
 
-  void gather(void* own, void* all, int64_t count, at::ScalarType type) {
-    std::vector<at::Tensor> input{at::from_blob(own, {count}, type)};
-    std::vector<std::vector<at::Tensor>> output(1);
-    for (int64_t rank = 0; rank < size(); ++rank) {
-      char* const place = static_cast<char*>(all) + rank * static_cast<int64_t>(input[0].nbytes());
-      output[0].push_back(at::from_blob(place, {count}, type));
-    }
-    wait("all-gather", [&] { return group_->allgather(output, input); });
-  }
-
-  template <class Start>
-  void wait(const char* what, const Start& start) {
+  template <class Body>
+  void attempt(const char* what, const Body& body) const {
     std::string reason;
     try {
-      start()->wait();
-      return;
+      return body();
     } catch (const std::exception& error) {
       reason = message_of(error);
     }
@@ -102,11 +101,14 @@ class RankCall::Group : public RankGroup {
 
   const c10::intrusive_ptr<c10d::ProcessGroup> group_;
   const std::string name_;
+  const at::Device device_;
+  std::vector<at::Tensor> reduced_;  // what start_all_reduce() was given
+  c10::intrusive_ptr<c10d::Work> reduction_;
 };
 
 /// What a rank says before a call.
 struct RankCall::Record {
-  static constexpr size_t kMessage = 512, kKernels = 32;
+  static constexpr size_t kMessage = 512, kKernels = 64;
 
   int64_t failed = 0;
   int64_t op = 0;
@@ -123,8 +125,8 @@ struct RankCall::Record {
   }
 };
 
-RankCall::RankCall(const std::string& group)
-    : name_(group), group_(std::make_unique<Group>(group)) {
+RankCall::RankCall(const std::string& group, at::Device device)
+    : name_(group), group_(std::make_unique<Group>(group, device)) {
   shard_.group = group_.get();
   shard_.ranks = group_->size();
 }
@@ -161,8 +163,30 @@ void RankCall::agree(const Device& device, const Arguments& arguments, const Pro
   own.threads = facts.threads;
   Record::copy(facts.kernels, own.kernels);
   own.arguments = arguments.digests;
-  const std::vector<Record> records = gather(own);
+  if (group_->reaches_hosts()) {
+    agreement_ = compare(own);
+  } else {
+    static std::mutex mutex;
+    static std::map<std::string, Agreement> known;
+    const std::string key = name_ + std::string(reinterpret_cast<const char*>(&own), sizeof own);
+    const auto find = [&] {
+      const std::lock_guard<std::mutex> lock(mutex);
+      const auto found = known.find(key);
+      return found == known.end() ? std::nullopt : std::optional<Agreement>(found->second);
+    };
+    const std::optional<Agreement> earlier = find();
+    agreement_ = earlier ? *earlier : compare(own);
+    const std::lock_guard<std::mutex> lock(mutex);
+    known[key] = agreement_;
+  }
+  shard_.start = agreement_.start;
+  shard_.vocab = agreement_.vocab;
+  shard_.reduce_input_grad = arguments.reduce_input_grad;
+  shard_.reduce_in_bfloat16 = arguments.reduce_in_bfloat16 && arguments.reduce_input_grad;
+}
 
+RankCall::Agreement RankCall::compare(const Record& own) {
+  const std::vector<Record> records = gather(own);
   const Record& first = records[0];
   for (size_t rank = 1; rank < records.size(); ++rank) {
     const Record& other = records[rank];
@@ -180,24 +204,24 @@ void RankCall::agree(const Device& device, const Arguments& arguments, const Pro
     TORCH_CHECK(std::strcmp(first.kernels, other.kernels) == 0,
                 "vocab_parallel: rank 0 computes with '", first.kernels, "' and rank ", rank,
                 " with '", other.kernels,
-                "'; expected the same kernels: set MEMEFF_CPU_KERNELS alike on every rank");
+                "'; expected the same kernels: set MEMEFF_CPU_KERNELS or MEMEFF_CUDA_KERNELS alike "
+                "on every rank, whose GPUs and layouts of tensors are the same");
   }
-  place_shards(records);
-  shard_.reduce_input_grad = arguments.reduce_input_grad;
-  group_->reduce_in_bfloat16 = arguments.reduce_in_bfloat16;
+  return place_shards(records);
 }
 
-void RankCall::place_shards(const std::vector<Record>& records) {
+RankCall::Agreement RankCall::place_shards(const std::vector<Record>& records) const {
   std::vector<int64_t> starts;
+  Agreement found;
   int64_t vocab = 0;
-  memory_budget_ = -1;
   for (const Record& record : records) {
     starts.push_back(record.start >= 0 ? record.start : vocab);
     vocab += record.vocab;
-    largest_shard_ = std::max(largest_shard_, record.vocab);
-    most_threads_ = std::max(most_threads_, static_cast<int>(record.threads));
-    if (record.memory_budget >= 0 && (memory_budget_ < 0 || record.memory_budget < memory_budget_))
-      memory_budget_ = record.memory_budget;
+    found.largest_shard = std::max(found.largest_shard, record.vocab);
+    found.most_threads = std::max(found.most_threads, static_cast<int>(record.threads));
+    const int64_t budget = record.memory_budget;
+    if (budget >= 0 && (found.memory_budget < 0 || budget < found.memory_budget))
+      found.memory_budget = budget;
   }
   // In the order of their classes the shards must follow one another.
   std::vector<size_t> order(records.size());
@@ -215,15 +239,16 @@ void RankCall::place_shards(const std::vector<Record>& records) {
                       " classes without gaps or overlaps");
     next += records[rank].vocab;
   }
-  shard_.start = starts[static_cast<size_t>(group_->rank())];
-  shard_.vocab = vocab;
+  found.start = starts[static_cast<size_t>(group_->rank())];
+  found.vocab = vocab;
+  return found;
 }
 
 void RankCall::complete(PlanRequest* request) const {
-  request->vocab = largest_shard_;
+  request->vocab = agreement_.largest_shard;
   request->ranks = shard_.ranks;
-  request->memory_budget = memory_budget_;
-  request->most_threads = most_threads_;
+  request->memory_budget = agreement_.memory_budget;
+  request->most_threads = agreement_.most_threads;
 }
 
 }  // namespace memeff

@@ -2,7 +2,9 @@
 //
 // Before anything is computed every rank says in one all-gather what it is about to compute. Where they
 // differ, and where one of them has found an error, all ranks raise the same error instead of waiting
-// for each other; where they do not, they know the shards and make the same plan.
+// for each other; where they do not, they know the shards and make the same plan. The all-gather is one of
+// the host's memory, and waits for no GPU. A group that knows GPUs alone (NCCL) compares the first call of
+// a kind, and again when anything but the contents of tensors is new to this rank.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +23,8 @@ namespace memeff {
 
 class RankCall {
  public:
-  /// Finds torch.distributed's group of that name.
-  explicit RankCall(const std::string& group);
+  /// Finds torch.distributed's group of that name. `device`: of the call's tensors.
+  explicit RankCall(const std::string& group, at::Device device = at::kCPU);
   ~RankCall();
 
   /// In place of agree(), by a rank that cannot go on.
@@ -39,15 +41,22 @@ class RankCall {
   class Group;
   struct Record;
 
+  /// What follows from the records of all ranks.
+  struct Agreement {
+    int64_t start = 0, vocab = 0, largest_shard = 0, memory_budget = -1;
+    int most_threads = 0;
+  };
+
   /// Exchanges the records; raises an error if a rank has failed.
   std::vector<Record> gather(const Record& own);
-  void place_shards(const std::vector<Record>& records);
+  /// Exchanges and compares them.
+  Agreement compare(const Record& own);
+  Agreement place_shards(const std::vector<Record>& records) const;
 
   const std::string name_;
   std::unique_ptr<Group> group_;
   VocabShard shard_;
-  int64_t largest_shard_ = 0, memory_budget_ = -1;
-  int most_threads_ = 0;
+  Agreement agreement_;
 };
 
 }  // namespace memeff

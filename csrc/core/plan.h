@@ -56,7 +56,7 @@ struct PlanRequest : PlanOptions {
   int64_t tokens = 0;
   int64_t features = 0;
   int64_t vocab = 0;
-  int64_t ranks = 1;
+  int64_t ranks = 0;     // that share the vocabulary; 0: nobody does
   int most_threads = 0;  // of a rank; 0: those of this process
   DType dtype = DType::kFloat32;
   bool statistics_known = false;  // the backward op: lse is an input

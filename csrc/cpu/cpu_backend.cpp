@@ -72,11 +72,30 @@ InputSums CpuBackend<T>::input_sums(Range tokens) {
   T* const sums = input_sum(tokens);
   const int64_t count = tokens.size() * input_sum_stride();
   if (problem_.vocab == 0) std::fill_n(sums, count, T{0});
-  return {sums, accumulation_dtype(problem_.dtype), count};
+  if (!rounds_sums()) return {sums, accumulation_dtype(problem_.dtype), count};
+  // In place: number i never lands on one that is still to be read.
+  auto* const bytes = reinterpret_cast<char*>(sums);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t rounded = bf16_bits(static_cast<float>(sums[i]));
+    std::memcpy(bytes + i * 2, &rounded, 2);
+  }
+  return {sums, DType::kBFloat16, count};
+}
+
+template <class T>
+void CpuBackend<T>::widen_sums(Range tokens) {
+  T* const sums = input_sum(tokens);
+  const auto* const bytes = reinterpret_cast<const char*>(sums);
+  for (int64_t i = tokens.size() * input_sum_stride() - 1; i >= 0; --i) {
+    BFloat16 rounded;
+    std::memcpy(&rounded, bytes + i * 2, 2);
+    sums[i] = to_arithmetic(rounded);
+  }
 }
 
 template <class T>
 void CpuBackend<T>::finish_grad_input(Range tokens) {
+  if (rounds_sums()) widen_sums(tokens);
   if (!is_16_bit(problem_.dtype)) return;
   const T* sums = input_sum(tokens);
   const int64_t* rows = tokens_.rows() + tokens.begin;

@@ -52,6 +52,12 @@ class CpuBackend : public Backend {
   /// Sums of grad_input for tokens.begin on: the gradient itself when it has full precision.
   T* input_sum(Range tokens) const;
   int64_t input_sum_stride() const;
+  /// Whether the ranks add up sums that are rounded to bf16.
+  bool rounds_sums() const {
+    return std::is_same_v<T, float> && problem_.shard != nullptr &&
+           problem_.shard->reduce_in_bfloat16;
+  }
+  void widen_sums(Range tokens);
   T* weight_sum() const { return at<T>(layout_.weight_step.sum); }
   /// Rounds the sums of a slice into its rows of grad_weight.
   void update_grad_weight(Range classes, WeightUpdate update);

@@ -94,7 +94,8 @@ CpuLayout layout_workspace(const CpuPlanRequest& r, const Plan& plan, std::vecto
     if (plan.separate_sweeps) cursor.move_to(sweeps);
   }
   if (r.grad_weight) {
-    if (chunks) cursor.move_to(steps);
+    // The sums of grad_input are still being added up over the ranks, if there are some.
+    if (chunks && r.ranks == 0) cursor.move_to(steps);
     at.weight_step.input_block = cursor.take(input_bytes / block * plan.weight_block);
     const bool one_product =
         r.bf16_kernels && chunks &&

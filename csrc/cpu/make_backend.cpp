@@ -60,7 +60,7 @@ std::string complete_request(const Problem& problem, CpuPlanRequest* request) {
   request->partials = count_partials(problem);
   request->threads = std::max(max_threads(), request->most_threads);
   request->shared_numbers =
-      problem.shard == nullptr ? 0 : RankNumbers(problem, request->statistics_known).count;
+      problem.shard == nullptr ? 0 : rank_numbers(problem, request->statistics_known).count;
   return "";
 }
 

@@ -14,7 +14,7 @@ struct CpuPlanRequest : PlanRequest {
   bool fixed_order = false;  // scores come from ColumnKernels::multiply
   int partials = 2;          // per-tile partial sums: max, sum [, of logits] [, entropy, argmax]
   int64_t targets = 1;       // class indices per token
-  int64_t shared_numbers = 0;  // of a token, which ranks exchange: see RankNumbers in cpu/tokens.h
+  int64_t shared_numbers = 0;  // of a token, which ranks exchange: see core/rank_numbers.h
   int threads = 1;
 };
 

@@ -24,7 +24,7 @@ CpuTokens<T>::CpuTokens(const CpuContext& context, const CpuLayout& layout)
       token_block_(context.plan->token_block),
       tiles_(ceil_div(problem_.vocab, kTileVocab)),
       partials_(reinterpret_cast<T*>(context.workspace + layout.score_step.partials)),
-      rank_numbers_(problem_, statistics_known_),
+      rank_numbers_(rank_numbers(problem_, statistics_known_)),
       own_numbers_(reinterpret_cast<double*>(context.workspace + layout.score_step.own_numbers)),
       all_numbers_(reinterpret_cast<double*>(context.workspace + layout.score_step.all_numbers)) {
   char* next = context.workspace + layout.token_arrays;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/problem.h"
+#include "core/rank_numbers.h"
 #include "cpu/column_kernels.h"
 #include "cpu/cpu_context.h"
 #include "cpu/layout.h"
@@ -19,19 +20,6 @@ namespace memeff {
 /// Per-tile partial sums of scores. Where a problem does not want one, it has no room.
 enum Partial { kMaximum, kSum, kSmooth, kWeighted, kArgmax, kTargetDot, kTargetMass, kTargetPlain };
 constexpr int kPartials = 8;
-
-/// Places of a token's numbers among those that the ranks of a sharded vocabulary exchange; -1: not
-/// exchanged.
-struct RankNumbers {
-  RankNumbers(const Problem& problem, bool statistics_known);
-
-  int64_t lse = -1, smooth = -1, entropy = -1, maximum = -1, argmax = -1;
-  int64_t target_weight = -1;  // target_mass_
-  int64_t target_plain = -1;
-  int64_t target_logit = -1;  // and of further targets
-  int64_t top = -1;           // scores of the largest ones, then their classes
-  int64_t count = 0;
-};
 
 /// Tokens are numbered by their place among those that take part, rows() has
 /// their rows of the input.

@@ -19,25 +19,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 }  // namespace
 
-RankNumbers::RankNumbers(const Problem& p, bool statistics_known) {
-  const auto take = [&](int64_t* place, bool wanted, int64_t size = 1) {
-    if (!wanted || size == 0) return;
-    *place = count;
-    count += size;
-  };
-  const bool soft = p.probabilities != nullptr, loss = p.token_statistics == nullptr;
-  take(&target_weight, loss && (soft || p.class_weight != nullptr));
-  if (statistics_known) return;
-  take(&lse, true);
-  take(&smooth, wants_logit_sum(p));
-  take(&entropy, wants_entropy(p));
-  take(&maximum, !loss || p.statistics);
-  take(&argmax, wants_argmax(p));
-  take(&target_plain, soft && p.statistics);
-  take(&target_logit, true, p.targets);
-  take(&top, !loss && p.token_statistics->top > 0, loss ? 0 : 2 * p.token_statistics->top);
-}
-
 template <class T>
 SharedNumbers CpuTokens<T>::shared_numbers(Shared what, Range tokens) {
   SharedNumbers numbers{own_numbers_, all_numbers_, 0};

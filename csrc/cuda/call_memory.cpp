@@ -23,6 +23,9 @@ CallMemory::CallMemory(const Problem& problem, const GpuPlanRequest& request, co
 }
 
 void CallMemory::place_token_arrays() {
+  tokens_.vocab = total_vocab(problem_);
+  tokens_.first_class = first_class(problem_);
+  tokens_.shared = problem_.shard != nullptr;
   tokens_.scalars = place<CallScalars>(layout_.scalars);
   int64_t next = layout_.token_arrays;
   const auto take = [&](auto** array, bool wanted = true) {

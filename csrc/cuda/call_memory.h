@@ -41,6 +41,12 @@ class CallMemory {
   void* class_weight() const { return place<char>(layout_.class_weight); }
   void* bias_sum() const { return place<char>(layout_.bias_sum); }
 
+  /// Numbers that ranks exchange: this rank's, and room for those of all. And room for sums of grad_input
+  /// that are rounded to bf16.
+  double* own_numbers() const { return place<double>(layout_.own_numbers); }
+  double* all_numbers() const { return place<double>(layout_.all_numbers); }
+  void* rounded_sums() const { return place<char>(layout_.rounded_sums); }
+
   /// Partial statistics of a block of tokens, one per `range` classes. The maxima of scores that are
   /// kept in 16 bits stay with their block.
   PartialStatistics partial_statistics(Range tokens, const ScoreBlock* block, int64_t range) const;

@@ -9,6 +9,7 @@
 #include "cuda/call_memory.h"
 #include "cuda/fused_kernels.h"
 #include "cuda/generic_kernels.h"
+#include "cuda/plan_sizes.h"
 #include "cuda/runtime.h"
 
 namespace memeff::cuda {
@@ -34,7 +35,9 @@ class CudaBackend : public Backend {
         stream_(context.stream),
         fused_(traits_.kernels.scores.fused()),
         handwritten_(traits_.kernels.products.fused()),
-        writes_gradients_(handwritten_ && !traits_.smoothing_apart),
+        places_(rank_numbers(problem_, request_.statistics_known)),
+        writes_gradients_(writes_gradients(traits_)),
+        writes_input_(writes_input(request_, traits_)),
         masks_rows_(handwritten_ && request_.grad_weight && !traits_.copies_input &&
                     problem_.probabilities == nullptr),
         scores_(kernels_of(traits_.kernels.scores)),
@@ -54,6 +57,7 @@ class CudaBackend : public Backend {
   void scores(Range tokens, const ScoreBlock* block) override {
     last_partials_ = memory_.partial_statistics(tokens, block, classes_per_range_);
     last_block_ = block == nullptr ? ScoreBlock{} : *block;
+    if (problem_.vocab == 0) return;  // of a rank without classes
     void* target_logit = memory_.target_logit(tokens);
     if (fused_) {
       const StoredScores kept =
@@ -92,10 +96,47 @@ class CudaBackend : public Backend {
     const int64_t ranges = ceil_div(problem_.vocab, classes_per_range_);
     check(cuda::merge_statistics(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
                                  ranges, stream_));
-    if (last_block_.tiles != nullptr)
-      check(mark_tiles(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
-                       marks_of(last_block_), stream_));
-    look_for_non_finite_rows(tokens);
+    if (problem_.shard == nullptr) statistics_are_known(tokens);
+  }
+
+  SharedNumbers shared_numbers(Shared what, Range tokens) override {
+    SharedNumbers numbers{memory_.own_numbers(), memory_.all_numbers(), 0};
+    if (what == Shared::kTotals) {
+      if (problem_.class_weight == nullptr) return numbers;
+      numbers.count = kTotals;
+      check(say_totals(problem_, tokens_, memory_.own_numbers(), stream_));
+      return numbers;
+    }
+    numbers.count = places_.count * tokens.size();
+    if (numbers.count > 0)
+      check(say_tokens(problem_, tokens_, places_, tokens.begin, tokens.end, memory_.own_numbers(),
+                       stream_));
+    return numbers;
+  }
+
+  void merge_ranks(Shared what, Range tokens) override {
+    const int64_t ranks = problem_.shard->ranks;
+    if (what == Shared::kTotals)
+      return check(merge_totals(problem_, tokens_, memory_.all_numbers(), ranks, stream_));
+    check(cuda::merge_ranks(problem_, tokens_, places_, tokens.begin, tokens.end,
+                            memory_.all_numbers(), ranks, stream_));
+    if (what == Shared::kStatistics) statistics_are_known(tokens);
+    if (what == Shared::kTargetWeights) look_for_non_finite_rows(tokens);
+  }
+
+  InputSums input_sums(Range tokens) override {
+    const InputSums sums{memory_.input_sum(tokens), sum_dtype_, tokens.size() * problem_.features};
+    follows_writing_product_ = false;
+    if (problem_.vocab == 0)
+      check(fill_zeros(sums.data, sums.count * size_of(sum_dtype_), stream_));
+    if (!traits_.rounds_sums) return sums;
+    RowUpdate rounding = row_update(tokens.size());
+    rounding.dtype = DType::kBFloat16;
+    rounding.sums = sums.data;
+    rounding.gradient = memory_.rounded_sums();
+    rounding.scale = nullptr;
+    check(update_rows(rounding, stream_));
+    return {memory_.rounded_sums(), DType::kBFloat16, sums.count};
   }
 
   void differentiate_statistics(Range tokens) override {
@@ -168,7 +209,7 @@ class CudaBackend : public Backend {
       to.update.split = memory_.split_sums_of_input(tokens.begin);
       to.update.update = split_update(first, last);
     }
-    to.at_once = writes_gradients_ && (alone || compact);
+    to.at_once = writes_input_ && (alone || compact);
     to.accumulate = !first && !compact;
     to.smooths = first;
     to.updates = compact;
@@ -177,6 +218,12 @@ class CudaBackend : public Backend {
   }
 
   void finish_grad_input(Range tokens) override {
+    if (traits_.rounds_sums) {
+      const int64_t d = problem_.features;
+      check(copy_rows({memory_.rounded_sums(), d, DType::kBFloat16, memory_.input_sum(tokens), d,
+                       sum_dtype_, tokens.size(), d},
+                      stream_));
+    }
     // fp32 and fp64 gradients are their own sums.
     if (!is_16_bit(problem_.dtype) || wrote_grad_input_) return;
     check(update_rows(input_update(tokens), stream_));
@@ -230,8 +277,19 @@ class CudaBackend : public Backend {
     return {classes.begin, classes.size(), tokens.size()};
   }
   TileMarks marks_of(const ScoreBlock& block) const {
-    return {static_cast<uint8_t*>(block.tiles), block.tiles_stride, problem_.skip_mass,
+    // A rank leaves out no more than its share of the classes.
+    const double share =
+        static_cast<double>(problem_.vocab) / static_cast<double>(total_vocab(problem_));
+    return {static_cast<uint8_t*>(block.tiles), block.tiles_stride, problem_.skip_mass * share,
             problem_.vocab};
+  }
+
+  /// Coefficients are known, if they follow from the statistics of a block.
+  void statistics_are_known(Range tokens) {
+    if (last_block_.tiles != nullptr && problem_.vocab > 0)
+      check(mark_tiles(problem_, tokens_, tokens.begin, tokens.end, last_partials_,
+                       marks_of(last_block_), stream_));
+    look_for_non_finite_rows(tokens);
   }
 
   // ---- gradient products ----
@@ -479,7 +537,9 @@ class CudaBackend : public Backend {
   const TokenArrays& tokens_;
   void* const stream_;
   const bool fused_, handwritten_;  // scores with their epilogue in one kernel; gradient products
+  const RankNumbers places_;        // of a vocabulary that ranks share
   const bool writes_gradients_;     // products may: label smoothing is not added to their sums
+  const bool writes_input_;         // of grad_input: nor are sums added up over ranks
   const bool masks_rows_;           // grad_weight's product leaves out rows by itself
   const FusedKernels scores_, products_;
   const DType sum_dtype_;

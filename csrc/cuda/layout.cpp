@@ -37,6 +37,11 @@ bool drops_scores(const PlanRequest& r, const Plan& plan) {
          kept_tokens(r, plan) < std::max<int64_t>(1, r.tokens);
 }
 
+/// The most tokens whose sums of grad_input ranks add up at a time.
+int64_t longest_reduction(const Plan& plan) {
+  return std::max({plan.input_block, plan.token_block, plan.input_sweep_block});
+}
+
 /// Bytes of the longest list of tiles for a product, of the driver's blocks and slices.
 int64_t longest_list(const PlanRequest& r, const Plan& plan) {
   int64_t bytes = 0;
@@ -58,6 +63,10 @@ bool writes_gradients(const PlanTraits& t) {
   return t.kernels.products.fused() && !t.smoothing_apart;
 }
 
+bool writes_input(const PlanRequest& r, const PlanTraits& t) {
+  return writes_gradients(t) && r.ranks == 0;
+}
+
 int64_t kept_tokens(const PlanRequest& r, const Plan& plan) {
   const int64_t rest = std::max<int64_t>(0, r.tokens - plan.stored_in_gradient);
   const int64_t chunk = std::min(rest, plan.chunk_tokens);
@@ -73,12 +82,12 @@ int64_t fresh_tokens(const PlanRequest& r, const Plan& plan) {
 int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (!r.grad_input || !is_16_bit(r.dtype)) return 0;
   int64_t rows = 0;
-  if (!writes_gradients(t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
+  if (!writes_input(r, t) && kept_tokens(r, plan) > 0) rows = plan.input_block;
   if (plan.kind == PlanKind::kVocabSlices) {
     const bool all_at_once = r.grad_weight && !plan.separate_sweeps && !plan.compact_input_sums;
     const int64_t fresh = fresh_tokens(r, plan);
     const bool at_once =
-        writes_gradients(t) && (plan.compact_input_sums || plan.input_sweep_slice >= r.vocab);
+        writes_input(r, t) && (plan.compact_input_sums || plan.input_sweep_slice >= r.vocab);
     if (!at_once)
       rows = std::max(rows, all_at_once ? fresh : std::min(plan.input_sweep_block, fresh));
   }
@@ -86,7 +95,7 @@ int64_t summed_tokens(const PlanRequest& r, const PlanTraits& t, const Plan& pla
 }
 
 int64_t summed_while_kept(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
-  const bool sums = r.grad_input && is_16_bit(r.dtype) && !writes_gradients(t);
+  const bool sums = r.grad_input && is_16_bit(r.dtype) && !writes_input(r, t);
   return sums && kept_tokens(r, plan) > 0 ? std::min(plan.input_block, r.tokens) : 0;
 }
 
@@ -118,6 +127,14 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
   Layout at;
   at.scalars = cursor.take(sizeof(CallScalars));
   at.token_arrays = cursor.take(kTokenArrays * 8 * r.tokens);
+  if (r.ranks > 0) {
+    const int64_t tokens = std::min(r.tokens, std::max(plan.score_block, plan.token_block));
+    const int64_t bytes = std::max(kTotals, t.shared_numbers * tokens) * 8;
+    at.own_numbers = cursor.take(bytes);
+    at.all_numbers = cursor.take(r.ranks * bytes);
+    if (t.rounds_sums)
+      at.rounded_sums = cursor.take(std::min(r.tokens, longest_reduction(plan)) * r.features * 2);
+  }
   at.bias = cursor.take(r.vocab * sum_bytes);
   at.class_weight = cursor.take(r.vocab * sum_bytes);
   at.bias_sum = cursor.take(r.vocab * sum_bytes);
@@ -181,7 +198,9 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
   const int64_t sums = summed_tokens(r, t, plan);
   if (sums > 0) at.input_sum = cursor.take(sums * r.features * 4);
   const int64_t input_end = cursor.offset();
-  if (plan.kind == PlanKind::kTokenChunks || plan.separate_sweeps) cursor.move_to(steps);
+  // Sums of a chunk that ranks are adding up stay where they are.
+  const bool after_sums = plan.kind == PlanKind::kTokenChunks && r.ranks == 0;
+  if (after_sums || plan.separate_sweeps) cursor.move_to(steps);
   if (t.copies_input)
     at.input_copy = cursor.take(plan.copied_tokens * round_up(r.features, kRow) * size_of(r.dtype));
   if (r.grad_weight) {

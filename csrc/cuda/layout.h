@@ -15,6 +15,9 @@ namespace memeff::cuda {
 struct Layout {
   int64_t scalars = 0;          // CallScalars
   int64_t token_arrays = 0;     // kTokenArrays arrays of 8-byte numbers [N]
+  int64_t own_numbers = 0;      // what ranks exchange of a block [shared_numbers, tokens], fp64,
+  int64_t all_numbers = 0;      // [ranks, shared_numbers, tokens]
+  int64_t rounded_sums = 0;     // rounds_sums: sums of grad_input of a block, bf16
   int64_t bias = 0;             // A [V]
   int64_t class_weight = 0;     // A [V]
   int64_t bias_sum = 0;         // A [V]

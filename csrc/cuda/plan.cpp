@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/planning.h"
+#include "core/rank_numbers.h"
 #include "cuda/gemm.h"
 #include "cuda/layout.h"
 #include "cuda/plan_sizes.h"
@@ -93,7 +94,7 @@ void finish(const GpuPlanRequest& r, const PlanTraits& t, Plan* plan) {
   if (t.keeps_16_bits) {
     const int64_t padded = round_up(std::max<int64_t>(1, kept), kTokenTile);
     if (chunks) plan->weight_block = padded;
-    if (writes_gradients(t)) plan->input_block = padded;
+    if (writes_input(r, t)) plan->input_block = padded;
   }
   if (!t.copies_input) return;
   // Those of a chunk if several slices of classes need them, else of one product.
@@ -239,7 +240,7 @@ class Candidates {
     consider(in_separate_sweeps(r_, t_, plan));
     if (!compact_ || fresh_tokens(r_, plan) == 0) return;
     const int64_t terms = ceil_div(r_.vocab, plan.slice_vocab);
-    plan.compact_input_sums = terms > 1 && terms <= kMostCompactTerms;
+    plan.compact_input_sums = terms > 1 && terms <= kMostCompactTerms && r_.ranks == 0;
     if (plan.compact_input_sums) slices_with_more_scores(plan);
     // Parts of a slice of grad_weight that add up in its own memory. All scores that lie there must
     // be moved out at once.
@@ -486,6 +487,10 @@ PlanTraits plan_traits(const Problem& p, const PlanRequest& request, const Selec
   traits.partials = 2 + (wants_logit_sum(p) ? 1 : 0) + (wants_entropy(p) ? 1 : 0) +
                     (p.probabilities != nullptr ? 3 : 0);
   traits.argmax = wants_argmax(p);
+  if (p.shard != nullptr) {
+    traits.shared_numbers = rank_numbers(p, request.statistics_known).count;
+    traits.rounds_sums = p.shard->reduce_in_bfloat16 && p.dtype != DType::kFloat64;
+  }
   traits.skips = skips_tiles(p) && kernels.products.fused();
   traits.smoothing_apart = traits.skips && p.label_smoothing > 0;
   // The gradient of the bias is summed from those of the logits, with all their parts.
@@ -546,8 +551,10 @@ std::string choose_plan(const Problem& problem, const Selection& kernels, CallPl
 std::string plan_call(const Problem& problem, const PlanRequest& request, const Gpu& gpu,
                       CallPlan* call) {
   std::string error;
+  Problem planned = problem;
+  planned.vocab = request.vocab;  // ranks that share a vocabulary choose alike: the largest shard's
   const Selection kernels =
-      select_kernels(problem, gpu, forced_kernels(), measured_choices(), &error);
+      select_kernels(planned, gpu, forced_kernels(), measured_choices(), &error);
   if (!error.empty()) return error;
   call->request = GpuPlanRequest{request, upcasts(problem.dtype, gpu), multiprocessors_of(gpu)};
   error = choose_plan(problem, kernels, call);

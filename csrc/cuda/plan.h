@@ -32,6 +32,10 @@ struct PlanTraits {
   // Label smoothing is left out of the gradients of the logits and added to their products, so that
   // tiles can be skipped.
   bool smoothing_apart = false;
+  // Numbers of a token that ranks exchange (core/rank_numbers.h), and whether they add up sums of
+  // grad_input that are rounded to bf16.
+  int64_t shared_numbers = 0;
+  bool rounds_sums = false;
   // grad_weight's product reads a copy of hidden states without those of tokens that have no gradient:
   // where it cannot leave these out by itself.
   bool copies_input = false;

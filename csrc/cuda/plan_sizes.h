@@ -17,6 +17,8 @@ int64_t kept_score_bytes(const PlanRequest& request, const PlanTraits& traits);
 
 /// Whether a product may write a gradient by itself, without fp32 sums in between.
 bool writes_gradients(const PlanTraits& traits);
+/// The same of grad_input, whose sums must leave this rank where others have a part of the vocabulary.
+bool writes_input(const PlanRequest& request, const PlanTraits& traits);
 
 /// Tokens whose scores are kept: at a time under token chunks, in all under vocab slices.
 int64_t kept_tokens(const PlanRequest& request, const Plan& plan);

@@ -190,6 +190,14 @@ std::string forced_kernels() {
   return value == nullptr ? "" : value;
 }
 
+std::string describe_choice(const Problem& problem, const Gpu& gpu, const std::string& forced) {
+  std::string text = forced.empty() ? "" : forced + " of ";
+  for (const Architecture* row : kArchitectures)
+    if (row->can_run(problem, gpu)) text += row->name + std::string(" ");
+  return text + "on " + std::to_string(gpu.capability) + "x" +
+         std::to_string(multiprocessors_of(gpu));
+}
+
 std::string name_of(const Selection& selection) {
   return name_of(selection.scores) + "," + name_of(selection.products);
 }

@@ -87,6 +87,10 @@ Selection select_kernels(const Problem& problem, const Gpu& gpu, const std::stri
 /// The value of MEMEFF_CUDA_KERNELS, "" where it is not set.
 std::string forced_kernels();
 
+/// What a choice depends on in addition to shapes and what was measured, in a few words: the families that
+/// can run the problem, forced kernels, the GPU.
+std::string describe_choice(const Problem& problem, const Gpu& gpu, const std::string& forced);
+
 /// "scores,products", as in `forced`.
 std::string name_of(const Selection& selection);
 /// Sets both kernels from such a name; false if it means nothing.

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/problem.h"
+#include "core/rank_numbers.h"
 #include "cuda/work_list.h"
 
 namespace memeff::cuda {
@@ -29,9 +30,15 @@ struct CallScalars {
 
 /// All that is kept of N tokens: device arrays [N], fp64 unless said otherwise.
 struct TokenArrays {
+  // Classes of all ranks that share the vocabulary, or of the problem; the first of them that is here;
+  // and whether ranks share it.
+  int64_t vocab = 0, first_class = 0;
+  bool shared = false;
   CallScalars* scalars = nullptr;
-  int64_t* target = nullptr;  // class index; kNoTarget: left out (or class probabilities);
-                              // kBadTarget: out of range, whose loss and gradients become NaN
+  int64_t* target =
+      nullptr;  // index among the classes that are here; kNoTarget: left out (or class
+                // probabilities); kElsewhere: a class of another rank; kBadTarget: out
+                // of range, whose loss and gradients become NaN
   double* lse = nullptr;
   // A: z_y of index targets, written by the kernels that see the logits; prepare_tokens sets it to
   // 0, and to NaN where the target is bad. Null with class probabilities.
@@ -64,6 +71,7 @@ struct TokenArrays {
 };
 constexpr int64_t kNoTarget = -1;
 constexpr int64_t kBadTarget = -2;
+constexpr int64_t kElsewhere = -3;
 
 /// Reads the targets: fills `target`, `scalars`, target_logit, and target_mass of index targets. A
 /// token takes part in the loss unless its target is ignore_index. num_items <= 0 is not refused:
@@ -72,7 +80,8 @@ Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* s
 
 /// Merges `ranges` partial statistics of tokens [begin, end), whose arrays start at `begin`: lse
 /// and the other statistics, then the coefficients and target_gradient. These are not made of a
-/// caller's token statistics: they wait for restore_statistics, with upstream gradients.
+/// caller's token statistics: they wait for restore_statistics, with upstream gradients; nor of a
+/// vocabulary that ranks share, of which merge_ranks makes them.
 Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                         int64_t end, const PartialStatistics& partials, int64_t ranges,
                         void* stream);
@@ -82,6 +91,25 @@ Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64
 /// whose upstream gradients have become known.
 Status restore_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                           int64_t end, void* stream);
+
+/// A vocabulary that ranks share. First the numbers that all tokens share: what this rank has to say of
+/// them, kTotals numbers, and what follows from what all ranks have said, [ranks, kTotals]. Needed with
+/// class weights alone.
+constexpr int64_t kTotals = 3;
+Status say_totals(const Problem& problem, const TokenArrays& tokens, double* own, void* stream);
+Status merge_totals(const Problem& problem, const TokenArrays& tokens, const double* all,
+                    int64_t ranks, void* stream);
+/// Then what merge_statistics or restore_statistics has left of tokens [begin, end): what this rank has
+/// to say of them, [places.count, end - begin], and what follows from what all ranks have said, [ranks,
+/// places.count, end - begin]: statistics of the whole vocabulary, coefficients, target_gradient.
+Status say_tokens(const Problem& problem, const TokenArrays& tokens, const RankNumbers& places,
+                  int64_t begin, int64_t end, double* own, void* stream);
+Status merge_ranks(const Problem& problem, const TokenArrays& tokens, const RankNumbers& places,
+                   int64_t begin, int64_t end, const double* all, int64_t ranks, void* stream);
+
+/// Coefficients and target_gradient of tokens [begin, end) from the statistics in `tokens`.
+Status set_coefficients(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                        int64_t end, void* stream);
 
 /// problem.loss, lse, statistics_out, argmax from the statistics of all tokens. Without statistics
 /// the lse of tokens left out is 0. tokens.lse may be problem.lse.

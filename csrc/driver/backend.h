@@ -37,14 +37,14 @@ enum class Shared {
   kTargetWeights,  // of a block of tokens, after restore_statistics()
 };
 
-/// `count` numbers of this rank, and room for those of all ranks.
+/// `count` numbers of this rank, and room for those of all ranks; on the device.
 struct SharedNumbers {
   const double* own = nullptr;
   double* all = nullptr;
   int64_t count = 0;  // 0: there is nothing to exchange
 };
 
-/// Sums of grad_input that are not rounded yet.
+/// Sums of grad_input, to be added up over the ranks.
 struct InputSums {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -74,8 +74,8 @@ class Backend {
   /// the exchange): statistics of all classes, coefficients.
   virtual SharedNumbers shared_numbers(Shared, Range) { return {}; }
   virtual void merge_ranks(Shared, Range) {}
-  /// Sharded vocabulary: the tokens' sums, zeros on a rank without classes, before finish_grad_input()
-  /// rounds them.
+  /// Sharded vocabulary: the tokens' sums as the ranks add them up, zeros on a rank without classes.
+  /// finish_grad_input() goes on with them.
   virtual InputSums input_sums(Range) { return {}; }
 
   /// Loss (and token statistics, when asked for) from the statistics of all tokens.

@@ -51,6 +51,7 @@ class Run {
           backend_.to_gradient(classes, chunk.tokens, part(chunk, classes, chunk.tokens), true);
         });
       }
+      finish_reduction();
     }
     backend_.write_loss();
     backend_.finish_gradients();
@@ -77,7 +78,9 @@ class Run {
     }
     const bool together = weight && !plan_.separate_sweeps;
     if (input && !together) sweep_tokens(chunks, /*add_bias=*/!weight);
+    finish_reduction();  // this sweep may take the memory of the sums
     if (weight || !input) sweep_classes(chunks, input && together);
+    finish_reduction();
     backend_.finish_gradients();
   }
 
@@ -119,13 +122,22 @@ class Run {
     exchange(Shared::kStatistics, tokens);
   }
 
+  /// The tokens' sums are complete on this rank. Those of all ranks add up while it goes on, as far as that
+  /// does not need the memory of the sums: finish_reduction().
   void finish_grad_input(Range tokens) {
-    if (problem_.shard != nullptr) {
-      const InputSums sums = backend_.input_sums(tokens);
-      if (problem_.shard->reduce_input_grad)
-        problem_.shard->group->all_reduce(sums.data, sums.dtype, sums.count);
-    }
-    backend_.finish_grad_input(tokens);
+    if (problem_.shard == nullptr) return backend_.finish_grad_input(tokens);
+    finish_reduction();
+    const InputSums sums = backend_.input_sums(tokens);
+    if (!problem_.shard->reduce_input_grad) return backend_.finish_grad_input(tokens);
+    problem_.shard->group->start_all_reduce(sums.data, sums.dtype, sums.count);
+    reduced_ = tokens;
+  }
+
+  void finish_reduction() {
+    if (reduced_.size() == 0) return;
+    problem_.shard->group->finish_all_reduce();
+    backend_.finish_grad_input(reduced_);
+    reduced_ = {};
   }
 
   void score_chunk(const Chunk& chunk) {
@@ -146,6 +158,7 @@ class Run {
       for_each_block(all_classes_, plan_.input_slice, [&](Range classes) {
         const ScoreBlock block = part(chunk, classes, tokens);
         backend_.to_gradient(classes, tokens, block, true);
+        finish_reduction();
         backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
       });
       finish_grad_input(tokens);
@@ -220,6 +233,7 @@ class Run {
         for_each_block(all_classes_, plan_.input_sweep_slice, [&](Range classes) {
           const ScoreBlock block = backend_.slice_block(tokens.size());
           backend_.fresh_gradient(classes, tokens, block, add_bias);
+          finish_reduction();
           backend_.add_grad_input(classes, tokens, block, classes.begin == 0);
         });
         finish_grad_input(tokens);
@@ -232,6 +246,7 @@ class Run {
   Backend& backend_;
   const Range all_classes_;
   int64_t tokens_;
+  Range reduced_;  // tokens whose sums of grad_input the ranks are adding up
 };
 
 }  // namespace

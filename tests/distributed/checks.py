@@ -101,11 +101,15 @@ def kernels(name: str | None) -> Iterator[None]:
 
 
 def check_loss(
-    ranks: Ranks, case: Case, sizes: tuple[int, ...], cpu_kernels: str | None = None
+    ranks: Ranks,
+    case: Case,
+    sizes: tuple[int, ...],
+    cpu_kernels: str | None = None,
+    **options: Any,
 ) -> None:
     with kernels(cpu_kernels):
-        ours = run_sharded(ranks, case, sizes)
-        again = run_sharded(ranks, case, sizes)
+        ours = run_sharded(ranks, case, sizes, **options)
+        again = run_sharded(ranks, case, sizes, **options)
     for name in ("loss", "dx", "dw", "db"):
         first, second = getattr(ours, name), getattr(again, name)
         assert first is None or torch.equal(first, second), f"{name} differs from run to run"
@@ -212,26 +216,29 @@ def least_budget(call: Callable[[int], Any]) -> int:
     return int(found[1])
 
 
-def check_budget(ranks: Ranks, case: Case, sizes: tuple[int, ...]) -> None:
+def check_budget(ranks: Ranks, case: Case, sizes: tuple[int, ...], **options: Any) -> None:
     """In the smallest budget, which only one rank gives: it holds for all."""
-    least = least_budget(lambda budget: run_sharded(ranks, case, sizes, memory_budget=budget))
+    least = least_budget(
+        lambda budget: run_sharded(ranks, case, sizes, memory_budget=budget, **options)
+    )
     smallest = max(ranks.gather(least))
     assert smallest == least, "ranks report other minima"
     own = least if ranks.rank == 0 else least * 1000
-    ours = run_sharded(ranks, case, sizes, memory_budget=own)
+    ours = run_sharded(ranks, case, sizes, memory_budget=own, **options)
     inputs = make_inputs(case)
     exact = run_plain(replace(case, dtype=torch.float64), inputs.in_float64())
     assert_result(ours, run_plain(case, inputs), exact)
 
 
-def check_twice(ranks: Ranks, case: Case, sizes: tuple[int, ...]) -> None:
+def check_twice(ranks: Ranks, case: Case, sizes: tuple[int, ...], **options: Any) -> None:
     """A second backward pass gives the same gradients."""
     start, stop = bounds(sizes, ranks.rank)
     inputs = shard_inputs(case, make_inputs(case), start, stop)
     x, w = inputs.x.requires_grad_(), inputs.w.requires_grad_()
     loss = memeff.linear_cross_entropy(
-        x, w, inputs.y, reduction=case.reduction, vocab_parallel=memeff.VocabParallel(ranks.group)
-    )
+        x, w, inputs.y, reduction=case.reduction, vocab_parallel=memeff.VocabParallel(ranks.group),
+        **options,
+    )  # fmt: skip
     first = torch.autograd.grad(loss, (x, w), inputs.upstream, retain_graph=True)
     second = torch.autograd.grad(loss, (x, w), inputs.upstream)
     for one, other in zip(first, second, strict=True):
@@ -271,7 +278,7 @@ for _dtype in _DTYPES:
 # ---- faults: no rank hangs, and each learns what is wrong ----
 
 
-def fault(ranks: Ranks, expected: tuple[str, ...], **different: Any) -> None:
+def fault(ranks: Ranks, expected: tuple[str, ...], backend: str = "auto", **different: Any) -> None:
     """Calls with arguments that are other ones on the last rank; what each rank's error says."""
     case = Case((7,), 8, 40)
     inputs = make_inputs(case)
@@ -282,6 +289,7 @@ def fault(ranks: Ranks, expected: tuple[str, ...], **different: Any) -> None:
         "linear_weight": inputs.w[start:stop].requires_grad_(),
         "target": inputs.y,
         "vocab_parallel": memeff.VocabParallel(ranks.group),
+        "backend": backend,
     }
     for name, value in different.items():
         if last or name.startswith("all_"):
@@ -289,7 +297,8 @@ def fault(ranks: Ranks, expected: tuple[str, ...], **different: Any) -> None:
     message = raised(lambda: memeff.linear_cross_entropy(**arguments))
     for part in expected[ranks.rank].split("..."):
         assert part in message, message
-    check_loss(ranks, Case((5,), 8, VOCAB), SHARDS[2][0])  # the group still works
+    backend = "auto" if backend == "reference" else backend
+    check_loss(ranks, Case((5,), 8, 40), (30, 10), backend=backend)  # the group still works
 
 
 def add_fault(name: str, first: str, second: str | None = None, **different: Any) -> None:
@@ -321,7 +330,7 @@ add_fault(
     all_target=torch.tensor([1, 2, 40, 3, 4, 5, 6]),
 )  # fmt: skip
 add_fault("budget", "ValueError: memory_budget=1 bytes", memory_budget=1)
-add_fault("reference", "NotImplementedError: backend is", all_backend="reference")
+add_fault("reference", "NotImplementedError: backend is", backend="reference")
 
 
 def check_start(ranks: Ranks) -> None:
@@ -402,21 +411,23 @@ def check_partial(ranks: Ranks, dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, exact.dx, rtol=tolerance, atol=tolerance * 1e-2)
 
 
-def check_reduce_dtype(ranks: Ranks, dtype: torch.dtype) -> None:
+def check_reduce_dtype(
+    ranks: Ranks, dtype: torch.dtype, backend: str = "auto", tokens: int = 300
+) -> None:
     """Contributions of the ranks rounded to bf16: an error of their rounding, and no other."""
-    case = Case((300,), 16, VOCAB, dtype=dtype)
+    case = Case((tokens,), 16, VOCAB, dtype=dtype)
     start, stop = bounds(SHARDS[ranks.size][0], ranks.rank)
     inputs = shard_inputs(case, make_inputs(case), start, stop)
 
     def run(**options: Any) -> Result:
         parallel = memeff.VocabParallel(ranks.group, **options)
-        return whole_result(ranks, run_memeff(case, inputs, vocab_parallel=parallel))
+        ours = run_memeff(case, inputs, vocab_parallel=parallel, backend=backend)
+        return whole_result(ranks, ours)
 
     ours, again = run(reduce_dtype=torch.bfloat16), run(reduce_dtype=torch.bfloat16)
     same, plain = run(reduce_dtype=torch.float32), run()
-    part = run_memeff(
-        case, inputs, vocab_parallel=memeff.VocabParallel(ranks.group, reduce_input_grad=False)
-    ).dx
+    alone = memeff.VocabParallel(ranks.group, reduce_input_grad=False)
+    part = run_memeff(case, inputs, vocab_parallel=alone, backend=backend).dx
     assert ours.dx is not None and again.dx is not None and plain.dx is not None
     assert same.dx is not None and part is not None
     assert torch.equal(ours.dx, again.dx) and torch.equal(same.dx, plain.dx)

@@ -2,7 +2,6 @@
 
 import head_checks  # noqa: F401  (adds its own)
 import label_checks  # noqa: F401
-import merged_checks  # noqa: F401
 import statistics_checks  # noqa: F401
 from checks import CHECKS
 

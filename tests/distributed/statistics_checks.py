@@ -14,17 +14,28 @@ from tolerances import Result, assert_result
 import memeff
 
 
-def check_returned_statistics(ranks: Ranks, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    case = Case((33,), 24, VOCAB, dtype=dtype, ignored=0.3, bias=True)
+def check_returned_statistics(
+    ranks: Ranks,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    backend: str = "auto",
+    probabilities: bool = False,
+) -> None:
+    case = Case((33,), 24, VOCAB, dtype=dtype, ignored=0.3, bias=True, probabilities=probabilities)
     whole = make_inputs(case)
+    if probabilities:  # of equal ones the first counts, and some tokens get it right
+        logits = whole.x @ whole.w.T if whole.b is None else whole.x @ whole.w.T + whole.b
+        whole.y[::2, 10] = whole.y[::2, 500] = 0.9
+        whole.y[1::4] = torch.nn.functional.one_hot(logits[1::4].argmax(1), VOCAB).to(dtype)
     start, stop = bounds(sizes, ranks.rank)
     inputs = shard_inputs(case, whole, start, stop)
     _, expected = memeff.linear_cross_entropy(
         whole.x, whole.w, whole.y, linear_bias=whole.b, return_statistics=True
     )
+    assert not probabilities or expected.correct.any()
     _, ours = memeff.linear_cross_entropy(
         inputs.x, inputs.w, inputs.y, linear_bias=inputs.b, return_statistics=True,
-        vocab_parallel=memeff.VocabParallel(ranks.group),
+        vocab_parallel=memeff.VocabParallel(ranks.group), backend=backend,
     )  # fmt: skip
     same_statistics(ranks, ours, expected, dtype)
 
@@ -82,11 +93,56 @@ def check_token_statistics(
     assert_result(whole_result(ranks, ours), one, exact)
 
 
+def check_positions(
+    ranks: Ranks, dtype: torch.dtype, sizes: tuple[int, ...], backend: str = "auto", **fields: Any
+) -> None:
+    """K-dimensional weights: loss with statistics and gradients, and token statistics."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(13, 16, generator=generator, dtype=torch.float64).to(dtype)
+    w = torch.randn(VOCAB, 2, 3, 16, generator=generator, dtype=torch.float64).to(dtype)
+    b = torch.randn(VOCAB, 2, 3, generator=generator, dtype=torch.float64).to(dtype)
+    y = torch.randint(VOCAB, (13, 2, 3), generator=generator)
+    y[torch.rand(13, 2, 3, generator=generator) < 0.3] = -100
+    weight = torch.rand(VOCAB, generator=generator)
+    start, stop = bounds(sizes, ranks.rank)
+
+    def run(rows: slice, dtype: torch.dtype, **more: Any) -> tuple[Any, Result]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w[rows], b[rows])]
+        loss, statistics = memeff.linear_cross_entropy(
+            leaves[0], leaves[1], y, linear_bias=leaves[2], weight=weight[rows], z_loss=0.01,
+            return_statistics=True, **fields, **more,
+        )  # fmt: skip
+        found = memeff.linear_token_statistics(leaves[0], leaves[1], y, **more)
+        total = loss + (0.1 * found.logprob).sum() + found.entropy.sum()
+        return (found, statistics), Result(loss.detach(), *torch.autograd.grad(total, leaves))
+
+    own, every = slice(start, stop), slice(0, VOCAB)
+    shared = memeff.VocabParallel(ranks.group)
+    found, ours = run(own, dtype, vocab_parallel=shared, backend=backend)
+    expected, one = run(every, dtype)
+    _, exact = run(every, torch.float64)
+    for statistics, other in zip(found, expected, strict=True):
+        detached = [
+            type(s)._make(None if f is None else f.detach() for f in s) for s in (statistics, other)
+        ]
+        same_statistics(ranks, *detached, dtype)
+    assert_result(whole_result(ranks, ours), one, exact)
+
+
 _turn = count()
 for _dtype in (torch.float64, torch.float32, torch.bfloat16):
     for _size in SHARDS:
         _sizes = SHARDS[_size][next(_turn) % 2]
         add(f"returned-{_dtype}-{_size}", _size, check_returned_statistics, _dtype, _sizes)
+        if _dtype != torch.bfloat16:
+            add(
+                f"returned-probabilities-{_dtype}-{_size}", _size, check_returned_statistics,
+                _dtype, SHARDS[_size][_dtype == torch.float64], probabilities=True,
+            )  # fmt: skip
+        add(
+            f"positions-{_dtype}-{_size}", _size, check_positions, _dtype, _sizes,
+            **({}, {"reduction": "sum"}, {"num_items": 7.0})[_size - 2],
+        )  # fmt: skip
         add(f"statistics-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes, 1)
         add(
             f"top-{_dtype}-{_size}", _size, check_token_statistics, _dtype, _sizes, 3, top_k=9,

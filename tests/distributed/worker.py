@@ -24,9 +24,6 @@ def main() -> None:
     from checks import Ranks
     from emulated_checks import EMULATED
     from every_check import CHECKS
-    from merged_checks import make_merged
-
-    make_merged()
 
     def groups(timeout: timedelta) -> dict[int, Any]:
         sizes = range(2, processes + 1)

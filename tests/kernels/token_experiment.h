@@ -128,6 +128,7 @@ struct Experiment {
         scalars(1, "scalars") {
     fill();
     describe(dtype);
+    tokens.vocab = c.vocab;
     tokens.scalars = scalars.data();
     tokens.target = token_target.data();
     tokens.lse = token_lse.data();

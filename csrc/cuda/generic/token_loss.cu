@@ -41,7 +41,7 @@ MEMEFF_DEVICE TokenLoss loss_of(const Problem& problem, const TokenArrays& token
   // A class of weight 0 contributes nothing, even at a target logit of -inf.
   if (eps != 1.0 && (soft || mass != 0.0)) loss.cross_entropy = (1.0 - eps) * (mass * lse - dot);
   if (eps > 0.0)
-    loss.cross_entropy += eps / static_cast<double>(problem.vocab) *
+    loss.cross_entropy += eps / static_cast<double>(tokens.vocab) *
                           (tokens.scalars->class_weight_total * lse - tokens.smooth[token]);
   loss.cross_entropy *= weight;
   if (target == kBadTarget) loss.cross_entropy = NAN;

@@ -5,6 +5,7 @@
 //                         m = max_r m_r,  S = sum_r exp(m_r - m) s_r,  lse = m + log S
 //                         entropy = log S - 1/S sum_r exp(m_r - m) (e_r + (m_r - m) s_r)
 //                       and plain sums over r of the other statistics
+//                     (numbers of several ranks: generic/tokens_of_ranks.cu)
 //   restore_statistics  lse as an earlier merge left it
 //   mark_tiles          stored tiles without enough probability mass to matter
 //
@@ -73,13 +74,17 @@ __global__ void __launch_bounds__(kThreads)
   A logit = A(0);
   if (problem.target != nullptr && problem.target[token] != problem.ignore_index) {
     target = problem.target[token];
-    if (target < 0 || target >= problem.vocab) {
+    const int64_t here = target - tokens.first_class;
+    if (target < 0 || target >= tokens.vocab) {
       // A kernel cannot raise an error. NaN spreads to whatever is made of this token.
       target = kBadTarget;
       mass = NAN;
       logit = static_cast<A>(NAN);
     } else {
-      mass = problem.class_weight == nullptr ? 1.0 : problem.class_weight[target];
+      const bool is_here = here >= 0 && here < problem.vocab;
+      target = is_here ? here : kElsewhere;
+      // Another rank knows the weight of its class.
+      mass = problem.class_weight == nullptr ? 1.0 : is_here ? problem.class_weight[here] : 0.0;
     }
   }
   tokens.target[token] = target;
@@ -108,20 +113,25 @@ MEMEFF_DEVICE double bound_of(const Problem& problem, const TokenArrays& tokens,
   if (problem.grad_loss != nullptr && problem.reduction == Reduction::kNone)
     g *= fabs(problem.grad_loss[token]);
   const double eps = problem.label_smoothing;
-  const double mass = problem.probabilities != nullptr ? largest_weight : tokens.target_mass[token];
+  // Ranks that share a vocabulary need the same bound.
+  const bool own = problem.probabilities == nullptr && !tokens.shared;
+  const double mass = own ? tokens.target_mass[token] : largest_weight;
   const double largest_lse =
-      problem.softcap > 0.0 ? problem.softcap + log(static_cast<double>(problem.vocab)) : 65536.0;
-  return g * ((1.0 - eps) * mass + eps / static_cast<double>(problem.vocab) * total_weight +
+      problem.softcap > 0.0 ? problem.softcap + log(static_cast<double>(tokens.vocab)) : 65536.0;
+  return g * ((1.0 - eps) * mass + eps / static_cast<double>(tokens.vocab) * total_weight +
               2.0 * fabs(problem.z_loss) * largest_lse * z_share);
 }
 
 constexpr int kScalarThreads = 1024;
 
-// One block for the whole call: at most 16 bytes per token and 8 per class, read once.
+// One block for the whole call: at most 16 bytes per token and 8 per class, read once. Ranks that share
+// a vocabulary with class weights run it twice: `own` gets what this rank knows of the weights, `all` has
+// what all ranks know.
 __global__ void __launch_bounds__(kScalarThreads)
-    scalars_kernel(Problem problem, TokenArrays tokens) {
+    scalars_kernel(Problem problem, TokenArrays tokens, double* own, const double* all,
+                   int64_t ranks) {
   MEMEFF_SHARED_ARRAY(double, scratch, kMaxWarpsPerBlock);
-  double counted = static_cast<double>(problem.tokens), weight = counted;
+  double counted = static_cast<double>(problem.tokens), weight = counted, bad = 0.0;
   if (problem.target != nullptr) {
     counted = weight = 0.0;
     for (int64_t token = threadIdx.x; token < problem.tokens; token += kScalarThreads) {
@@ -130,12 +140,14 @@ __global__ void __launch_bounds__(kScalarThreads)
       if (target == kNoTarget) continue;
       counted += 1.0;
       // A bad target has no weight of its own; gradients of the other tokens stay finite.
-      weight += target == kBadTarget ? 1.0 : mass;
+      if (target == kBadTarget) bad += 1.0;
+      if (target != kBadTarget) weight += mass;
     }
     counted = block_sum(counted, scratch);
     weight = block_sum(weight, scratch);
+    bad = block_sum(bad, scratch);
   }
-  double total = static_cast<double>(problem.vocab), largest = 1.0;
+  double total = static_cast<double>(tokens.vocab), largest = 1.0;
   if (problem.class_weight != nullptr) {
     total = largest = 0.0;
     for (int64_t v = threadIdx.x; v < problem.vocab; v += kScalarThreads) {
@@ -145,6 +157,18 @@ __global__ void __launch_bounds__(kScalarThreads)
     total = block_sum(total, scratch);
     largest = block_max(largest, scratch);
   }
+  if (own != nullptr && threadIdx.x == 0) own[0] = total, own[1] = weight, own[2] = largest;
+  if (all != nullptr) {
+    total = largest = 0.0;
+    if (problem.target != nullptr)
+      weight = 0.0;  // otherwise every token counts as 1, on every rank
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      total += all[kTotals * rank];
+      if (problem.target != nullptr) weight += all[kTotals * rank + 1];
+      largest = fmax(largest, all[kTotals * rank + 2]);
+    }
+  }
+  weight += bad;
   CallScalars scalars{1.0, 1.0, total, 1.0, 0, 1.0f, 0};
   if (problem.reduction == Reduction::kMean) {
     scalars.denominator = problem.num_items != nullptr ? *problem.num_items : weight;
@@ -153,7 +177,8 @@ __global__ void __launch_bounds__(kScalarThreads)
   if (problem.dtype == DType::kFloat16) {
     double bound = 0.0;
     for (int64_t token = threadIdx.x; token < problem.tokens; token += kScalarThreads)
-      if (problem.target == nullptr || tokens.target[token] >= 0)
+      if (problem.target == nullptr || tokens.target[token] >= 0 ||
+          tokens.target[token] == kElsewhere)
         bound = fmax(bound, bound_of(problem, tokens, token, largest, total,
                                      scalars.denominator / scalars.z_denominator));
     const int digits = digits_too_many(block_max(bound, scratch));
@@ -224,7 +249,7 @@ MEMEFF_DEVICE Factors factors_of(const Problem& problem, const TokenArrays& toke
   const CallScalars* scalars = tokens.scalars;
   if (!scales_sums(problem)) g *= problem.logit_scale / scalars->denominator;
   const double eps = problem.label_smoothing;
-  const double per_class = eps / static_cast<double>(problem.vocab);
+  const double per_class = eps / static_cast<double>(tokens.vocab);
   const double cross_entropy = (1.0 - eps) * target_mass + per_class * scalars->class_weight_total;
   const double z_share = scalars->denominator / scalars->z_denominator;
   factors.softmax = g * (cross_entropy + 2.0 * problem.z_loss * lse * z_share);
@@ -422,7 +447,7 @@ __global__ void __launch_bounds__(kMergedTokens* kMergingWarps)
     const bool any = maximum.value > A(-INFINITY);
     tokens.argmax[token] = any ? partials.argmax[maximum.range * stride + column] : 0;
   }
-  if (tokens.for_statistics) return;
+  if (tokens.for_statistics || tokens.shared) return;
   if (problem.probabilities == nullptr) target_mass = tokens.target_mass[token];
   const Factors factors = factors_of(problem, tokens, token, lse, target_mass);
   store_coefficients<A>(problem, tokens, token, lse, target_mass, factors);
@@ -448,12 +473,14 @@ __global__ void __launch_bounds__(kMassThreads)
   if (threadIdx.x == 0) tokens.target_mass[token] = mass;
 }
 
+// From `known`, the lse of all tokens.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    restore_statistics_kernel(Problem problem, TokenArrays tokens, int64_t begin, int64_t end) {
+    set_coefficients_kernel(Problem problem, TokenArrays tokens, const double* known, int64_t begin,
+                            int64_t end) {
   const int64_t token = begin + int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (token >= end) return;
-  const double lse = problem.lse[token], target_mass = tokens.target_mass[token];
+  const double lse = known[token], target_mass = tokens.target_mass[token];
   tokens.lse[token] = lse;
   const Factors factors = factors_of(problem, tokens, token, lse, target_mass);
   store_coefficients<A>(problem, tokens, token, lse, target_mass, factors);
@@ -485,10 +512,30 @@ __global__ void __launch_bounds__(32 * kMarkingWarps)
     const double offset = static_cast<double>(max[column]) - tokens.lse[begin + column];
     const float mass = sum[column] * expf(static_cast<float>(offset));
     // Not "mass >= enough": NaN must not be left out, nor what a bad target turns into NaN.
-    counts |= !(mass < enough) || target == kBadTarget || target / kStoredTile == range;
+    counts |=
+        !(mass < enough) || target == kBadTarget || (target >= 0 && target / kStoredTile == range);
   }
   const int any = __any_sync(~0u, counts);
   if (threadIdx.x == 0) to.marks[range * to.stride + blockIdx.x] = any != 0 ? 1 : 0;
+}
+
+// ---- launches that several functions share ----
+
+Status launch_scalars(const Problem& problem, const TokenArrays& tokens, double* own,
+                      const double* all, int64_t ranks, void* stream) {
+  MEMEFF_LAUNCH(scalars_kernel, dim3(1), dim3(kScalarThreads), 0, stream, problem, tokens, own, all,
+                ranks);
+  return launch_status();
+}
+
+Status launch_coefficients(const Problem& problem, const TokenArrays& tokens, const double* lse,
+                           int64_t begin, int64_t end, void* stream) {
+  if (begin == end) return {};
+  const auto set =
+      in_double(problem) ? set_coefficients_kernel<double> : set_coefficients_kernel<float>;
+  MEMEFF_LAUNCH(set, dim3(blocks_of(end - begin, kThreads)), dim3(kThreads), 0, stream, problem,
+                tokens, lse, begin, end);
+  return launch_status();
 }
 
 }  // namespace
@@ -499,8 +546,16 @@ Status prepare_tokens(const Problem& problem, const TokenArrays& tokens, void* s
   if (problem.tokens > 0)
     MEMEFF_LAUNCH(read_targets, dim3(blocks_of(problem.tokens, kThreads)), dim3(kThreads), 0,
                   stream, problem, tokens);
-  MEMEFF_LAUNCH(scalars_kernel, dim3(1), dim3(kScalarThreads), 0, stream, problem, tokens);
-  return launch_status();
+  return launch_scalars(problem, tokens, nullptr, nullptr, 0, stream);
+}
+
+Status say_totals(const Problem& problem, const TokenArrays& tokens, double* own, void* stream) {
+  return launch_scalars(problem, tokens, own, nullptr, 0, stream);
+}
+
+Status merge_totals(const Problem& problem, const TokenArrays& tokens, const double* all,
+                    int64_t ranks, void* stream) {
+  return launch_scalars(problem, tokens, nullptr, all, ranks, stream);
 }
 
 Status merge_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
@@ -525,11 +580,12 @@ Status restore_statistics(const Problem& problem, const TokenArrays& tokens, int
   if (problem.probabilities != nullptr)
     MEMEFF_LAUNCH(probability_mass_kernel, dim3(static_cast<unsigned>(problem.tokens)),
                   dim3(kMassThreads), 0, stream, problem, tokens);
-  const auto restore =
-      in_double(problem) ? restore_statistics_kernel<double> : restore_statistics_kernel<float>;
-  MEMEFF_LAUNCH(restore, dim3(blocks_of(end - begin, kThreads)), dim3(kThreads), 0, stream, problem,
-                tokens, begin, end);
-  return launch_status();
+  return launch_coefficients(problem, tokens, problem.lse, begin, end, stream);
+}
+
+Status set_coefficients(const Problem& problem, const TokenArrays& tokens, int64_t begin,
+                        int64_t end, void* stream) {
+  return launch_coefficients(problem, tokens, tokens.lse, begin, end, stream);
 }
 
 Status mark_tiles(const Problem& problem, const TokenArrays& tokens, int64_t begin, int64_t end,

@@ -47,6 +47,7 @@ class WatchedDevice : public Device {
   std::string run(const Problem&, const PlanRequest&, const at::Tensor&) const override {
     return refusal();
   }
+  DeviceFacts facts(const Problem&) const override { return {0, refusal()}; }
   void scale(const at::Tensor&, const at::Tensor&, const at::Tensor&) const override {
     TORCH_CHECK_VALUE(false, refusal());
   }
