@@ -276,8 +276,15 @@ class TestSources:
     def test_torch_headers_only_where_the_table_says(self):
         for source in find_sources():
             text = (ROOT / source.path).read_text()
-            if source.toolchain != "torch":
+            if source.toolchain not in ("torch", "included"):
                 assert not re.search(r"#include <(torch|ATen|c10|pybind11)/", text), source.path
+
+    def test_what_is_included_is_included_once(self):
+        sources = find_sources()
+        texts = [(ROOT / s.path).read_text() for s in sources if s.toolchain == "torch"]
+        for path in (s.path for s in sources if s.toolchain == "included"):
+            line = f'#include "{path.removeprefix("csrc/")}"'
+            assert sum(line in text for text in texts) == 1, path
 
     @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
     def test_vector_code_does_not_leak(self):

@@ -188,7 +188,7 @@ class TestPlan:
 
     def test_parts_of_a_cuda_build_only(self, tmp_path):
         in_cuda = ("plan.cpp", "backend.cpp", "gemm_torch.cpp", "generic/rows.cu")
-        in_bindings = ("cuda_ops.cpp", "ops.cpp")
+        in_bindings = ("cuda_ops.cpp", "all_ops.cpp", "ops.cpp")
         for path in [f"cuda/{p}" for p in in_cuda] + [f"bindings/{p}" for p in in_bindings]:
             file = tmp_path / "csrc" / path
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ class TestPlan:
             "backend.cpp", "gemm_torch.cpp", "rows.cu", "cuda_ops.cpp"
         }  # fmt: skip
         assert {name for name, s in sources.items() if s.toolchain == "torch"} == {
-            "gemm_torch.cpp", "cuda_ops.cpp", "ops.cpp"
+            "gemm_torch.cpp", "cuda_ops.cpp", "all_ops.cpp"
         }  # fmt: skip
 
 
