@@ -100,13 +100,13 @@ JOBS ?= $(shell nproc)
 ctest:
 	cmake -S . -B build/cmake $(CMAKE_FLAGS)
 	cmake --build build/cmake --parallel $(JOBS)
-	ctest --test-dir build/cmake --output-on-failure
+	ctest --test-dir build/cmake --parallel $(JOBS) --output-on-failure
 	@ln -sf build/cmake/compile_commands.json compile_commands.json
 
 sanitize:
 	cmake -S . -B build/sanitize $(CMAKE_FLAGS) -DMEMEFF_SANITIZE=address,undefined
 	cmake --build build/sanitize --parallel $(JOBS)
-	ctest --test-dir build/sanitize --output-on-failure
+	ctest --test-dir build/sanitize --parallel $(JOBS) --output-on-failure
 
 clean:
 	rm -rf build *.egg-info memeff/*.so compile_commands.json $(STAMP)-*

@@ -97,7 +97,7 @@ def test_inputs_are_left_alone() -> None:
 def cpu_seconds_per_second(threads: int) -> float:
     """Processor time by wall-clock time of a few steps on `threads` threads."""
     torch.set_num_threads(threads)
-    case = Case((1024,), 256, 8192, dtype=torch.float32)
+    case = Case((512,), 256, 8192, dtype=torch.float32)
     inputs = make_inputs(case)
     run_memeff(case, inputs)
     wall, cpu = time.perf_counter(), time.process_time()

@@ -350,10 +350,9 @@ def test_ignore_index_is_not_out_of_range() -> None:
 
 
 def test_more_than_two_to_the_31_logits() -> None:
-    """N V = 2.4e9. The tokens repeat, so that 100 of them in float64 are a reference for all
-    20000.
-    """
-    distinct, copies, features, vocab = 100, 200, 8, 120_000
+    """The tokens repeat, so that 100 of them in float64 are a reference for all 17900."""
+    distinct, copies, features, vocab = 100, 179, 4, 120_000
+    assert distinct * copies * vocab > 2**31
     torch.manual_seed(0)
     base, w = torch.randn(distinct, features), torch.randn(vocab, features)
     y = torch.randint(vocab, (distinct,))

@@ -190,8 +190,9 @@ def test_layouts(layout: str, dtype: torch.dtype) -> None:
     check_emulated(Case((33,), 24, 140, dtype, input_layout=layout, weight_layout=weight_layout))
 
 
-@pytest.mark.parametrize("schedule", ["reversed", "random"])
-@pytest.mark.parametrize("late_delivery", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize(
+    ("schedule", "late_delivery"), [("reversed", False), ("random", True)], ids=str
+)
 def test_order_of_events_does_not_matter(
     schedule: str, late_delivery: bool, dtype: torch.dtype
 ) -> None:
@@ -295,9 +296,16 @@ def test_heads_and_skipped_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "mean", "logit_scale": 1.3}, {"softcap": 4.0}], ids=str
+    ("options", "planning"),
+    [
+        ({}, {}),
+        ({}, {"memory_budget": 1}),
+        ({"reduction": "mean", "logit_scale": 1.3}, {"chunk_size": 128}),
+        ({"softcap": 4.0}, {"chunk_size": 128}),
+        ({"softcap": 4.0}, {"memory_budget": 1}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("planning", [{}, {"chunk_size": 128}, {"memory_budget": 1}], ids=str)
 def test_linear_loss(options: dict[str, Any], planning: dict[str, Any], dtype: torch.dtype) -> None:
     """Scores kept while the caller differentiates; the smallest budget computes some again."""
     problem = LossProblem(dtype, tokens=150, vocab=300, features=24)

@@ -281,6 +281,7 @@ class ZeRO(Stack):
 
 
 def _cases() -> Iterator[tuple[str, Case]]:
+    """The loss is in both places where a wrapper may free what a head needs, else in the model."""
     both: dict[str, Any]
     for outside in (False, True):
         where = "loss outside" if outside else "loss inside"
@@ -289,13 +290,7 @@ def _cases() -> Iterator[tuple[str, Case]]:
             name = stack.__name__
             yield f"{name}, {where}", Case(stack, **both)
             yield f"{name}, tied, {where}", Case(stack, tied=True, **both)
-            yield f"{name}, accumulation, {where}", Case(stack, bias=True, accumulate=2, **both)
             yield f"{name}, bf16, {where}", Case(stack, bf16=True, **both)
-            yield f"{name}, patched when wrapped, {where}", Case(stack, patch_wrapped=True, **both)
-        for option in ("static_graph", "find_unused_parameters", "gradient_as_bucket_view"):
-            unused = option == "find_unused_parameters"
-            case = Case(DDP, bias=True, unused=unused, options={option: True}, **both)
-            yield f"DDP, {option}, {where}", case
         for stack in (FSDP1, FSDP2):
             name = stack.__name__
             case = Case(stack, bias=True, units=("blocks", "head"), **both)
@@ -313,13 +308,20 @@ def _cases() -> Iterator[tuple[str, Case]]:
         policy = {"policy": {"output_dtype": torch.float32}}
         case = Case(FSDP2, bf16=True, units=(), options=policy, **both)
         yield f"FSDP2, bf16 with fp32 outputs, {where}", case
+    for stack in (DDP, FSDP1, FSDP2):
+        name = stack.__name__
+        yield f"{name}, accumulation", Case(stack, bias=True, accumulate=2)
+        yield f"{name}, patched when wrapped", Case(stack, patch_wrapped=True)
+    for option in ("static_graph", "find_unused_parameters", "gradient_as_bucket_view"):
+        unused = option == "find_unused_parameters"
+        yield f"DDP, {option}", Case(DDP, bias=True, unused=unused, options={option: True})
     for stage in (1, 2, 3):
         for outside in (False, True):
             where = "loss outside" if outside else "loss inside"
             both = {"outside": outside, "options": {"stage": stage}}
             yield f"ZeRO-{stage}, {where}", Case(ZeRO, **both)
-            yield f"ZeRO-{stage}, accumulation, {where}", Case(ZeRO, accumulate=2, **both)
         both["outside"] = stage == 2
+        yield f"ZeRO-{stage}, accumulation", Case(ZeRO, accumulate=2, **both)
         yield f"ZeRO-{stage}, tied", Case(ZeRO, tied=True, **both)
         yield f"ZeRO-{stage}, bf16", Case(ZeRO, bf16=True, **both)
         yield f"ZeRO-{stage}, patched when wrapped", Case(ZeRO, patch_wrapped=True, **both)
