@@ -5,6 +5,7 @@ users write, the checked options, the operators and the reference.
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ OTHERS: dict[str, Any] = {
     "reduction": "sum", "ignore_index": 3, "label_smoothing": 0.3, "softcap": 2.0,
     "logit_scale": 0.5, "z_loss": 0.2, "shift": 1, "memory_budget": "8MiB", "chunk_size": 16,
     "accum_dtype": torch.float32, "skip_mass": 0.1, "backend": "reference",
-    "options": object(), "vocab_parallel": vocab_parallel(),
+    "options": SimpleNamespace(batch_chunk_size=8), "vocab_parallel": vocab_parallel(),
 }  # fmt: skip
 
 
