@@ -14,7 +14,7 @@ Both have every method of Tensor, and ``dense()``: the plain logits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, make_dataclass
 from types import FrameType
 from typing import Any, ClassVar
@@ -352,13 +352,57 @@ class LazyOutput(LazyObject):
     @tensors.setter
     def tensors(self, tensors: list[Tensor]) -> None:
         """What code that maps tensors does to these it does to the logits: a cast, a detach."""
+        _check_stand_ins(self.node, tensors)
         if tensors[0].dtype != self.node.inputs()[0].dtype:
             self._hold(self.to(tensors[0].dtype).node)  # type: ignore[attr-defined]
-        if not tensors[0].requires_grad and self.node.state.grad:
+        if self.node.state.requires_grad and not any(t.requires_grad for t in tensors):
             self._hold(self.detach().node)  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: Any) -> LazyOutput:
         return LazyOutput(self.node)
+
+
+def _unflatten(tensors: Iterable[Any], node: Node) -> Any:
+    """What `node` stands for, made from what code has mapped `Node.inputs` to."""
+    mapped = list(tensors)
+    if all(tensor is None for tensor in mapped):  # code that only looks
+        return None
+    _check_stand_ins(node, mapped)
+    first, before = mapped[0], node.inputs()[0]
+    result = _on_inputs(node, iter(mapped))
+    if first.dtype != before.dtype:
+        result = call(Tensor.to, (result, first.dtype), {})
+    if before.requires_grad and not first.requires_grad:
+        result = call(Tensor.detach, (result,), {})
+    return result
+
+
+def _check_stand_ins(node: Node, mapped: list[Any]) -> None:
+    """Raise RuntimeError if code computed something of hidden states, as if they were the logits.
+
+    Hooks, casts, detached and copied tensors do to the logits what they do to hidden states.
+    """
+    if node.is_dense or all(map(_is_same, mapped, node.inputs())):
+        return
+    raise RuntimeError(
+        "a function was mapped over the tensors of a model's output, by torch.utils._pytree or "
+        "over a dataclass, and computed something of the hidden states that stand for lazy logits "
+        "where there is a process group; map it over logits.dense()"
+    )
+
+
+def _is_same(mapped: Any, before: Tensor) -> bool:
+    if mapped is before:
+        return True
+    if not isinstance(mapped, Tensor) or mapped.shape != before.shape:
+        return False
+    if mapped.dtype != before.dtype or mapped.device != before.device:
+        return True
+    if mapped.data_ptr() == before.data_ptr():
+        return True
+    # As bytes, since NaN is not NaN.
+    mapped, before = (t.detach().contiguous().view(torch.uint8) for t in (mapped, before))
+    return torch.equal(mapped, before)
 
 
 def _on_inputs(node: Node, tensors: Iterator[Any]) -> Any:
@@ -375,7 +419,7 @@ def _on_inputs(node: Node, tensors: Iterator[Any]) -> Any:
 register_pytree_node(
     LazyOutput,
     lambda lazy: (lazy.node.inputs(), lazy.node),
-    lambda tensors, node: _on_inputs(node, iter(tensors)),
+    _unflatten,
 )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from lazy_cases import FEATURES, VOCAB, Comparison
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 import memeff
@@ -60,6 +60,18 @@ def test_python_protocols() -> None:
     assert "computed" in repr(z) and "not computed" not in repr(z)
 
 
+class DoubledGradient(torch.autograd.Function):
+    """As the functions that wrappers put around the tensors of an output."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
 def test_what_wrappers_of_models_look_into() -> None:
     """DDP, FSDP and Lightning walk through dataclasses and pytrees; test_stacks.py runs the first
     two."""
@@ -72,20 +84,34 @@ def test_what_wrappers_of_models_look_into() -> None:
 
     leaves, spec = tree_flatten({"logits": z})
     assert [tuple(leaf.shape) for leaf in leaves] == [(3, 5, FEATURES)] * 2
-    again = tree_unflatten([-leaf for leaf in leaves], spec)["logits"]
+    again = tree_unflatten([DoubledGradient.apply(leaf) for leaf in leaves], spec)["logits"]
     assert not again.node.is_dense and again.shape == z.shape
     y = torch.randint(V, (3, 4))
-    plain = -9 * F.linear(c.plain.hidden, c.plain.head.weight)[:, 1:]
-    torch.testing.assert_close(
-        F.cross_entropy(again.flatten(0, 1), y.flatten()),
-        F.cross_entropy(plain.flatten(0, 1), y.flatten()),
-    )
+    plain = 9 * F.linear(c.plain.hidden, c.plain.head.weight)[:, 1:]
+    ours, expected = (F.cross_entropy(t.flatten(0, 1), y.flatten()) for t in (again, plain))
+    torch.testing.assert_close(ours, expected)
+    ours.backward()
+    (2 * expected).backward()
+    torch.testing.assert_close(c.lazy.hidden.grad, c.plain.hidden.grad)
 
-    halved = dataclasses.replace(z, tensors=[t.bfloat16() for t in z.tensors])
-    assert halved.dtype == torch.bfloat16 and halved.requires_grad
+    for halved in (
+        dataclasses.replace(z, tensors=[t.bfloat16() for t in z.tensors]),
+        tree_map(torch.Tensor.bfloat16, z),
+    ):
+        assert halved.dtype == torch.bfloat16 and halved.requires_grad
+    assert not tree_map(torch.Tensor.detach, z).requires_grad
+    assert tree_map(torch.clone, z).shape == z.shape
+    assert tree_map(lambda t: None, z) is None
+    for function in (lambda t: 2 * t, lambda t: t[1:], lambda t: t.shape):
+        with pytest.raises(RuntimeError, match=r"map it over logits\.dense\(\)"):
+            tree_map(function, z)
+        with pytest.raises(RuntimeError, match=r"map it over logits\.dense\(\)"):
+            dataclasses.replace(z, tensors=[function(t) for t in z.tensors[:2]])
     copied = copy.deepcopy(z)
     copied.tensors = [t.detach() for t in copied.tensors]
     assert not copied.requires_grad and z.requires_grad and copied.dtype == torch.float32
+    frozen = LazyOutput(c.lazy.head(c.lazy.hidden.detach()).node)  # a body that is not trained
+    assert dataclasses.replace(frozen, tensors=frozen.tensors).requires_grad
 
 
 def test_python_protocols_without_gradients() -> None:
