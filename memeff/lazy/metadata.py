@@ -88,8 +88,7 @@ def is_not(state: State) -> bool:
 
 @row("is_contiguous", silent=True)
 def is_contiguous(state: State) -> bool:
-    # The head's hidden states are contiguous, as its plain logits are; slices of both are alike.
-    return state.classes_last and state.hidden.is_contiguous()
+    return state.is_contiguous
 
 
 def _same_of_hidden(read: Any) -> Rule:

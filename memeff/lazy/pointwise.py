@@ -213,8 +213,7 @@ def clone(state: State, *, memory_format: torch.memory_format = torch.preserve_f
 
 @row("contiguous")
 def contiguous(state: State) -> State:
-    # The head's hidden states are contiguous, as its plain logits are; slices of both are alike.
-    return state if state.classes_last and state.hidden.is_contiguous() else state.replace()
+    return state if state.is_contiguous else state.replace()
 
 
 @row("detach", aliases=True)

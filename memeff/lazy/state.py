@@ -92,6 +92,11 @@ class State:
         return self.class_axis == self.ndim - 1
 
     @property
+    def is_contiguous(self) -> bool:
+        # The head's hidden states are contiguous, as plain logits are; slices of both are alike.
+        return self.classes_last and self.hidden.is_contiguous()
+
+    @property
     def requires_grad(self) -> bool:
         return self.grad and (self.hidden.requires_grad or self.source.requires_grad)
 
