@@ -101,6 +101,40 @@ def test_products_in_pieces(shape: tuple[int, int, int], monkeypatch: pytest.Mon
     check_emulated(Case((tokens,), features, vocab, torch.bfloat16, "none", bias=True))
 
 
+@pytest.mark.parametrize("tokens", [11, 16])
+@pytest.mark.parametrize("differentiate", [("dw",), ("dx", "dw", "db")], ids=str)
+@pytest.mark.parametrize("kernels", ["generic,generic", "sm80,generic", "sm80,sm80"])
+def test_kept_blocks_whose_rows_are_padded(
+    kernels: str, differentiate: tuple[str, ...], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of 3 tokens lie in grad_weight, which ends within a row of their maxima, and those of
+    the others in the workspace."""
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+    case = Case((tokens,), 3, 130, torch.bfloat16, "sum", bias=True, differentiate=differentiate)
+    check_emulated(case)
+
+
+@pytest.mark.parametrize("kernels", ["sm80,generic", "sm90,sm90"])
+def test_kept_and_fresh_tokens_with_float32_sums(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 tokens whose scores are kept, before 276 whose sums of grad_input stay for all slices."""
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+    case = Case((300,), 24, 300, torch.bfloat16, "sum", accum_dtype=torch.float32)
+    for budget in range(2**16, 2**18, 2**11):
+        try:
+            plan = memeff.plan(
+                300, 24, 300, torch.bfloat16, reduction="sum", accum_dtype=torch.float32,
+                memory_budget=budget, backend="cuda", compute_capability=(9, 0),
+            )  # fmt: skip
+        except ValueError:  # too small
+            continue
+        if 1.2 < plan.flops / plan.floor_flops < 1.4:  # scores once more, and no sweep of their own
+            break
+    assert plan.stored_in_gradient == 24 and plan.stored_in_workspace == 0 and plan.num_slices > 1
+    check_emulated(case, memory_budget=budget)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 100])
 def test_chunks(chunk_size: int, dtype: torch.dtype) -> None:
     tokens = 6 if chunk_size == 1 else 290

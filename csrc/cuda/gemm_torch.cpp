@@ -51,6 +51,13 @@ at::Tensor view_of(const Matrix& m, at::Device device) {
 }
 
 void multiply(const at::Tensor& a, const at::Tensor& b, bool accumulate, at::Tensor& c) {
+  // With few rows or columns a CPU's library adds up all terms one after the other, as no GPU's does.
+  constexpr int64_t kFew = 16;
+  if (kDeviceType == at::kCPU && std::min(c.size(0), c.size(1)) < kFew) {
+    const at::Tensor exact = at::mm(a.to(at::kDouble), b.to(at::kDouble));
+    accumulate ? c.add_(exact) : c.copy_(exact);
+    return;
+  }
   if (a.scalar_type() == c.scalar_type()) {
     accumulate ? at::addmm_out(c, c, a, b) : at::mm_out(c, a, b);
   } else {  // 16-bit operands, fp32 sums

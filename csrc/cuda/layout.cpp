@@ -152,7 +152,12 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
     at.input_exponents = cursor.take(fresh_tokens(r, plan) * compact_exponent_stride(r.features));
   if (t.smoothing_apart) at.row_sums = cursor.take(2 * r.features * 4);
   const auto take_maxima = [&] {
-    if (t.keeps_16_bits) at.kept_maxima = cursor.take(tiles(r.vocab) * round_up(kept, kRow) * 4);
+    if (!t.keeps_16_bits) return;
+    // Under vocab slices the blocks in grad_weight and in the workspace are alive at the same time.
+    const int64_t first =
+        plan.kind == PlanKind::kVocabSlices ? std::min(plan.stored_in_gradient, kept) : 0;
+    at.kept_maxima =
+        cursor.take(tiles(r.vocab) * (round_up(first, kRow) + round_up(kept - first, kRow)) * 4);
   };
   const auto take_slice = [&] {
     const int64_t most = fresh_tokens(r, plan);
