@@ -136,6 +136,34 @@ def test_the_minimum_is_enough_and_so_is_more(
     assert errors >= 20
 
 
+@pytest.mark.parametrize("names", [("entropy",), ("logit_sum",), ("entropy", "logit_sum")], ids=str)
+def test_forward_knows_the_later_plans(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a soft cap the gradients of these statistics are other kernels', which need more."""
+    monkeypatch.setenv("MEMEFF_CPU_KERNELS", "bf16_portable")
+    x, w = (torch.randn(n, 24).bfloat16().requires_grad_() for n in (130, 1500))
+    target = torch.randint(1500, (130,))
+
+    def forward(budget: int, **options: bool) -> memeff.LogitStatistics:
+        return memeff.linear_token_statistics(
+            x, w, target, softcap=3.0, memory_budget=budget, **{"entropy": False, **options}
+        )
+
+    def minimum(**options: bool) -> int:
+        with pytest.raises(ValueError, match="the minimum is") as caught:
+            forward(1, **options)
+        return int(str(caught.value).split("the minimum is ")[1].split()[0])
+
+    wanted = dict.fromkeys(names, True)
+    least = minimum(**wanted)
+    assert least > minimum(), "the case shows nothing"
+    fields = forward(least, **wanted)
+    differentiate([value for value in fields if value is not None])
+    with pytest.raises(ValueError, match=f"the minimum is {least} "):
+        forward(least - 1, **wanted)
+
+
 def test_what_products_take_is_named() -> None:
     """A small call in float32 has a floor that its shapes do not explain: MKL's buffers."""
     x, w = torch.randn(10, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)

@@ -52,10 +52,9 @@ def gradients(
     x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, skip_mass: float, **keywords: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, w = x.requires_grad_(), w.requires_grad_()
-    loss = memeff.linear_cross_entropy(
-        x, w, y, reduction="sum", skip_mass=skip_mass, backend="emulated", **keywords
-    )
-    dx, dw = torch.autograd.grad(loss, (x, w))
+    options = {"reduction": "sum", "backend": "emulated"} | keywords
+    loss = memeff.linear_cross_entropy(x, w, y, skip_mass=skip_mass, **options)  # type: ignore[call-overload]
+    dx, dw = torch.autograd.grad(loss.sum(), (x, w))
     return dx.double(), dw.double()
 
 
@@ -72,14 +71,17 @@ def test_the_bound(kind: str, skip_mass: float, smoothing: float, kernels: None)
     assert ((skipped - exact).norm(dim=1) <= skip_mass * largest + rounding).all()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])  # of kept scores, computed again
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_nothing_is_left_out_of_a_flat_softmax(smoothing: float, kernels: None) -> None:
-    """Each tile of a flat row has exactly its share of the mass."""
+def test_nothing_is_left_out_of_a_flat_softmax(
+    smoothing: float, reduction: str, kernels: None
+) -> None:
+    """Each tile of a flat row has exactly its share of the mass, also the last, smaller one."""
     x, w, y = rows("flat")
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    y[:] = 0  # no target keeps another tile
     for exact, skipped in zip(
-        gradients(x, w, y, 0.0, label_smoothing=smoothing),
-        gradients(x, w, y, 0.5, label_smoothing=smoothing),
-        strict=True,
+        gradients(x, w, y, 0.0, **options), gradients(x, w, y, 0.9, **options), strict=True
     ):
         torch.testing.assert_close(skipped, exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
 
@@ -99,6 +101,47 @@ def test_one_token_keeps_a_tile_for_all(kernels: None) -> None:
     for exact, skipped in zip(gradients(x, w, y, 0.0), gradients(x, w, y, 1e-3), strict=True):
         row = slice(0, 1)  # tokens of the first tile of tokens, which the decider belongs to
         assert torch.equal(skipped[row], exact[row])
+
+
+def budget_that_keeps(tokens: int) -> int:
+    """The smallest one in which the scores of so many tokens stay in the workspace."""
+    for budget in range(2**14, 2**19, 2**11):
+        try:
+            plan = memeff.plan(
+                300, 24, 300, torch.bfloat16, reduction="sum", accum_dtype=torch.float32,
+                skip_mass=1e-3, memory_budget=budget, backend="cuda", compute_capability=(9, 0),
+            )  # fmt: skip
+        except ValueError:  # too small
+            continue
+        if plan.stored_in_workspace >= tokens:
+            assert plan.kind == "vocab_slices" and plan.num_slices == 3 and plan.num_chunks > 1
+            assert plan.stored_in_gradient == 24
+            return budget
+    raise AssertionError("no budget")
+
+
+@pytest.mark.parametrize("case", ["chunks", "slices of kept scores", "slices"])
+def test_every_tile_has_its_own_mark(case: str, kernels: None) -> None:
+    """Each tile of tokens has its mass and targets in another tile of classes. The scores of 24
+    tokens lie in grad_weight; the others are kept in the workspace or computed again."""
+    tokens, vocab = 300, 300
+    tile = (torch.arange(tokens) + TILE - 24) // TILE % 3
+    x, w = torch.randn(tokens, 24) / 8, torch.randn(vocab, 24) / 8
+    x[torch.arange(tokens), tile] = 6
+    w[torch.arange(vocab), torch.arange(vocab) // TILE] = 3
+    y = tile * TILE + torch.randint(44, (tokens,))
+    x, w = x.bfloat16(), w.bfloat16()
+    options: dict[str, object] = {"accum_dtype": torch.float32}
+    if case == "chunks":
+        options["chunk_size"] = 128
+    else:
+        options["memory_budget"] = budget_that_keeps(0 if case == "slices" else 200)
+    exact = gradients(x, w, y, 0.0, accum_dtype=torch.float32)
+    for name, ours, theirs in zip(
+        ("dx", "dw"), gradients(x, w, y, 1e-3, **options), exact, strict=True
+    ):
+        scale = theirs.abs().max().item()
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2 * scale, msg=name)
 
 
 def test_targets_are_never_left_out(kernels: None) -> None:

@@ -175,6 +175,7 @@ SHAPES: list[tuple[Function, str, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize(("function", "name", "like"), SHAPES)
 def test_nothing_is_broadcast(function: Function, name: str, like: str) -> None:
     right = S if function in (dpo, simpo, cpo, orpo, kto) else X
