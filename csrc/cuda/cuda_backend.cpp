@@ -294,12 +294,18 @@ class CudaBackend : public Backend {
 
   // ---- gradient products ----
 
+  /// What the products that may overlap the next one have written of a gradient.
+  struct Written {
+    int64_t end = 0;                     // of its rows
+    const uint8_t* exponents = nullptr;  // of the last one's compact sums
+  };
+
   /// Where a gradient product goes: rows of grad_input or of grad_weight.
   struct ProductTarget {
     ProductOfGradient product = ProductOfGradient::kGradInput;
     Range rows;
-    int64_t* written = nullptr;  // end of the rows of that gradient that are written so far
-    Matrix other{};              // operand of the linear layer
+    Written* written = nullptr;
+    Matrix other{};  // operand of the linear layer
     void* sums = nullptr;
     RowUpdate update;         // how sums enter the gradient
     bool at_once = false;     // the product's epilogue does that; else it writes sums,
@@ -379,11 +385,13 @@ class CudaBackend : public Backend {
 
   /// Whether the product may overlap those launched just before: they write gradients at once, too,
   /// and other rows. What they read no product writes: a copy moves scores out of grad_weight, a launch in
-  /// between.
+  /// between. Slices of classes that share exponents (vocab slices) do not overlap either.
   bool overlaps_previous(const ProductTarget& to) {
-    const bool overlaps = follows_writing_product_ && to.rows.begin >= *to.written;
-    if (!overlaps) tokens_written_ = classes_written_ = 0;
-    *to.written = to.rows.end;
+    const uint8_t* const exponents = to.update.split.exponents;
+    const bool shares = exponents != nullptr && exponents == to.written->exponents;
+    const bool overlaps = follows_writing_product_ && to.rows.begin >= to.written->end && !shares;
+    if (!overlaps) tokens_written_ = classes_written_ = {};
+    *to.written = {to.rows.end, exponents};
     return overlaps;
   }
 
@@ -549,7 +557,7 @@ class CudaBackend : public Backend {
   bool wrote_grad_input_ = false;
   // For products that may overlap:
   bool follows_writing_product_ = false;
-  int64_t tokens_written_ = 0, classes_written_ = 0;
+  Written tokens_written_, classes_written_;
   bool has_smoothing_row_ = false;
   Range copied_{0, 0};  // tokens whose hidden states counted_input() has copied
   // What the last scores() computed:

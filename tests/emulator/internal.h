@@ -156,10 +156,9 @@ struct ClusterBarrier {
 
 // Blocks that run at the same time. Without clusters, each block is one by itself.
 struct Cluster {
-  dim3 dim, grid;    // of a block, of the launch
-  int number = 0;    // among those of all launches that overlap
-  int launches = 0;  // the same for all of these, different for others
-  bool overlaps = false;
+  dim3 dim, grid;          // of a block, of the launch
+  int number = 0;          // among those of all launches that overlap
+  int launches = 0;        // the same for all of these, different for others
   bool abandoned = false;  // a defect after which running on would corrupt the test program
   const char* arguments = nullptr;  // readable: the launched closure, i.e. the kernel's arguments
   std::size_t argument_bytes = 0;

@@ -98,22 +98,24 @@ __global__ void second_launch(float* out) {
   if (i < 128) out[i] += out[255 - i];
 }
 
-// Overlapping launches: none may touch what another writes, each must outlast the one before.
+// Overlapping launches: none may touch what another writes, each must outlast the one before, by one
+// of its blocks.
 __global__ void first_of_several(float* out) {
   ptx::launch_dependents();
   out[threadIdx.x] = 1.f;
 }
 template <bool kMeets, bool kEndsFirst>
 __global__ void another(float* out, int first) {
-  out[first + threadIdx.x] = kMeets && threadIdx.x == 31 ? out[31] : 2.f;
-  if (!kEndsFirst) ptx::wait_for_grid();
+  const int i = first + static_cast<int>(16 * blockIdx.x + threadIdx.x);
+  out[i] = kMeets && i == first + 31 ? out[31] : 2.f;
+  if (!kEndsFirst && blockIdx.x == 1) ptx::wait_for_grid();
 }
 template <bool kMeets, bool kEndsFirst>
 void launch_three() {
   MEMEFF_LAUNCH(first_of_several, dim3(1), dim3(32), 0, nullptr, data);
   for (const int first : {32, 64}) {
     const auto kernel = another<kMeets, kEndsFirst>;
-    MEMEFF_LAUNCH_OVERLAPPED(true, 1, kernel, dim3(1), dim3(32), 0, nullptr, data, first);
+    MEMEFF_LAUNCH_OVERLAPPED(true, 1, kernel, dim3(2), dim3(16), 0, nullptr, data, first);
   }
 }
 

@@ -7,7 +7,7 @@
 //   MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
 //   MEMEFF_LAUNCH_CLUSTERS(size, kernel, ...)   the same in clusters of `size` blocks along x
 //   MEMEFF_LAUNCH_OVERLAPPED(overlaps, size, kernel, ...)   if `overlaps`, may start before the one before
-//                                     has ended, once all its blocks called launch_dependents; each
+//                                     has ended, once all its blocks called launch_dependents; some
 //                                     block must then wait_for_grid before it ends
 //   MEMEFF_CHECK_ALIGNED(p, bytes)    nothing on a GPU, where a misaligned access traps by itself
 #pragma once

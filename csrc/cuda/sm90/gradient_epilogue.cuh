@@ -56,6 +56,11 @@ struct Destination {
   MEMEFF_DEVICE int steps_after() const {
     return source == Source::kNone ? 0 : source == Source::kHalves ? 4 : 2;
   }
+  // Whether this block waits for the grid before: those of the last cluster do, so that this grid ends
+  // after it. All others leave, and with them the shared memory that the next grid waits for.
+  MEMEFF_DEVICE bool outlasts_previous(unsigned cluster) const {
+    return overlaps_previous && blockIdx.x + cluster >= gridDim.x;
+  }
 };
 
 struct OutputMaps {

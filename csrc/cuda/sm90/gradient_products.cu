@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_tile<T>(c, to, out, exponents, ring, boxes, row, column);
   }
   boxes.finish();
-  if (to.overlaps_previous) ptx::wait_for_grid();
+  if (to.outlasts_previous(kCluster)) ptx::wait_for_grid();
 #endif
 }
 

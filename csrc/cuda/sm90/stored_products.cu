@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_tile<T>(c, to, out, exponents, ring, boxes, row, column);
   }
   boxes.finish();
-  if (to.overlaps_previous) ptx::wait_for_grid();
+  if (to.outlasts_previous(1)) ptx::wait_for_grid();
 #endif
 }
 
