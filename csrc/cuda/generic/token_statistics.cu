@@ -252,11 +252,11 @@ MEMEFF_DEVICE Factors factors_of(const Problem& problem, const TokenArrays& toke
   // With one class its probability is 1 and the cross entropy has no gradient: not even what rounding
   // leaves of terms that cancel, or the other last bits of a score that is computed again.
   const double cross_entropy = tokens.vocab == 1 && isfinite(lse) ? 0.0 : g;
-  const double z_share = scalars->denominator / scalars->z_denominator;
   factors.target = cross_entropy * (1.0 - eps);
   factors.weighted = cross_entropy * eps / static_cast<double>(tokens.vocab);
-  factors.softmax = factors.target * target_mass + factors.weighted * scalars->class_weight_total +
-                    g * 2.0 * problem.z_loss * lse * z_share;
+  factors.softmax =
+      factors.target * target_mass + factors.weighted * scalars->class_weight_total +
+      g * 2.0 * problem.z_loss * lse * (scalars->denominator / scalars->z_denominator);
   factors.magnitude =
       fmax(fabs(factors.softmax), fmax(fabs(factors.target * target_mass),
                                        fabs(factors.weighted * scalars->class_weight_total)));
