@@ -103,40 +103,43 @@ def test_one_token_keeps_a_tile_for_all(kernels: None) -> None:
         assert torch.equal(skipped[row], exact[row])
 
 
-def budget_that_keeps(tokens: int) -> int:
-    """The smallest one in which the scores of so many tokens stay in the workspace."""
+def budget_for(kept: int, blocks: int, tokens: int, features: int, **options: object) -> int:
+    """The smallest one for vocab slices that keep so many tokens' scores in the workspace, with
+    products of at least so many blocks of tokens."""
     for budget in range(2**14, 2**19, 2**11):
         try:
             plan = memeff.plan(
-                300, 24, 300, torch.bfloat16, reduction="sum", accum_dtype=torch.float32,
-                skip_mass=1e-3, memory_budget=budget, backend="cuda", compute_capability=(9, 0),
+                tokens, features, 300, torch.bfloat16, reduction="sum", skip_mass=1e-3,
+                memory_budget=budget, backend="cuda", compute_capability=(9, 0), **options,  # type: ignore[arg-type]
             )  # fmt: skip
         except ValueError:  # too small
             continue
-        if plan.stored_in_workspace >= tokens:
-            assert plan.kind == "vocab_slices" and plan.num_slices == 3 and plan.num_chunks > 1
-            assert plan.stored_in_gradient == 24
+        if plan.stored_in_workspace >= kept and plan.num_chunks > blocks:
+            assert plan.kind == "vocab_slices" and plan.stored_in_gradient == features
+            assert plan.num_slices == (3 if features == 24 else 1)
             return budget
     raise AssertionError("no budget")
 
 
-@pytest.mark.parametrize("case", ["chunks", "slices of kept scores", "slices"])
+@pytest.mark.parametrize("case", ["chunks", "slices of kept scores", "slices", "blocks"])
 def test_every_tile_has_its_own_mark(case: str, kernels: None) -> None:
-    """Each tile of tokens has its mass and targets in another tile of classes. The scores of 24
-    tokens lie in grad_weight; the others are kept in the workspace or computed again."""
-    tokens, vocab = 300, 300
-    tile = (torch.arange(tokens) + TILE - 24) // TILE % 3
-    x, w = torch.randn(tokens, 24) / 8, torch.randn(vocab, 24) / 8
+    """Each tile of tokens has its mass and targets in another tile of classes. The scores of as
+    many tokens as features lie in grad_weight; the others are kept in the workspace or computed
+    again. In "blocks" all are kept, and pass through the products in two blocks of tokens."""
+    tokens, features, vocab = (400, 8, 300) if case == "blocks" else (300, 24, 300)
+    tile = (torch.arange(tokens) + TILE - features) // TILE % 3
+    x, w = torch.randn(tokens, features) / 8, torch.randn(vocab, features) / 8
     x[torch.arange(tokens), tile] = 6
     w[torch.arange(vocab), torch.arange(vocab) // TILE] = 3
     y = tile * TILE + torch.randint(44, (tokens,))
     x, w = x.bfloat16(), w.bfloat16()
-    options: dict[str, object] = {"accum_dtype": torch.float32}
+    options: dict[str, object] = {} if case == "blocks" else {"accum_dtype": torch.float32}
+    exact = gradients(x, w, y, 0.0, **options)
     if case == "chunks":
         options["chunk_size"] = 128
     else:
-        options["memory_budget"] = budget_that_keeps(0 if case == "slices" else 200)
-    exact = gradients(x, w, y, 0.0, accum_dtype=torch.float32)
+        wanted = {"slices": (0, 1), "slices of kept scores": (200, 1), "blocks": (392, 2)}[case]
+        options["memory_budget"] = budget_for(*wanted, tokens, features, **options)
     for name, ours, theirs in zip(
         ("dx", "dw"), gradients(x, w, y, 1e-3, **options), exact, strict=True
     ):
