@@ -180,6 +180,25 @@ def test_sums_for_few_tokens(case: Case, seeds: int, threads_wanted: int) -> Non
         check(replace(case, seed=seed))
 
 
+@pytest.mark.parametrize("vocab", [5, 6, 11])
+def test_scores_of_few_classes(vocab: int) -> None:
+    """A BLAS adds up features one after the other where classes are few, too, which the gradient of
+    the entropy shows."""
+    sides: list[list[torch.Tensor]] = [[], [], []]
+    for _ in range(20):
+        x, w, upstream = torch.randn(64, 73), torch.randn(vocab, 73) / 3, torch.randn(64)
+        for i, side in enumerate((x, x, x.double())):
+            leaf = side.clone().requires_grad_()
+            if i == 0:
+                entropy = memeff.linear_token_statistics(leaf, w, entropy=True).entropy
+            else:
+                log_p = (leaf @ w.to(leaf.dtype).t()).log_softmax(-1)
+                entropy = -(log_p.exp() * log_p).sum(-1)
+            assert entropy is not None
+            sides[i] += torch.autograd.grad(entropy, leaf, upstream.to(leaf.dtype))
+    assert_close_as_plain("dx", *(torch.cat(side) for side in sides))
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("threads_wanted", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
