@@ -33,7 +33,7 @@ class BlasBackend final : public CpuBackend<T> {
   /// made again for a gradient must have the bits of those that lse comes from: where p is close to 1
   /// other ones leave more of the gradient than there is. Products with enough rows and columns have
   /// them, whatever else is in them (MKL: 4 rows and 12 columns), so that few tokens at the end of many are
-  /// padded. With fewer than 12 rows, too, MKL adds up one after the other (error 1.6 times as large).
+  /// padded. With fewer than 12 rows, too, MKL adds up one after the other (test_scores_of_few_classes).
   /// `kept`: the scores are not made again, and there is no room.
   int64_t product_columns(Range tokens, bool kept) const;
   static constexpr int64_t kEnoughClasses = 12;

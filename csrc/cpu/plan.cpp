@@ -190,7 +190,7 @@ bool plan_vocab_slices(const CpuPlanRequest& r, bool separate_sweeps, const Limi
 }
 
 /// Replaces a plan of a call without a budget by one with compact sums that takes a quarter of the 16-bit
-/// logits, or more if its chunks have only kLeastChunkTokens. Such sums take less time than fp32 ones, and
+/// logits, or more if its chunks have only kLeastChunkTokens. Such sums take about as long as fp32 ones, and
 /// larger chunks save little: products of a BLAS take long compared with a pass over grad_weight.
 void prefer_lean(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
   constexpr int64_t kLittle = int64_t{16} << 20;

@@ -2,7 +2,7 @@
 // becomes AVX-512, AVX2 or plain code by the flags of the file that includes it.
 //
 // A vector is as wide as a register. Compilers split arithmetic on wider ones into registers, but
-// comparisons into single elements, which made softmax statistics five times as slow on AVX2.
+// comparisons into single elements, where softmax statistics then spend most of their time.
 //
 // Everything is in an unnamed namespace on purpose. Those files are compiled for different instruction
 // sets, and a function shared between them by the linker could be the one that the machine cannot run.

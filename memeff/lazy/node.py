@@ -61,7 +61,7 @@ class Node:
         """Whether the logits of this value, or of one that it was made from, exist."""
         if self._dense is not None:
             return True
-        # A loop, as every call asks several times, and a generator takes twice as long.
+        # A loop: every call asks several times, and a generator would be a call of its own.
         for source in self.sources:  # noqa: SIM110
             if source.is_dense:
                 return True
