@@ -78,8 +78,9 @@ class Plan:
     floor_flops: float
     """The matrix products that no implementation can do without."""
     predicted_flops: float
-    """On GPUs: of products that would fill the GPU for as long as the plan is predicted to take.
-    What exceeds ``flops`` is for tiles that stay empty, launches, memory traffic. 0 on the CPU."""
+    """Of products that would run for as long as the plan is predicted to take. What exceeds
+    ``flops`` is for memory traffic, the softmax, and on GPUs for launches and tiles that stay
+    empty. 0 where nothing is predicted: on the CPU for vocabulary slices and the bf16 kernels."""
     gathered_bytes: int
     """Shared vocabulary: what this rank gives to all-gathers, forward and backward, in addition to
     about 2 KiB per operator; with class weights it is 8 bytes more per token and operator."""

@@ -23,6 +23,7 @@ from memeff.bench.variants import DEFAULT_VARIANTS, check_names, make_variant
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import losses
+import plans
 
 
 def test_a_small_run(tmp_path, capsys):
@@ -221,6 +222,17 @@ def test_losses_beyond_cross_entropy_take_a_step(name):
     losses.step(name, problem, 2**25)
     for gradient in (problem.x.grad, problem.w.grad):
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plans(dtype: torch.dtype) -> None:
+    """benchmarks/plans.py: as many chunks as asked for, and times relative to the fastest."""
+    rows = plans.measure(Shape(300, 16, 200), dtype, [8], rounds=1)
+    by_name = {row["plan"]: row for row in rows}
+    assert "then 3 chunks of up to" in by_name["chunks of 128"]["steps"]
+    assert ("8 MiB" in by_name) == (dtype == torch.bfloat16)
+    assert min(row["x_measured"] for row in rows) == 1.0
+    assert all(row["floor_s"] > 0 and row["bytes"] > 0 for row in rows)
 
 
 @pytest.mark.cuda

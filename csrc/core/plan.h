@@ -92,7 +92,8 @@ struct Plan {
   int64_t floor_bytes = 0;    // the gradients themselves
   double flops = 0;
   double floor_flops = 0;  // 2 N D V per product that any implementation needs
-  // What products that fill the GPU would do in this plan's predicted time; 0 on the CPU.
+  // What products alone would do in this plan's predicted time; 0 where the planner predicts none: on the CPU
+  // for vocab slices, statistics and the bf16 kernels.
   double predicted_flops = 0;
 };
 

@@ -9,8 +9,8 @@
 namespace memeff {
 namespace {
 
-// Without a budget: enough tokens per chunk that a pass over grad_weight (8 bytes per element) costs
-// little compared with the chunk's 2 * tokens FLOPs per element, in at most this much score storage.
+// Enough tokens per chunk that a pass over grad_weight (8 bytes per element) costs little compared with the
+// chunk's 2 * tokens FLOPs per element; the bf16 kernels, where chunks cost less, in this much score storage.
 constexpr int64_t kPreferredChunkBytes = int64_t{128} << 20;
 constexpr int64_t kPreferredChunkTokens = 1024;
 constexpr int64_t kLeastChunkTokens = 256;
@@ -103,9 +103,11 @@ Limits chunk_limits(const CpuPlanRequest& r) {
     limits.least_chunk = limits.most_chunk = std::min(r.chunk_size, padded);
     return limits;
   }
-  const int64_t row = std::max<int64_t>(1, r.vocab * score_bytes(r));
-  int64_t most = kPreferredChunkBytes / row / kPanel * kPanel;
-  most = std::clamp(most, kLeastChunkTokens, kPreferredChunkTokens);
+  int64_t most = kPreferredChunkTokens;
+  if (!r.blas) {
+    const int64_t row = std::max<int64_t>(1, r.vocab * score_bytes(r));
+    most = std::clamp(kPreferredChunkBytes / row / kPanel * kPanel, kLeastChunkTokens, most);
+  }
   limits.most_chunk = std::min(most, padded);
   limits.least_chunk = std::min(r.memory_budget < 0 ? limits.most_chunk : kPanel, padded);
   return limits;
@@ -189,22 +191,58 @@ bool plan_vocab_slices(const CpuPlanRequest& r, bool separate_sweeps, const Limi
   return true;
 }
 
-/// Replaces a plan of a call without a budget by one with compact sums that takes a quarter of the 16-bit
-/// logits, or more if its chunks have only kLeastChunkTokens. Such sums take about as long as fp32 ones, and
-/// larger chunks save little: products of a BLAS take long compared with a pass over grad_weight.
-void prefer_lean(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
+/// Chunks of the tokens whose scores do not lie in grad_weight.
+int64_t other_chunks(const CpuPlanRequest& r, const Plan& plan) {
+  if (plan.chunk_tokens == 0) return 0;
+  return ceil_div(r.tokens - plan.stored_in_gradient, plan.chunk_tokens);
+}
+
+/// What token chunks take, as the FLOPs that products could do in that time. A chunk is a pass over grad_weight
+/// and packs the weight anew. Measured where a BLAS computes the products (benchmarks/plans.py).
+struct ChunkCosts {
+  double work;  // products and softmax of all tokens
+  double pass;  // of each chunk
+};
+
+ChunkCosts chunk_costs(const CpuPlanRequest& r) {
+  constexpr double kPassOverGradient = 200, kPassOverWeight = 80;  // per element of the weight
+  constexpr double kSoftmax = 280;                                 // per score
+  const int products = 1 + (r.grad_input ? 1 : 0) + (r.grad_weight ? 1 : 0);
+  const auto scores = static_cast<double>(r.tokens) * static_cast<double>(r.vocab);
+  const auto elements = static_cast<double>(r.features) * static_cast<double>(r.vocab);
+  return {products * product_flops(r) + kSoftmax * scores,
+          elements * (r.grad_weight ? kPassOverGradient : kPassOverWeight)};
+}
+
+/// The most chunks with which a call takes at most `share` longer than with `least` of them.
+int64_t most_chunks(const CpuPlanRequest& r, int64_t least, double share) {
+  const ChunkCosts costs = chunk_costs(r);
+  const double more = share * (costs.work / costs.pass + static_cast<double>(least));
+  return least + static_cast<int64_t>(std::min(more, 1e6));
+}
+
+/// Replaces a plan of a call without a budget by a leaner one that is predicted to take little longer: its
+/// chunks take a quarter of what the logits would in the dtype of the inputs, unless that costs more than 10 %,
+/// and less where that costs less than 3 %. Compact sums take about as long as fp32 ones.
+void prefer_lean(const CpuPlanRequest& r, const Limits& limits, Accumulation accumulation,
+                 Plan* plan) {
   constexpr int64_t kLittle = int64_t{16} << 20;
-  const int64_t quarter = std::max(kLittle, r.tokens * r.vocab * 2 / 4);
-  if (memory_bytes(r, *plan) <= quarter) return;
+  if (plan->chunk_tokens == 0 || memory_bytes(r, *plan) <= kLittle) return;
+  const int64_t rest = r.tokens - plan->stored_in_gradient;
+  const int64_t least = other_chunks(r, *plan);
+  const auto chunk_of = [&](double share) {
+    return round_up(ceil_div(rest, most_chunks(r, least, share)), kPanel);
+  };
   Limits lean = limits;
   lean.shrink = Shrink::kEfficiently;
-  lean.least_chunk = std::min(limits.most_chunk, kLeastChunkTokens);
-  lean.budget = quarter;
+  lean.budget = std::max(kLittle, r.tokens * r.vocab * size_of(r.dtype) / 4);
+  lean.most_chunk = std::min(limits.most_chunk, chunk_of(0.03));
+  lean.least_chunk = std::min(lean.most_chunk, chunk_of(0.10));
   Plan found;
-  if (!plan_token_chunks(r, Accumulation::kCompact, lean, &found)) {
+  if (!plan_token_chunks(r, accumulation, lean, &found)) {
     lean.budget = limits.budget;
     lean.most_chunk = lean.least_chunk;
-    if (!plan_token_chunks(r, Accumulation::kCompact, lean, &found)) return;
+    if (!plan_token_chunks(r, accumulation, lean, &found)) return;
   }
   if (memory_bytes(r, found) < memory_bytes(r, *plan)) *plan = found;
 }
@@ -232,12 +270,26 @@ bool choose(const CpuPlanRequest& r, const Limits& limits, Plan* plan) {
   const int64_t least = r.bf16_kernels ? kLeastChunkTokens : kLeastChunkTokens / 4;
   const bool compact =
       r.grad_weight && r.dtype == DType::kBFloat16 && r.accumulation == GradAccumulation::kAuto;
-  if (plan_token_chunks(r, Accumulation::kFloat32, at_least(least), plan)) {
-    if (compact && r.blas && r.memory_budget < 0 && r.chunk_size == 0) prefer_lean(r, limits, plan);
+  const bool free_chunks = r.chunk_size == 0;
+  Plan exact, packed;
+  const bool float32 = plan_token_chunks(r, Accumulation::kFloat32, at_least(least), &exact);
+  if (float32 && free_chunks && r.memory_budget < 0) {
+    const Accumulation sums = compact ? Accumulation::kCompact : Accumulation::kFloat32;
+    if (r.blas) prefer_lean(r, limits, sums, &exact);
+  } else if (compact && (free_chunks || !float32) &&
+             plan_token_chunks(r, Accumulation::kCompact, at_least(kLeastCompactChunk), &packed)) {
+    // fp32 sums may leave room only for many more chunks.
+    const bool faster =
+        float32 && most_chunks(r, other_chunks(r, packed), 0.03) < other_chunks(r, exact);
+    if (!float32 || faster) {
+      *plan = packed;
+      return true;
+    }
+  }
+  if (float32) {
+    *plan = exact;
     return true;
   }
-  if (compact && plan_token_chunks(r, Accumulation::kCompact, at_least(kLeastCompactChunk), plan))
-    return true;
   if (!r.grad_weight) return plan_token_chunks(r, Accumulation::kFloat32, limits, plan);
   return plan_vocab_slices(r, false, limits, plan) ||
          (both && plan_vocab_slices(r, true, limits, plan)) ||
@@ -306,6 +358,10 @@ std::string make_plan(const CpuPlanRequest& wanted, Plan* plan) {
   plan->input_slice = plan->input_sweep_slice = plan->slice_vocab;
   const bool slices = plan->kind == PlanKind::kVocabSlices;
   count_work(request, slices ? fresh_tokens(request, *plan) : 0, plan);
+  if (request.blas && plan->kind == PlanKind::kTokenChunks) {
+    const ChunkCosts costs = chunk_costs(request);
+    plan->predicted_flops = costs.work + static_cast<double>(plan->num_chunks) * costs.pass;
+  }
   plan->workspace_bytes = layout_workspace(request, *plan).total;
   plan->library_bytes = library_bytes(request);
   return "";

@@ -314,7 +314,9 @@ void test_compact_sums() {
     CHECK(plan.accumulation == accumulation);
     return plan;
   };
-  check(96, PlanKind::kTokenChunks, Accumulation::kFloat32);
+  check(128, PlanKind::kTokenChunks, Accumulation::kFloat32);
+  // fp32 sums would leave room for nine chunks only, rather than four.
+  check(96, PlanKind::kTokenChunks, Accumulation::kCompact);
   const Plan plan = check(32, PlanKind::kTokenChunks, Accumulation::kCompact);
   CHECK(plan.chunk_tokens >= 256);
   CHECK_EQ(plan.flops, plan.floor_flops);
@@ -326,7 +328,8 @@ void test_compact_sums() {
   check(130, PlanKind::kVocabSlices, Accumulation::kExact);
 }
 
-/// Without a budget, where a BLAS computes bf16: a quarter of the 16-bit logits, or chunks of 256 tokens.
+/// Without a budget, where a BLAS computes the products: a quarter of the logits in the dtype of the inputs, more
+/// where that would cost more than 10 % of the time, less where it costs less than 3 %.
 void test_default_of_a_blas() {
   const auto plan_of = [](int64_t tokens, int64_t features, int64_t vocab, DType dtype,
                           GradAccumulation accumulation = GradAccumulation::kAuto) {
@@ -342,19 +345,30 @@ void test_default_of_a_blas() {
     return plan;
   };
   const auto bytes = [](const Plan& plan) { return plan.workspace_bytes + plan.library_bytes; };
-  Plan plan = plan_of(4096, 1024, 32768, DType::kBFloat16);
-  CHECK(plan.accumulation == Accumulation::kCompact);
-  CHECK(plan.chunk_tokens >= 256);
-  CHECK(bytes(plan) <= int64_t{4096} * 32768 * 2 / 4);
+  const auto quarter = [](int64_t tokens, int64_t vocab, DType dtype) {
+    return tokens * vocab * size_of(dtype) / 4;
+  };
+  // Less than a quarter.
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat64}) {
+    const Plan plan = plan_of(8192, 1024, 32768, dtype);
+    const bool compact = dtype == DType::kBFloat16;
+    CHECK(plan.accumulation == (compact ? Accumulation::kCompact : Accumulation::kFloat32));
+    CHECK(bytes(plan) < quarter(8192, 32768, dtype) * 3 / 4);
+  }
+  // A quarter, in more time than the largest chunks would take.
+  Plan plan = plan_of(1024, 64, 65536, DType::kFloat32);
+  CHECK(bytes(plan) <= quarter(1024, 65536, DType::kFloat32));
+  CHECK(plan.num_chunks >= 4);
   plan = plan_of(2048, 2048, 128256, DType::kBFloat16);
   CHECK(plan.accumulation == Accumulation::kCompact);
-  CHECK_EQ(plan.chunk_tokens, 256);
-  CHECK(bytes(plan) <= int64_t{160} << 20);
-  // Little memory in any case; what the caller wants; a dtype without such sums.
+  CHECK(bytes(plan) <= quarter(2048, 128256, DType::kBFloat16));
+  // More than a quarter: with few tokens chunks would become too small.
+  plan = plan_of(2048, 512, 32768, DType::kBFloat16);
+  CHECK(bytes(plan) > quarter(2048, 32768, DType::kBFloat16));
+  CHECK(plan.chunk_tokens >= 192);
+  // Little memory in any case; what the caller wants.
   CHECK(plan_of(300, 32, 5000, DType::kBFloat16).accumulation == Accumulation::kFloat32);
   plan = plan_of(2048, 2048, 128256, DType::kBFloat16, GradAccumulation::kFloat32);
-  CHECK(plan.accumulation == Accumulation::kFloat32);
-  plan = plan_of(4096, 1024, 32768, DType::kFloat32);
   CHECK(plan.accumulation == Accumulation::kFloat32);
 }
 
