@@ -69,6 +69,11 @@ struct TokenArrays {
   // inputs, whose output_scale has it); null: no scores are stored.
   float* target_gradient = nullptr;
 };
+/// Whether A is double; else it is float.
+inline bool in_double(const Problem& problem) {
+  return accumulation_dtype(problem.dtype) == DType::kFloat64;
+}
+
 constexpr int64_t kNoTarget = -1;
 constexpr int64_t kBadTarget = -2;
 constexpr int64_t kElsewhere = -3;

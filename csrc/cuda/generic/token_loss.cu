@@ -115,9 +115,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 Status write_token_statistics(const Problem& problem, const TokenArrays& tokens, int64_t begin,
                               int64_t end, void* stream) {
   if (begin == end) return {};
-  const bool in_double = accumulation_dtype(problem.dtype) == DType::kFloat64;
-  const auto write =
-      in_double ? write_token_statistics_kernel<double> : write_token_statistics_kernel<float>;
+  const auto write = in_double(problem) ? write_token_statistics_kernel<double>
+                                        : write_token_statistics_kernel<float>;
   const auto blocks = static_cast<unsigned>(ceil_div(end - begin, kStatisticsThreads));
   MEMEFF_LAUNCH(write, dim3(blocks), dim3(kStatisticsThreads), 0, stream, problem, tokens, begin,
                 end);
@@ -125,8 +124,7 @@ Status write_token_statistics(const Problem& problem, const TokenArrays& tokens,
 }
 
 Status write_loss(const Problem& problem, const TokenArrays& tokens, void* stream) {
-  const bool in_double = accumulation_dtype(problem.dtype) == DType::kFloat64;
-  const auto write = in_double ? write_loss_kernel<double> : write_loss_kernel<float>;
+  const auto write = in_double(problem) ? write_loss_kernel<double> : write_loss_kernel<float>;
   MEMEFF_LAUNCH(write, dim3(1), dim3(kThreads), 0, stream, problem, tokens);
   return launch_status();
 }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = begin + i;
   const auto say = [&](int64_t place, double value) { own[place * size + i] = value; };
   if (places.target_weight >= 0) {
-    // Of an index each rank has 0 or the weight, but for one that is no class of any rank.
+    // An index target's weight, 0 where its class is another rank's; NaN on all if it is no class.
     say(places.target_weight, tokens.target_mass[token]);
   }
   if (places.lse >= 0) say(places.lse, tokens.lse[token]);
@@ -109,10 +109,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 unsigned blocks_of(int64_t tokens) { return static_cast<unsigned>(ceil_div(tokens, kThreads)); }
-
-bool in_double(const Problem& problem) {
-  return accumulation_dtype(problem.dtype) == DType::kFloat64;
-}
 
 }  // namespace
 
