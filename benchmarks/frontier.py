@@ -4,7 +4,7 @@
     python benchmarks/frontier.py --plot docs/frontier.png
 
 A forward and backward pass in bfloat16. Times are the planner's own predictions (FLOPs, tiles that
-stay empty, launches, memory traffic: predicted_cost in csrc/cuda/plan.cpp) at the rates of
+stay empty, launches, memory traffic: predicted_cost in csrc/cuda/plan_cost.cpp) at the rates of
 predict_cuda.py. Nothing here is a measurement of memeff. The peers' points are their own figures.
 """
 

@@ -49,10 +49,6 @@ struct Plan : memeff::Plan {
   int64_t copied_tokens = 0;          // whose hidden states are copied at a time, if they are
 };
 
-/// The predicted time of a plan, as multiply-adds of products that fill the GPU: those of its own
-/// products, of tiles that stay empty, and what passes in the time of its launches and memory traffic.
-double predicted_cost(const GpuPlanRequest& request, const PlanTraits& traits, const Plan& plan);
-
 /// A plan with what it was made for: all that a backend must know.
 struct CallPlan {
   GpuPlanRequest request;

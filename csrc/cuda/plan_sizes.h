@@ -1,4 +1,5 @@
-// What of a plan takes memory and work: shared by its layout (layout.cpp) and the search (plan.cpp).
+// What of a plan takes memory and work: shared by its layout (layout.cpp), the search
+// (plan.cpp) and its cost (plan_cost.cpp).
 #pragma once
 
 #include "core/dtype.h"

@@ -9,6 +9,7 @@
 #include "cuda/gemm.h"
 #include "cuda/layout.h"
 #include "cuda/plan.h"
+#include "cuda/plan_cost.h"
 #include "cuda/plan_sizes.h"
 #include "cuda/work_list.h"
 

@@ -26,6 +26,7 @@ SOURCES = (
     "csrc/cuda/cuda_backend.cpp",
     "csrc/cuda/layout.cpp",
     "csrc/cuda/plan.cpp",
+    "csrc/cuda/plan_cost.cpp",
     "csrc/cuda/select.cpp",
     "csrc/driver/driver.cpp",
 )
