@@ -25,6 +25,7 @@ from memeff._operands import (
     parse_num_items,
 )
 from memeff._options import Options, check_accum_dtype, merge_torch_options, parse_options
+from memeff._remember import remember
 from memeff.vocab_parallel import parse_vocab_parallel
 
 __all__ = ["Call", "RowResults", "call_loss", "denominator_of", "loss_call", "statistics_call"]
@@ -59,9 +60,7 @@ class Call(NamedTuple):
             "weight_grad": grad and self.linear_weight.requires_grad,
             "bias_grad": grad and bias is not None and bias.requires_grad,
         }
-        if torch.compiler.is_compiling():
-            return wanted | _values(self.options, names)
-        return wanted | _values_before(self.options, names)
+        return wanted | _values(self.options, names)
 
     def count_classes(self) -> int | Tensor:
         """V, of all ranks that share the vocabulary; they ask each other, so all of them call."""
@@ -104,12 +103,9 @@ class Call(NamedTuple):
             return function(**{name: getattr(self, name) for name in of_call}, **options)
 
 
+@remember
 def _values(options: Options, names: Sequence[str]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
-
-
-# Calls repeat their options.
-_values_before = functools.lru_cache(maxsize=64)(_values)
 
 
 def _parameters(function: Callable[..., Any], fields: tuple[str, ...]) -> list[str]:

@@ -2,12 +2,11 @@
 
 An option is a key of `LossOptions`, with the type that users write, and a field of `Options` under
 the name that the operators have for it, with its check and its default. From there it travels by
-name: see `memeff._call.arguments_of`.
+name: see `memeff._call.Call.keywords`.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import sys
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from memeff._backends import check_backend
 from memeff._checks import check_choice, check_flag, check_int, check_number
+from memeff._remember import remember
 from memeff.vocab_parallel import VocabParallel, parse_vocab_parallel
 
 if TYPE_CHECKING:
@@ -224,26 +224,14 @@ _PARSERS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+@remember  # checking takes a tenth of a small call
 def parse_options(**given: Any) -> Options:
     """Checks each option by itself; what depends on the tensors is up to `memeff._call`.
 
     Raises:
         TypeError, ValueError: a wrong type or a bad value; the message names the option.
     """
-    if torch.compiler.is_compiling():
-        return _parse(**given)
-    try:
-        return _parsed_before(**given)
-    except TypeError:  # a wrong type, or one that is not hashable
-        return _parse(**given)
-
-
-def _parse(**given: Any) -> Options:
     return Options(**{name: _PARSERS[name](name, value) for name, value in given.items()})
-
-
-# Checking takes a tenth of a small call, and calls repeat their options.
-_parsed_before = functools.lru_cache(maxsize=64, typed=True)(_parse)
 
 
 def show_options(function: Any, names: Iterable[str], *, of: Callable[..., Any]) -> None:

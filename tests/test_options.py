@@ -14,6 +14,7 @@ import torch
 import memeff
 from memeff import _options, modules, ops, statistics_ops
 from memeff._call import Call
+from memeff._remember import remember
 
 # Arguments of linear_cross_entropy that belong to one call, which no module keeps.
 OF_ONE_CALL = {
@@ -110,3 +111,20 @@ def test_options_that_are_equal_but_of_another_type_are_checked() -> None:
     assert _options.parse_options(shift=True).shift == 1
     with pytest.raises(TypeError, match="shift must be an int"):
         _options.parse_options(shift=1.0)
+
+
+def test_repeated_arguments_are_remembered() -> None:
+    """But not those that are not hashable, nor errors."""
+    seen: list[Any] = []
+
+    @remember
+    def listed(values: Any) -> list[Any]:
+        seen.append(values)
+        return list(values)
+
+    assert listed((1, 2)) is listed((1, 2))
+    assert listed([1, 2]) == listed([1, 2]) == [1, 2]
+    for _ in range(2):
+        with pytest.raises(TypeError, match="not iterable"):
+            listed(3)
+    assert seen == [(1, 2), [1, 2], [1, 2], 3, 3, 3, 3]
