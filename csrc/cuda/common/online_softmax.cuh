@@ -71,18 +71,4 @@ inline bool wants_full(const PartialStatistics& partials) {
   return partials.entropy != nullptr || partials.smooth != nullptr || partials.argmax != nullptr;
 }
 
-// The state of the lane that differs in the bits of lane_mask.
-template <class A, bool kFull>
-MEMEFF_DEVICE SoftmaxState<A, kFull> state_of_lane(const SoftmaxState<A, kFull>& mine,
-                                                   int lane_mask) {
-  SoftmaxState<A, kFull> other;
-  other.max = __shfl_xor_sync(~0u, mine.max, lane_mask);
-  other.sum = __shfl_xor_sync(~0u, mine.sum, lane_mask);
-  if (!kFull) return other;
-  other.entropy = __shfl_xor_sync(~0u, mine.entropy, lane_mask);
-  other.smooth = __shfl_xor_sync(~0u, mine.smooth, lane_mask);
-  other.argmax = __shfl_xor_sync(~0u, mine.argmax, lane_mask);
-  return other;
-}
-
 }  // namespace memeff::cuda

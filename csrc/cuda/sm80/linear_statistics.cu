@@ -19,6 +19,7 @@
 // per logit, 1 per 2 features FLOPs.
 // Numerics: fp32 accumulators; sums are of fp32 exponentials, not of the rounded E.
 #include "cuda/common/online_softmax.cuh"
+#include "cuda/common/quad.cuh"
 #include "cuda/sm80/logits_tile.cuh"
 
 namespace memeff::cuda::sm80 {
@@ -146,20 +147,6 @@ MEMEFF_DEVICE void write_target_logits(Accumulators& c, const LogitBlock& logits
     for (int v = 0; v < kThreadColumns; ++v)
       if (column_in_tile(v) == target) target_logit[token] = c.at(r, v);
   }
-}
-
-// Over the 4 lanes that share rows; all get the same bits.
-MEMEFF_DEVICE float quad_max(float x) {
-  x = ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
-  return ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
-}
-MEMEFF_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-MEMEFF_DEVICE int quad_min(int x) {
-  x = min(x, __shfl_xor_sync(~0u, x, 1));
-  return min(x, __shfl_xor_sync(~0u, x, 2));
 }
 
 // sums[r] += sum w z over the thread's columns. Column by column, so that weights take no

@@ -105,14 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (is_producer()) {
     ptx::decrease_registers<kProducerRegisters>();
     if (threadIdx.x != 0) return;
-    for (int number = order.first(); number < order.count(); number += order.stride()) {
-      int row, column;
-      order.place(number, &row, &column);
-      for (int step = 0; step < steps; ++step)
-        load_step<TokensOperand, Classes>(ring, &x, &w, row * kTileM, column * kTileN,
-                                          step * kStepK);
-    }
-    finish_loads(ring);
+    load_score_tiles(ring, &x, &w, steps, order);
     return;
   }
 

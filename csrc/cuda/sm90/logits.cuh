@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/common/logit_transform.cuh"
+#include "cuda/common/quad.cuh"
 #include "cuda/sm90/kernels.h"
 #include "cuda/sm90/tile_store.cuh"
 
@@ -20,6 +21,20 @@ using TokensOperand = OperandTile<Major::kK, kTileM>;
 template <int kCluster>
 using ClassesOperand = OperandTile<Major::kK, kTileN, kCluster>;
 
+// The producer's thread: loads `steps` steps of each of the block's tiles.
+template <int kCluster>
+MEMEFF_DEVICE void load_score_tiles(Ring<kCluster>& ring, const TensorMap* x, const TensorMap* w,
+                                    int steps, const TileOrder<kCluster>& order) {
+  for (int number = order.first(); number < order.count(); number += order.stride()) {
+    int row, column;
+    order.place(number, &row, &column);
+    for (int step = 0; step < steps; ++step)
+      load_step<TokensOperand, ClassesOperand<kCluster>>(ring, x, w, row * kTileM, column * kTileN,
+                                                         step * kStepK);
+  }
+  finish_loads(ring);
+}
+
 // The thread's k-th class of a half comes class_offset(k) after its first one: a constant, so that
 // comparisons and addresses need no register per accumulator. `accumulator` is where the half's
 // numbers of token r (0 or 1) and this class lie.
@@ -28,15 +43,6 @@ MEMEFF_DEVICE constexpr int class_offset(int k) { return k / 2 * 8 + k % 2; }
 MEMEFF_DEVICE constexpr int accumulator(int r, int k) { return k / 2 * 4 + r * 2 + k % 2; }
 MEMEFF_DEVICE int first_class_of_thread(int first_of_half) {
   return first_of_half + lane_index() % 4 * 2;
-}
-
-MEMEFF_DEVICE float quad_max(float x) {
-  x = ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 1));
-  return ptx::max_or_nan(x, __shfl_xor_sync(~0u, x, 2));
-}
-MEMEFF_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 // exp x of a logit's distance from a maximum or from lse: a relative error of 2^-22 + |x| 2^-24,
