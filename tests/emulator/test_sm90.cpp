@@ -1,16 +1,15 @@
 // mbarrier, TMA and wgmma: a pipelined product with one flaw at a time, and each primitive by
 // itself.
-#include <random>
-#include <vector>
-
 #include "emulator/check.h"
 #include "emulator/more_ptx.cuh"
+#include "emulator/product_case.h"
 
 using namespace memeff;
 using emulator::BufferAccess;
 using emulator::Defect;
 using emulator::expect_clean;
 using emulator::GlobalBuffer;
+using emulator::ProductCase;
 
 namespace {
 
@@ -30,7 +29,7 @@ enum class Flaw {
   kExitEarly,    // results never waited for
 };
 
-constexpr int kStages = 2, kTileK = 64;
+constexpr int kStages = 2, kTileK = ProductCase::kTileK;
 constexpr int kTileBytes = 64 * kTileK * 2, kStageBytes = 2 * kTileBytes;
 
 template <Flaw kFlaw>
@@ -84,63 +83,27 @@ __global__ void pipelined_product(const __grid_constant__ TensorMap a,
     out[(t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * 64 + t % 4 * 2 + i % 2 + i / 4 * 8] = d[i];
 }
 
-struct Matrices {
-  static constexpr int kK = 5 * kTileK - 24;  // the last tile reaches past the end: zeros
-  std::vector<__nv_bfloat16> a, b;
-  std::vector<float> out;
-  TensorMap map_a, map_b;
-
-  Matrices() : a(64 * kK), b(64 * kK), out(64 * 64) {
-    std::mt19937 random(5);
-    std::normal_distribution<float> normal;
-    for (auto& x : a) x = __nv_bfloat16(normal(random));
-    for (auto& x : b) x = __nv_bfloat16(normal(random));
-    CHECK(make_tensor_map(layout(a), &map_a).ok());
-    CHECK(make_tensor_map(layout(b), &map_b).ok());
-  }
-  static TensorMapLayout layout(std::vector<__nv_bfloat16>& m) {
-    TensorMapLayout layout;
-    layout.base = m.data();
-    layout.columns = kK;
-    layout.rows = 64;
-    layout.row_bytes = kK * 2;
-    layout.box_columns = kTileK;
-    layout.box_rows = 64;
-    return layout;
-  }
-  void check_product() const {
-    for (int i = 0; i < 64; ++i)
-      for (int j = 0; j < 64; ++j) {
-        double expected = 0;
-        for (int k = 0; k < kK; ++k)
-          expected += static_cast<double>(__bfloat162float(a[i * kK + k])) *
-                      __bfloat162float(b[j * kK + k]);
-        CHECK(std::abs(out[i * 64 + j] - expected) < 1e-3);
-      }
-  }
-};
-
 template <Flaw kFlaw>
-void run_product(Matrices& m) {
+void run_product(ProductCase& m) {
   float* const out = m.out.data();
   const TensorMap a = m.map_a, b = m.map_b;
   MEMEFF_LAUNCH(pipelined_product<kFlaw>, dim3(1), dim3(160), kStages * kStageBytes, nullptr, a, b,
-                out, 5);
+                out, ProductCase::kSteps);
 }
 
 template <Flaw kFlaw>
-void expect_flaw(const char* what, Defect defect, Matrices& m) {
+void expect_flaw(const char* what, Defect defect, ProductCase& m) {
   emulator::expect_defect_at(what, defect, __FILE__, nullptr, [&] { run_product<kFlaw>(m); });
 }
 
 void test_pipeline() {
-  Matrices m;
+  ProductCase m(64, 64);
   const GlobalBuffer guard_a(m.a.data(), m.a.size() * 2, "a", BufferAccess::kReadOnly);
   const GlobalBuffer guard_b(m.b.data(), m.b.size() * 2, "b", BufferAccess::kReadOnly);
   const GlobalBuffer guard_out(m.out.data(), m.out.size() * 4, "out");
   expect_clean("pipelined product", [&] {
     run_product<Flaw::kNone>(m);
-    m.check_product();
+    m.check();
   });
   expect_flaw<Flaw::kNoInitFence>("no init fence", Defect::kMissingProxyFence, m);
   emulator::expect_reports("no barrier after init", [&] { run_product<Flaw::kNoInitBarrier>(m); });

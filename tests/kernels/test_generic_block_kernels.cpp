@@ -451,6 +451,18 @@ void test_special_values() {
     }
 }
 
+Status gradient_in_float(Experiment& e, const Coefficients& coefficients) {
+  return block_gradient({e.block(),
+                         e.products.data(),
+                         e.stride,
+                         DType::kFloat32,
+                         DType::kFloat32,
+                         {},
+                         e.targets(),
+                         coefficients},
+                        nullptr);
+}
+
 // The target's entry keeps its digits when its softmax is close to 1: p - 1 would have none.
 void test_target_of_a_peaked_softmax() {
   Experiment e({2, 3, 1}, DType::kFloat32);
@@ -460,17 +472,8 @@ void test_target_of_a_peaked_softmax() {
     for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, v == n % 2 ? -1e-9 : -20.0);
     k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target.set(n, -0.5), k.target_rest.set(n, 0.0);
   }
-  const Coefficients coefficients{k.shift.data(), k.softmax.data(), nullptr,
-                                  nullptr,        k.target.data(),  k.target_rest.data()};
-  CHECK(block_gradient({e.block(),
-                        e.products.data(),
-                        e.stride,
-                        DType::kFloat32,
-                        DType::kFloat32,
-                        {},
-                        e.targets(),
-                        coefficients},
-                       nullptr)
+  CHECK(gradient_in_float(e, {k.shift.data(), k.softmax.data(), nullptr, nullptr, k.target.data(),
+                              k.target_rest.data()})
             .ok());
   for (int64_t n = 0; n < 3; ++n)
     compare(e.products.at(n % 2 * e.stride + n), -5e-10, 1e-15, "peaked target", DType::kFloat32);
@@ -487,17 +490,8 @@ void test_small_target_of_a_flat_softmax() {
     k.shift.set(n, 0.0), k.softmax.set(n, 0.5), k.target.set(n, n * 1e-9);
     k.target_rest.set(n, 0.5 + n * 1e-9);
   }
-  const Coefficients coefficients{k.shift.data(), k.softmax.data(), nullptr,
-                                  nullptr,        k.target.data(),  k.target_rest.data()};
-  CHECK(block_gradient({e.block(),
-                        e.products.data(),
-                        e.stride,
-                        DType::kFloat32,
-                        DType::kFloat32,
-                        {},
-                        e.targets(),
-                        coefficients},
-                       nullptr)
+  CHECK(gradient_in_float(e, {k.shift.data(), k.softmax.data(), nullptr, nullptr, k.target.data(),
+                              k.target_rest.data()})
             .ok());
   for (int64_t n = 0; n < 3; ++n) {
     const double wanted = 0.5 * std::exp(-20.0) + n * 1e-9;
@@ -517,16 +511,7 @@ void test_targets_without_coefficients() {
       k.shift.set(n, 0.0), k.softmax.set(n, 0.5);
       for (int64_t v = 0; v < 2; ++v) e.products.set(v * e.stride + n, 0.0);
     }
-    CHECK(block_gradient({e.block(),
-                          e.products.data(),
-                          e.stride,
-                          DType::kFloat32,
-                          DType::kFloat32,
-                          {},
-                          e.targets(),
-                          {k.shift.data(), k.softmax.data()}},
-                         nullptr)
-              .ok());
+    CHECK(gradient_in_float(e, {k.shift.data(), k.softmax.data()}).ok());
     for (int64_t v = 0; v < 2; ++v)
       for (int64_t n = 0; n < 3; ++n) CHECK(e.products.at(v * e.stride + n) == 0.5);
   }
