@@ -82,7 +82,7 @@ def run(ranks: int, shape: Shape, dtype: str, rounds: int) -> Row:
 
 # ---- the model ----
 
-# Of Liger's published figures: TFLOP/s per GPU at TP 1, for this shape.
+# Liger's published figures: TFLOP/s per GPU, by TP, for this shape.
 LIGER = Shape(2048, 4096, 131072)
 FLOP_PER_SECOND = 768e12
 PUBLISHED = {1: 768, 8: 638, 16: 386}

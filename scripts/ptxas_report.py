@@ -125,7 +125,8 @@ class Compiled:
 
 def short_name(demangled: str) -> str:
     """`statistics<float, true>` from a demangled signature."""
-    name = re.sub(r"\(anonymous namespace\)::|memeff::|cuda::|sm80::|sm90::", "", demangled)
+    spaces = "|".join(["memeff", "cuda", *DYNAMIC_SHARED])
+    name = re.sub(rf"\(anonymous namespace\)::|\b(?:{spaces})::", "", demangled)
     name = name.removeprefix("void ")
     depth = 0
     for i, character in enumerate(name):  # the parameters start at the first "(" outside of <>

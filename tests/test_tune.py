@@ -16,7 +16,7 @@ from memeff.bench.shapes import Shape
 
 # Seconds of a family: enough for one that works on a busy machine.
 LIMIT = 90.0
-# Of one that hangs, whose process is ended after them.
+# Seconds of one that hangs, whose process is ended after them.
 HANG = 3.0
 
 

@@ -92,8 +92,8 @@ class CallMemory {
   void* grad_weight_row(int64_t label) const {
     return at(problem_.grad_weight, label * problem_.features);
   }
-  /// Beside the sums of grad_weight from class `label` on, and of grad_input from `token` on, a token
-  /// whose scores are not kept.
+  /// What is kept in addition to the sums of grad_weight from class `label` on, and of grad_input from
+  /// `token` on, a token whose scores are not kept.
   SplitSums split_sums_of_weight(int64_t label) const;
   SplitSums split_sums_of_input(int64_t token) const;
   /// Sums of grad_input from tokens.begin on: the gradient itself when it has full precision.

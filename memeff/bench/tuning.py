@@ -39,7 +39,7 @@ _FAMILY_SECONDS = 60.0
 _LEAST_SECONDS = 5.0  # a process needs them to begin with
 _ROUNDS = 7
 _SKIP_MASS = 1e-3
-# Of whole calls at full size, against the generic kernels' results.
+# Differences of whole calls at full size from the generic kernels' results.
 _MOST_DIFFERENCE = 0.02
 
 _VARIABLE = "MEMEFF_CUDA_KERNELS"

@@ -79,7 +79,7 @@ void test_extremes() {
 }
 
 /// Sums of as many chunks as a plan may have: the errors of rounding after every chunk add up to little
-/// beside that of the one rounding to bf16 at the end, where rounding to bf16 itself every time would
+/// next to that of the one rounding to bf16 at the end, where rounding to bf16 itself every time would
 /// multiply it. Some columns are 1000 times larger than their neighbours, as in hidden states.
 void test_sums() {
   constexpr int kRows = 100, kChunks = 256;
@@ -118,10 +118,10 @@ void test_sums() {
       }
     }
   }
-  test::context() = test::describe("sums of ", kChunks, " chunks: compact ",
-                                   std::sqrt(compact_error / once_error), ", native ",
-                                   std::sqrt(native_error / once_error), " of one rounding; ",
-                                   "beside outliers ", std::sqrt(small_compact_error / small_norm));
+  test::context() = test::describe(
+      "sums of ", kChunks, " chunks: compact ", std::sqrt(compact_error / once_error), ", native ",
+      std::sqrt(native_error / once_error), " of one rounding; ", "next to outliers ",
+      std::sqrt(small_compact_error / small_norm));
   CHECK(std::sqrt(compact_error / once_error) < 0.5);
   CHECK(std::sqrt(native_error / once_error) > 4);
   // What shares a block with columns 1000 times larger is kept to 2^-18 of these after each chunk.

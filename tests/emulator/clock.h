@@ -1,8 +1,8 @@
 // Vector clocks: what has happened before now, as far as somebody knows.
 //
 // Everybody who leaves a barrier knows the same but for what they do next. The vectors are therefore
-// shared and copied when written, a thread keeps its own steps beside them, and of what many threads
-// learn one after the other the vector is made once: a barrier of 256 threads takes the time of 256
+// shared and copied when written, a thread keeps its own steps apart from them, and the vector of what
+// many threads learn one after the other is made once: a barrier of 256 threads takes the time of 256
 // steps, not that of 256 vectors of 600 agents.
 #pragma once
 

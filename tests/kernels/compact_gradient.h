@@ -1,4 +1,4 @@
-// A gradient as compact sums (core/compact_sum.h), beside what the scalar model makes of the same fp32
+// A gradient as compact sums (core/compact_sum.h), next to what the scalar model makes of the same fp32
 // sums. Kernels must leave the model's bits.
 #pragma once
 

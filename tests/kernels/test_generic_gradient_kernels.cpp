@@ -134,7 +134,7 @@ void test_stored_gradients() {
   });
 }
 
-// NaN scores and rows of -inf alone are NaN in the gradient, as after a log-softmax; -inf beside
+// NaN scores and rows of -inf alone are NaN in the gradient, as after a log-softmax; -inf next to
 // finite logits is zero.
 void test_stored_special_values() {
   const double inf = std::numeric_limits<double>::infinity();

@@ -21,7 +21,7 @@ PROGRAMS = 40
 _CLASSES = torch.arange(V)
 _BIAS = torch.randn(V, generator=torch.Generator().manual_seed(1))
 
-# Of logits [..., V] of two dimensions or more.
+# They take logits [..., V] of two dimensions or more.
 VIEWS_AND_COPIES: list[Callable[[Any], Any]] = [
     lambda z: z.reshape(-1, V),
     lambda z: z[1:] if len(z) > 1 else z[:],

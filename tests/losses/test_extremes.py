@@ -152,7 +152,7 @@ def test_orpo_with_a_certain_or_empty_sequence(
     assert loss.isfinite() and loss <= 0.1 * 40
     for gradient in torch.autograd.grad(loss, list(values.values())):
         assert gradient.isfinite().all()
-        assert gradient[0] != 0  # the pair beside it trains on
+        assert gradient[0] != 0  # the other pair trains on
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

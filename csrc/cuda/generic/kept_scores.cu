@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) keep_scores_kernel(KeepArgu
   merged.argmax = first_of_tile;
   for (int from = 0; from < kWarps; ++from) {
     const int there = from * kTile + mine;
-    // Of equal maxima the first.
+    // The first of equal maxima.
     if (kFull && maxima[there] > merged.max) merged.argmax = argmaxima[there];
     merged.max = larger(merged.max, maxima[there]);
     merged.sum += sums[there];
