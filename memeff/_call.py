@@ -26,7 +26,7 @@ from memeff._operands import (
 )
 from memeff._options import Options, check_accum_dtype, merge_torch_options, parse_options
 from memeff._remember import remember
-from memeff.vocab_parallel import parse_vocab_parallel
+from memeff.vocab_parallel import parse_vocab_parallel, reporting
 
 __all__ = ["Call", "RowResults", "call_loss", "denominator_of", "loss_call", "statistics_call"]
 
@@ -149,25 +149,19 @@ def _sharing(make: Callable[..., Call]) -> Callable[..., Call]:
                 dict(zip(_names(make), tensors, strict=False)), shared
             )
             tensors, given = tuple(operands.values()), {**given, "vocab_parallel": shared}
-        assert shared is not None
-        try:
+
+        def checked() -> Call:
             call = make(*tensors, **given)
             _check_sharded(call)
-        except Exception as error:
-            shared.report_failure(error)
-            raise
-        return call
+            return call
+
+        return reporting(shared, checked)
 
     return make_shared
 
 
 def _check_sharded(call: Call) -> None:
     """What is not there for a vocabulary that ranks share."""
-    if call.scale is not None and call.scale.requires_grad:
-        raise NotImplementedError(
-            "logit_scale requires grad, expected a number or a tensor that does not with "
-            "vocab_parallel: a rank has only a part of that gradient"
-        )
     if call.backend == "reference":
         raise NotImplementedError(
             'backend is "reference" (or a gradient is wanted that only the reference computes), '
@@ -317,7 +311,7 @@ def _differentiable(call: Call, given: dict[str, Any]) -> Call:
         refuse_tangents(head | given, '; backend="reference" has them')
     if call.scale is None:
         return call
-    input, linear_bias = tie(call.input, call.linear_bias, call.scale)
+    input, linear_bias = tie(call.input, call.linear_bias, call.scale, call.options.vocab_parallel)
     return call._replace(input=input, linear_bias=linear_bias)
 
 

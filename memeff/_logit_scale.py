@@ -7,6 +7,10 @@ Logits are functions of s u, with u = x W^T + b, whatever follows (soft cap, tem
 So autograd has the gradient of s from those of x and b, and kernels take s as a number. Where these
 are rounded to 16 bits, so is each term. An estimate, which takes the roundings for independent: an
 error of an epsilon of that dtype over sqrt(N D), relative to the norm of the terms.
+
+Of a vocabulary that ranks share a rank has some of the entries of b, and dL/dx may be its own
+contribution (`reduce_input_grad=False`): what a rank sums over is then a part, and the parts add up
+in the order of the ranks, so that all ranks have the same gradient of s.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from memeff._checks import DTYPES, check_tensor
 from memeff._gradient_sums import row_slices
+from memeff.vocab_parallel import VocabParallel, gather
 
 __all__ = ["take_scale", "tie"]
 
@@ -38,36 +43,43 @@ def take_scale(given: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
 
 
 def tie(
-    input: Tensor, linear_bias: Tensor | None, scale: Tensor | None
+    input: Tensor, linear_bias: Tensor | None, scale: Tensor | None, shared: VocabParallel | None
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states and bias whose gradients, on their way back, make that of ``scale``."""
     if scale is None or not scale.requires_grad or not torch.is_grad_enabled():
         return input, linear_bias
-    tied: Tensor = _Tied.apply(input, scale)
-    return tied, None if linear_bias is None else _Tied.apply(linear_bias, scale)
+    none = ("", 1)
+    ranks = none if shared is None else (shared.group_name, shared.ranks)
+    whole = shared is None or shared.reduce_input_grad
+    tied: Tensor = _Tied.apply(input, scale, *(none if whole else ranks))
+    return tied, None if linear_bias is None else _Tied.apply(linear_bias, scale, *ranks)
 
 
 class _Tied(torch.autograd.Function):
-    """The tensor; sends tensor . gradient / scale to the scale."""
+    """The tensor; sends tensor . gradient / scale to the scale, summed over the ranks of a group
+    where there is one."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor: Tensor, scale: Tensor) -> Tensor:
+    def forward(tensor: Tensor, scale: Tensor, group_name: str, ranks: int) -> Tensor:
         return tensor.view_as(tensor)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.group_name, ctx.ranks = inputs[2:]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensor, scale = ctx.saved_tensors
         of_scale = None
         if ctx.needs_input_grad[1]:
-            total = _dot(tensor, gradient).to(scale.device)
-            of_scale = (total / scale).to(scale.dtype)
-        return gradient if ctx.needs_input_grad[0] else None, of_scale
+            total = _dot(tensor, gradient)
+            if ctx.group_name:
+                total = gather(total, ctx.group_name, ctx.ranks).sum(0)
+            of_scale = (total.to(scale.device) / scale).to(scale.dtype)
+        return gradient if ctx.needs_input_grad[0] else None, of_scale, None, None
 
 
 def _dot(tensor: Tensor, gradient: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from memeff._gradients import (
 from memeff._operands import check_per_token
 from memeff.statistics import LogitStatistics
 from memeff.token_statistics import compute_statistics
-from memeff.vocab_parallel import VocabParallel
+from memeff.vocab_parallel import VocabParallel, reporting
 
 __all__ = ["linear_loss"]
 
@@ -95,7 +95,6 @@ def linear_loss(
         The loss, 0-d or per token, float32 (float64 for float64 inputs). Second derivatives raise
         an error.
     """
-    check_callable("fn", fn)
     call = statistics_call(
         input,
         linear_weight,
@@ -116,12 +115,16 @@ def linear_loss(
     )
     named = {f"per_token_tensors[{i}]": tensor for i, tensor in enumerate(per_token_tensors)}
     positions = call.linear_weight.shape[1:-1]
-    if 0 in positions:
-        raise RuntimeError(
-            f"linear_weight has shape {tuple(linear_weight.shape)}, expected at least one position"
-        )
-    check_per_token(named, input, positions=positions)
-    denominator = denominator_of(num_items, reduction, input.device)
+
+    def check() -> Tensor | None:
+        check_callable("fn", fn)
+        if 0 in positions:
+            shape = tuple(linear_weight.shape)
+            raise RuntimeError(f"linear_weight has shape {shape}, expected at least one position")
+        check_per_token(named, input, positions=positions)
+        return denominator_of(num_items, reduction, input.device)
+
+    denominator = reporting(call.options.vocab_parallel, check)
     lead, call = input.shape[:-1], call.of_rows()
     tokens, count = lead.numel(), positions.numel()
     rows = [t.reshape(tokens, count, *t.shape[len(lead + positions) :]) for t in per_token_tensors]

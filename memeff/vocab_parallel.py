@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from memeff import _library
 from memeff._checks import check_flag, check_int
 
 __all__ = ["VocabParallel"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,14 @@ class VocabParallel:
     gradients of its own rows, and the gradient of ``input`` summed over the ranks.
 
     Args:
-        group: a torch.distributed.ProcessGroup or a DeviceMesh with one dimension; None for all
-            ranks. Its backend must take the tensors of the call, as gloo does on the CPU and NCCL
-            on GPUs.
+        group: a torch.distributed.ProcessGroup, its name, or a DeviceMesh with one dimension; None
+            for all ranks. Its backend must take the tensors of the call, as gloo does on the CPU
+            and NCCL on GPUs.
         start: this rank's first class. None: the shards follow one another in the order of the
             ranks. Shards may have any sizes, also 0.
         reduce_input_grad: False leaves out the sum over the ranks: the gradient of ``input`` is
             then this rank's contribution, rounded to the dtype of ``input``, for those who sum it
-            later.
+            later. That of a ``logit_scale`` is summed in any case.
         reduce_dtype: of what the ranks add up for the gradient of ``input``. None: float32 (float64
             for float64 inputs). torch.bfloat16 halves the bytes, and rounds each rank's
             contribution and the sums.
@@ -55,6 +58,7 @@ class VocabParallel:
     def __post_init__(self, group: Any) -> None:
         ranks = process_group("VocabParallel", group)
         object.__setattr__(self, "group_name", str(ranks.group_name))
+        object.__setattr__(self, "group", self.group_name)  # dataclasses.replace reads it
         object.__setattr__(self, "rank", torch.distributed.get_rank(ranks))
         object.__setattr__(self, "ranks", torch.distributed.get_world_size(ranks))
         if self.start is not None:
@@ -89,6 +93,31 @@ class VocabParallel:
         # If they do not wait, the error of this rank is still the one to see.
         with contextlib.suppress(RuntimeError):
             _library.load().report_failure(self.group_name, f"{type(error).__name__}: {error}")
+
+
+def agree(
+    group_name: str, facts: dict[str, Any], classes: int, memory_budget: int
+) -> tuple[int, int]:
+    """For what is no operator of csrc: compares these facts of a call between the ranks of a group.
+    The largest number of classes and the smallest budget (-1: none given) of any rank.
+
+    Raises:
+        RuntimeError: on every rank, if a fact differs, or if one has reported a failure.
+    """
+    text = ";".join(f"{name} is {value}" for name, value in facts.items())
+    return _library.load().agree(group_name, text, classes, memory_budget)
+
+
+def reporting(shared: VocabParallel | None, check: Callable[[], T]) -> T:
+    """The result of checks. An error of one rank ends the call of all, which would otherwise wait
+    for it until the group's timeout."""
+    if shared is None:
+        return check()
+    try:
+        return check()
+    except Exception as error:
+        shared.report_failure(error)
+        raise
 
 
 def add_up(tensor: Tensor, group_name: str) -> Tensor:
@@ -130,6 +159,8 @@ def process_group(user: str, group: Any) -> Any:
                 "mesh['name of the dimension']"
             )
         group = group.get_group()
+    if isinstance(group, str):
+        group = distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
             f"group is {group!r}, expected a torch.distributed.ProcessGroup that this rank belongs "

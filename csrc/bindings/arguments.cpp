@@ -213,7 +213,7 @@ const char* name_of(Operators op) {
     case kStatisticsBackward: return "linear_token_statistics_backward";
     case kCustomLoss: return "linear_loss_gradients";
   }
-  return "another operator";
+  return "linear_distillation_loss";  // which is Python alone
 }
 
 std::string describe_difference(Operators op, const ArgumentDigests& first,

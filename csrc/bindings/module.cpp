@@ -227,6 +227,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("add_tuned", &memeff::add_tuned,
              "Makes known what memeff-tune has found on this machine.", py::arg("rows"),
              py::arg("banned"));
+  module.def(
+      "agree",
+      [](const std::string& group, const std::string& facts, int64_t classes, int64_t budget) {
+        return memeff::RankCall(group).agree(facts, classes, budget);
+      },
+      "Compares what ranks that share a vocabulary are about to compute; returns the most classes and "
+      "the smallest budget of a rank.",
+      py::arg("group"), py::arg("facts"), py::arg("classes"), py::arg("memory_budget"),
+      py::call_guard<py::gil_scoped_release>());
   module.def("build_info", &memeff::build_info,
              "What the extension was compiled with, and what it uses on this processor.");
   module.def(

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <optional>
+#include <sstream>
 #include <vector>
 
 namespace memeff {
@@ -28,6 +28,14 @@ class RankCall::Group : public RankGroup {
  public:
   Group(const std::string& name, at::Device device)
       : group_(c10d::resolve_process_group(name)), name_(name), device_(device) {}
+
+  /// Without keeping it alive.
+  c10::weak_intrusive_ptr<c10d::ProcessGroup> reference() const {
+    return c10::weak_intrusive_ptr<c10d::ProcessGroup>(group_);
+  }
+  bool is(const c10::weak_intrusive_ptr<c10d::ProcessGroup>& other) const {
+    return other.lock().get() == group_.get();
+  }
 
   int64_t rank() const { return group_->getRank(); }
   int64_t size() const { return group_->getSize(); }
@@ -163,26 +171,66 @@ void RankCall::agree(const Device& device, const Arguments& arguments, const Pro
   own.threads = facts.threads;
   Record::copy(facts.kernels, own.kernels);
   own.arguments = arguments.digests;
-  if (group_->reaches_hosts()) {
-    agreement_ = compare(own);
-  } else {
-    static std::mutex mutex;
-    static std::map<std::string, Agreement> known;
-    const std::string key = name_ + std::string(reinterpret_cast<const char*>(&own), sizeof own);
-    const auto find = [&] {
-      const std::lock_guard<std::mutex> lock(mutex);
-      const auto found = known.find(key);
-      return found == known.end() ? std::nullopt : std::optional<Agreement>(found->second);
-    };
-    const std::optional<Agreement> earlier = find();
-    agreement_ = earlier ? *earlier : compare(own);
-    const std::lock_guard<std::mutex> lock(mutex);
-    known[key] = agreement_;
-  }
+  agreement_ = group_->reaches_hosts() ? compare(own) : compare_once(own);
   shard_.start = agreement_.start;
   shard_.vocab = agreement_.vocab;
   shard_.reduce_input_grad = arguments.reduce_input_grad;
   shard_.reduce_in_bfloat16 = arguments.reduce_in_bfloat16 && arguments.reduce_input_grad;
+}
+
+std::pair<int64_t, int64_t> RankCall::agree(const std::string& facts, int64_t classes,
+                                            int64_t budget) {
+  Record own;
+  own.vocab = classes;
+  own.memory_budget = budget;
+  TORCH_CHECK(facts.size() < Record::kMessage, "vocab_parallel: ", facts.size(),
+              " characters to compare, expected fewer than ", Record::kMessage);
+  Record::copy(facts, own.message);
+  const std::vector<Record> records = gather(own);
+  for (size_t rank = 1; rank < records.size(); ++rank) {
+    check_same_call(records[0], records[rank], rank);
+    std::istringstream all(records[0].message), others(records[rank].message);
+    std::string fact, other;
+    while (std::getline(all, fact, ';') && std::getline(others, other, ';')) {
+      TORCH_CHECK(fact == other, "vocab_parallel: ", fact, " on rank 0, and ", other, " on rank ",
+                  rank, "; expected the same on every rank of process group '", name_, "'");
+    }
+  }
+  const Agreement found = place_shards(records);
+  return {found.largest_shard, found.memory_budget};
+}
+
+void RankCall::check_same_call(const Record& first, const Record& other, size_t rank) const {
+  TORCH_CHECK(first.op == other.op, "vocab_parallel: rank 0 calls ", name_of(Operators(first.op)),
+              " and rank ", rank, " calls ", name_of(Operators(other.op)), " on process group '",
+              name_, "'; expected every rank to make the same call");
+}
+
+RankCall::Agreement RankCall::compare_once(const Record& own) {
+  struct Known {
+    c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
+    std::map<std::string, Agreement> agreements;  // by this rank's record
+  };
+  constexpr size_t kMost = 4096;  // of 2 KiB each; ranks forget them at the same call
+  static std::mutex mutex;
+  static std::map<std::string, Known> groups;
+  const std::string key(reinterpret_cast<const char*>(&own), sizeof own);
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto known = groups.find(name_);
+    if (known != groups.end()) {
+      auto& [group, agreements] = known->second;
+      const auto earlier = agreements.find(key);
+      const bool ended = !group_->is(group);
+      if (!ended && earlier != agreements.end()) return earlier->second;
+      if (ended || agreements.size() == kMost) groups.erase(known);
+    }
+  }
+  const Agreement agreement = compare(own);
+  const std::lock_guard<std::mutex> lock(mutex);
+  Known& known = groups.try_emplace(name_, Known{group_->reference(), {}}).first->second;
+  known.agreements[key] = agreement;
+  return agreement;
 }
 
 RankCall::Agreement RankCall::compare(const Record& own) {
@@ -190,9 +238,7 @@ RankCall::Agreement RankCall::compare(const Record& own) {
   const Record& first = records[0];
   for (size_t rank = 1; rank < records.size(); ++rank) {
     const Record& other = records[rank];
-    TORCH_CHECK(first.op == other.op, "vocab_parallel: rank 0 calls ", name_of(Operators(first.op)),
-                " and rank ", rank, " calls ", name_of(Operators(other.op)), " on process group '",
-                name_, "'; expected every rank to make the same call");
+    check_same_call(first, other, rank);
     const std::string difference =
         describe_difference(Operators(first.op), first.arguments, other.arguments, rank);
     TORCH_CHECK(

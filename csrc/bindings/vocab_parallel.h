@@ -11,6 +11,7 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/arguments.h"
@@ -32,6 +33,9 @@ class RankCall {
   void report_failure(const std::exception& error);
   /// Exchanges what the ranks are about to compute; raises an error if they differ.
   void agree(const Device& device, const Arguments& arguments, const Problem& problem);
+  /// The same for what is no operator of csrc, in words: facts with ';' between them. Returns the most
+  /// classes and the smallest budget of a rank.
+  std::pair<int64_t, int64_t> agree(const std::string& facts, int64_t classes, int64_t budget);
 
   const VocabShard& shard() const { return shard_; }
   /// What all ranks plan: the largest shard, the smallest budget, the most threads.
@@ -49,8 +53,12 @@ class RankCall {
 
   /// Exchanges the records; raises an error if a rank has failed.
   std::vector<Record> gather(const Record& own);
+  void check_same_call(const Record& first, const Record& other, size_t rank) const;
   /// Exchanges and compares them.
   Agreement compare(const Record& own);
+  /// The same, where that waits for a GPU: only of what is new to this rank and group. After
+  /// destroy_process_group() another group may have the name of an earlier one.
+  Agreement compare_once(const Record& own);
   Agreement place_shards(const std::vector<Record>& records) const;
 
   const std::string name_;

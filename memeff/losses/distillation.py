@@ -20,9 +20,9 @@ from memeff._gradients import refuse_tangents
 from memeff._operands import check_device, check_head
 from memeff._options import parse_options
 from memeff.losses import checks
-from memeff.losses.distillation_op import Distillation, Transform, distill
+from memeff.losses.distillation_op import Distillation, Side, Transform, distill
 from memeff.losses.masking import kept, masked_mean, wide
-from memeff.vocab_parallel import VocabParallel
+from memeff.vocab_parallel import VocabParallel, parse_vocab_parallel, reporting
 
 __all__ = ["linear_distillation_loss", "top_k_distillation_loss"]
 
@@ -87,46 +87,49 @@ def linear_distillation_loss(
         TypeError, ValueError, RuntimeError: an argument of the wrong type, with a bad value, or
             whose shape, dtype or device does not fit.
     """
-    checks.check_coefficient("beta", beta, checks.FRACTION)
-    checks.check_coefficient("temperature", temperature, checks.POSITIVE)
-    student = check_head(student_input, student_weight, student_bias, _NAMES[0])
-    teacher = check_head(teacher_input, teacher_weight, teacher_bias, _NAMES[1])
-    check_device("teacher_input", teacher_input, student_input, "student_input")
-    refuse_tangents(dict(zip((*_NAMES[0], *_NAMES[1]), (*student, *teacher), strict=True)))
-    lead = student_input.shape[:-1]
-    if teacher_input.shape[:-1] != lead:
-        raise RuntimeError(
-            f"teacher_input has shape {tuple(teacher_input.shape)}, expected the tokens of "
-            f"student_input, {tuple(lead)}, in front of its features"
+    parse_vocab_parallel("vocab_parallel", vocab_parallel)
+
+    def checked() -> tuple[Side, Side, Tensor | None, Tensor | float, Distillation]:
+        checks.check_coefficient("beta", beta, checks.FRACTION)
+        checks.check_coefficient("temperature", temperature, checks.POSITIVE)
+        student = check_head(student_input, student_weight, student_bias, _NAMES[0])
+        teacher = check_head(teacher_input, teacher_weight, teacher_bias, _NAMES[1])
+        check_device("teacher_input", teacher_input, student_input, "student_input")
+        refuse_tangents(dict(zip((*_NAMES[0], *_NAMES[1]), (*student, *teacher), strict=True)))
+        lead = student_input.shape[:-1]
+        if teacher_input.shape[:-1] != lead:
+            raise RuntimeError(
+                f"teacher_input has shape {tuple(teacher_input.shape)}, expected the tokens of "
+                f"student_input, {tuple(lead)}, in front of its features"
+            )
+        classes = _shared_classes(student_weight, teacher_weight, vocab_size)
+        checks.check_token_mask(mask, lead, "student_input", student_input)
+        if chunk_size is not None and memory_budget is not None:
+            raise ValueError(
+                f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only "
+                "one"
+            )
+        if vocab_parallel is not None and vocab_size is not None:
+            raise ValueError(
+                f"vocab_size is {vocab_size}, expected None with vocab_parallel: padded classes "
+                "get a bias of -inf on both sides, or no rank"
+            )
+        planning = parse_options(chunk_size=chunk_size, memory_budget=memory_budget)
+        settings = Distillation(
+            beta=float(beta),
+            temperature=float(temperature),
+            student=_transform("student", student_softcap, student_logit_scale),
+            teacher=_transform("teacher", teacher_softcap, teacher_logit_scale),
+            chunk_size=planning.chunk_size,
+            memory_budget=planning.memory_budget,
+            vocab_parallel=vocab_parallel,
         )
-    classes = _shared_classes(student_weight, teacher_weight, vocab_size)
-    checks.check_token_mask(mask, lead, "student_input", student_input)
-    if chunk_size is not None and memory_budget is not None:
-        raise ValueError(
-            f"chunk_size is {chunk_size} and memory_budget is {memory_budget!r}, expected only one"
-        )
-    if vocab_parallel is not None and vocab_size is not None:
-        raise ValueError(
-            f"vocab_size is {vocab_size}, expected None with vocab_parallel: padded classes get a "
-            "bias of -inf on both sides, or no rank"
-        )
-    planning = parse_options(
-        chunk_size=chunk_size, memory_budget=memory_budget, vocab_parallel=vocab_parallel
-    )
-    settings = Distillation(
-        beta=float(beta),
-        temperature=float(temperature),
-        student=_transform("student", student_softcap, student_logit_scale),
-        teacher=_transform("teacher", teacher_softcap, teacher_logit_scale),
-        chunk_size=planning.chunk_size,
-        memory_budget=planning.memory_budget,
-        vocab_parallel=planning.vocab_parallel,
-    )
-    counted = None if mask is None else mask.bool().reshape(-1)
-    if num_items is None and counted is None:
-        num_items = lead.numel()
-    divisor = checks.divisor_of(num_items, counted if counted is not None else student_input)
-    return distill(_rows(*student, classes), _rows(*teacher, classes), counted, divisor, settings)
+        counted = None if mask is None else mask.bool().reshape(-1)
+        items = lead.numel() if num_items is None and counted is None else num_items
+        divisor = checks.divisor_of(items, counted if counted is not None else student_input)
+        return _rows(*student, classes), _rows(*teacher, classes), counted, divisor, settings
+
+    return distill(*reporting(vocab_parallel, checked))
 
 
 def _shared_classes(student_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:

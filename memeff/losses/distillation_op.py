@@ -27,9 +27,9 @@ from memeff import _flops, ops
 from memeff._gradient_sums import GradientSum, row_slices
 from memeff._gradients import first_derivatives_only, is_last_backward
 from memeff._heads import BLOCKS_PER_CHUNK, Head, choose_chunk_size
-from memeff.vocab_parallel import VocabParallel, add_up, gather
+from memeff.vocab_parallel import VocabParallel, add_up, agree, gather
 
-__all__ = ["Distillation", "Transform", "distill"]
+__all__ = ["Distillation", "Side", "Transform", "distill"]
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # rows [N, D], weight [V, D], bias [V]
 
@@ -167,8 +167,28 @@ def _linear_distillation(
     positions = torch.arange(len(student_input), device=student_input.device)
     if counted is not None:
         positions = positions[counted]
-    largest = _largest_shard(student_weight, group)
-    size = _chunk_size(len(positions), largest, dtype.itemsize, chunk_size, memory_budget)
+    planned = student_weight
+    if vocab_group:
+        facts = {
+            "student_input": _described(student_input),
+            "teacher_input": _described(teacher_input),
+            "student_bias": _described(student_bias),
+            "teacher_bias": _described(teacher_bias),
+            "beta": beta,
+            "temperature": temperature,
+            "student_softcap": student_softcap,
+            "student_logit_scale": student_logit_scale,
+            "teacher_softcap": teacher_softcap,
+            "teacher_logit_scale": teacher_logit_scale,
+            "chunk_size": chunk_size,
+            "reduce_input_grad": reduce_input_grad,
+            "reduce_dtype": reduce_dtype,
+            "gradients": (input_grad, weight_grad, bias_grad),
+            "mask": f"{len(positions)} tokens whose positions add up to {int(positions.sum())}",
+            "1 / num_items": float(scale),
+        }
+        planned, memory_budget = _agree(group, facts, student_weight, memory_budget)
+    size = _chunk_size(len(positions), planned, dtype.itemsize, chunk_size, memory_budget)
     total = torch.zeros((), dtype=torch.float64, device=student_input.device)
     for chunk in positions.split(size):
         rows = student_input[chunk]
@@ -205,13 +225,21 @@ def _linear_distillation(
     return total.to(dtype) * scale, gradients[0], gradients[1], gradients[2]
 
 
-def _largest_shard(weight: Tensor, group: Ranks) -> Tensor:
-    """A weight of the shape of the largest one of any rank, so that all have the same chunks."""
-    if not group.group:
-        return weight
-    own = torch.full((), len(weight), dtype=torch.int64, device=weight.device)
-    rows = int(gather(own, group.group, group.size).max())
-    return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device="meta")
+def _described(tensor: Tensor | None) -> str | None:
+    """What ranks must have in common of it: all but the number of classes of a bias."""
+    if tensor is None:
+        return None
+    shape = list(tensor.shape) if tensor.dim() > 1 else ""
+    return f"{shape}{tensor.dtype}"
+
+
+def _agree(
+    group: Ranks, facts: dict[str, Any], weight: Tensor, memory_budget: int
+) -> tuple[Tensor, int]:
+    """So that all ranks have the same chunks: a weight of the shape of the largest one of any rank,
+    and the smallest budget. An error on every rank if they are about to compute other things."""
+    rows, budget = agree(group.group, facts, len(weight), memory_budget)
+    return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device="meta"), budget
 
 
 def _chunk_size(tokens: int, weight: Tensor, itemsize: int, chunk_size: int, budget: int) -> int:
