@@ -81,11 +81,16 @@ class Plan:
     """Of products that would run for as long as the plan is predicted to take. What exceeds
     ``flops`` is for memory traffic, the softmax, and on GPUs for launches and tiles that stay
     empty. 0 where nothing is predicted: on the CPU for vocabulary slices and the bf16 kernels."""
+    all_gathers: int
+    """Shared vocabulary: how many, one per block of tokens, forward and backward. One more per
+    operator, of about 2 KiB, compares what the ranks compute; class weights take one more each."""
     gathered_bytes: int
-    """Shared vocabulary: what this rank gives to all-gathers, forward and backward, in addition to
-    about 2 KiB per operator; with class weights it is 8 bytes more per token and operator."""
+    """What this rank gives to those of blocks; with class weights it is 8 bytes more per token and
+    operator."""
+    all_reduces: int
+    """Shared vocabulary: how many, of the sums of the input's gradient of a block of tokens."""
     reduced_bytes: int
-    """Shared vocabulary: what it gives to all-reduces, the sums of the input's gradient."""
+    """What this rank gives to them; half of it with reduce_dtype=torch.bfloat16."""
 
     @property
     def steps(self) -> str:
@@ -130,8 +135,9 @@ class Plan:
             "gradients": _mebibytes(self.floor_bytes),
             "logits": f"{_mebibytes(4 * self.tokens * self.vocab)} in float32, not stored",
             "products": f"{self.flops:.3g} FLOP, of which needed {self.floor_flops:.3g}",
-            "ranks": f"{self.ranks}; each gives {_mebibytes(self.gathered_bytes)} to all-gathers "
-            f"and {_mebibytes(self.reduced_bytes)} to all-reduces",
+            "ranks": f"{self.ranks}; each gives {_mebibytes(self.gathered_bytes)} to "
+            f"{_count(self.all_gathers, 'all-gather')} and {_mebibytes(self.reduced_bytes)} to "
+            f"{_count(self.all_reduces, 'all-reduce')}",
         }
         if self.backend == "cuda":
             lines["kernels"] += f" ({self.kernels_reason})"

@@ -22,6 +22,7 @@
 #include "cpu/features.h"
 #include "cuda/plan.h"
 #include "cuda/select.h"
+#include "driver/collectives.h"
 
 namespace py = pybind11;
 
@@ -173,22 +174,31 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   request.ranks = ranks;
 
   int64_t shared_numbers = 0;  // of a token, in all operators of the call
+  Collectives collectives;
+  const auto count = [&](const Problem& planned, const PlanRequest& asked, const Plan& plan,
+                         int64_t numbers) {
+    if (ranks == 0) return;
+    shared_numbers += numbers;
+    const Collectives more = count_collectives(planned, asked, plan, numbers);
+    collectives.all_gathers += more.all_gathers;
+    collectives.all_reduces += more.all_reduces;
+  };
   Planner planner;
   if (backend == "cpu") {
     planner = [&](const Problem& planned, const PlanRequest& asked, Plan* plan) {
       CpuCallPlan call;
       std::string objection = plan_call(planned, asked, &call);
       *plan = call.plan;
-      shared_numbers += call.request.shared_numbers;
+      if (objection.empty()) count(planned, asked, *plan, call.request.shared_numbers);
       return objection;
     };
   } else if (backend == "cuda") {
-    planner = [&shared_numbers, gpu = cuda::Gpu{capability, gpu, multiprocessors}](
+    planner = [&count, gpu = cuda::Gpu{capability, gpu, multiprocessors}](
                   const Problem& planned, const PlanRequest& asked, Plan* plan) {
       cuda::CallPlan call;
       std::string objection = cuda::plan_call(planned, asked, gpu, &call);
       *plan = call.plan;
-      shared_numbers += call.traits.shared_numbers;
+      if (objection.empty()) count(planned, asked, *plan, call.traits.shared_numbers);
       return objection;
     };
   } else {
@@ -215,6 +225,8 @@ py::dict plan(int64_t tokens, int64_t features, int64_t vocab, const std::string
   result["flops"] = chosen.flops;
   result["floor_flops"] = chosen.floor_flops;
   result["predicted_flops"] = chosen.predicted_flops;
+  result["all_gathers"] = collectives.all_gathers;
+  result["all_reduces"] = collectives.all_reduces;
   result["gathered_bytes"] = tokens * shared_numbers * static_cast<int64_t>(sizeof(double));
   return result;
 }
@@ -232,7 +244,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       [](const std::string& group, const std::string& facts, int64_t classes, int64_t budget) {
         return memeff::RankCall(group).agree(facts, classes, budget);
       },
-      "Compares what ranks that share a vocabulary are about to compute; returns the most classes and "
+      "Compares what ranks that share a vocabulary are about to compute; returns the most classes "
+      "and "
       "the smallest budget of a rank.",
       py::arg("group"), py::arg("facts"), py::arg("classes"), py::arg("memory_budget"),
       py::call_guard<py::gil_scoped_release>());
