@@ -141,7 +141,6 @@ def linear_logprobs(
     for name in options:
         if name not in StatisticsOptions.__annotations__:
             raise TypeError(f"linear_logprobs got an unexpected keyword argument {name!r}")
-    check_tensor("target", target)
     statistics = linear_token_statistics(
         input,
         linear_weight,
@@ -152,6 +151,8 @@ def linear_logprobs(
         skip_ignored=True,
         **options,
     )
+    if statistics.logprob is None:  # not before, or ranks that have a target would wait
+        check_tensor("target", target)
     assert statistics.logprob is not None
     return statistics.logprob
 
@@ -290,6 +291,8 @@ def _call_on_gpu(call: Call) -> Sequence[Tensor]:
     """The same where the op knows one target and no top_k: one call per further target, and plain
     PyTorch on blocks of logits for the largest ones."""
     options, target = call.options, call.target
+    if options.top_k and options.vocab_parallel is not None:
+        _check_top_of_ranks(call)
     columns: list[Tensor | None] = [None]
     if target is not None:
         columns = [t.contiguous() for t in target.split(1, dim=1)] or columns
@@ -314,6 +317,16 @@ def _call_on_gpu(call: Call) -> Sequence[Tensor]:
             top = [field.masked_fill(leading == options.ignore_index, 0) for field in top]
         results[6:] = top
     return results
+
+
+def _check_top_of_ranks(call: Call) -> None:
+    """As the operator's own check, which knows no ``top_k`` here. The ranks agree: if there are not
+    so many classes in all, no rank has as many. Only then the host waits for their number; compiled
+    code does not, and gets -inf and the class -1 for what does not exist."""
+    classes = call.count_classes()
+    own, top_k = len(call.linear_weight), call.options.top_k
+    if top_k > own and not torch.compiler.is_compiling() and top_k > int(classes):
+        raise ValueError(f"top_k={top_k}: expected a number of classes in [0, {int(classes)}]")
 
 
 @torch.no_grad()
@@ -351,6 +364,6 @@ def _top_of_ranks(
     first = shared.first_class(len(call.linear_weight), ids.device)
     missing = (0, top_k - values.shape[1])
     values = torch.nn.functional.pad(values, missing, value=-torch.inf)
-    ids = torch.nn.functional.pad(ids + first, missing)
+    ids = torch.nn.functional.pad(ids + first, missing, value=-1)
     top = shared.gather(values).movedim(0, 1).flatten(1).topk(top_k)
     return top.values, shared.gather(ids).movedim(0, 1).flatten(1).gather(1, top.indices)

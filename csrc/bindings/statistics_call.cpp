@@ -47,6 +47,10 @@ void StatisticsCall::allocate_outputs() {
   const int64_t top = arguments_.top_k;
   const int64_t n = problem_.tokens;
   const int64_t vocab = total_vocab(problem_);
+  TORCH_CHECK(
+      vocab > 0 || problem_.shard == nullptr,
+      "linear_weight has no classes on any rank, expected at least one class: statistics of no "
+      "logits do not exist");
   TORCH_CHECK_VALUE(top >= 0 && top <= vocab, "top_k=", top,
                     ": expected a number of classes in [0, ", vocab, "]");
   const at::TensorOptions floating = accumulation_options();

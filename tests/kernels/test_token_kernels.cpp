@@ -187,6 +187,38 @@ void test_target_out_of_range() {
   CHECK(e.token_target[1] == kNoTarget && e.softmax[1] == 0);
 }
 
+// Two ranks with 6 of 12 classes each: one of them knows the logit of a token's target. Where both know
+// one, or neither, they have other targets, which nobody compares on GPUs: NaN on both.
+void test_targets_of_ranks() {
+  constexpr int64_t kTokens = 5, kClasses = 6, kRanks = 2;
+  const int64_t targets[kRanks][kTokens] = {{1, 7, -100, 2, 8}, {1, 7, -100, 9, 3}};
+  const double expected[kTokens] = {10, 11, 0, kNaN, kNaN};
+  Case c{kTokens, kClasses, 3};
+  Experiment<float> first(c, DType::kFloat32), second(c, DType::kFloat32);
+  Experiment<float>* const ranks[kRanks] = {&first, &second};
+  const RankNumbers places = rank_numbers(first.problem, false);
+  const int64_t count = places.count * kTokens;
+  Buffer<double> all(kRanks * count, "numbers of all ranks");
+  for (int64_t rank = 0; rank < kRanks; ++rank) {
+    Experiment<float>& e = *ranks[rank];
+    e.tokens.vocab = kRanks * kClasses, e.tokens.first_class = rank * kClasses;
+    e.tokens.shared = true;
+    for (int64_t n = 0; n < kTokens; ++n) e.target[n] = targets[rank][n];
+    CHECK(prepare_tokens(e.problem, e.tokens, nullptr).ok());
+    for (int64_t n = 0; n < kTokens; ++n) {
+      e.token_lse[n] = 20;
+      if (e.token_target[n] >= 0) e.target_logit[n] = static_cast<float>(10 + n);
+    }
+    double* own = all.data() + rank * count;
+    CHECK(say_tokens(e.problem, e.tokens, places, 0, kTokens, own, nullptr).ok());
+  }
+  for (Experiment<float>* e : ranks) {
+    CHECK(merge_ranks(e->problem, e->tokens, places, 0, kTokens, all.data(), kRanks, nullptr).ok());
+    for (int64_t n = 0; n < kTokens; ++n)
+      compare(e->target_logit[n], expected[n], 1e-300, "target of two ranks", c);
+  }
+}
+
 // Equal maxima: the first class, whichever warp found it.
 void test_first_of_equal_maxima() {
   Case c{3, 100, 1};
@@ -331,6 +363,7 @@ int main() {
   test_nan_and_infinite_logits();
   test_target_without_weight();
   test_target_out_of_range();
+  test_targets_of_ranks();
   test_first_of_equal_maxima();
   test_confident_token();
   test_bitwise_repeatable();

@@ -5,6 +5,10 @@
 //
 // and plain sums of the others; of equal maxima the first class wins, whatever the order of the shards.
 // Sums go through the ranks in order, so that every rank gets the same bits.
+//
+// A class index is the class of one rank; the others give NaN for its logit. Nobody compares the targets
+// of ranks on GPUs: where none of them or several know a token's class, they have other targets, as ranks
+// of FSDP would, and the result is NaN.
 #include <cmath>
 
 #include "core/math.h"
@@ -37,11 +41,12 @@ __global__ void __launch_bounds__(kThreads)
     say(places.argmax, static_cast<double>(tokens.argmax[token] + tokens.first_class));
   if (places.target_plain >= 0) say(places.target_plain, tokens.target_plain[token]);
   if (places.target_logit >= 0) {
-    // 0 where the class is another rank's.
-    say(places.target_logit,
-        problem.probabilities != nullptr
-            ? tokens.target_dot[token]
-            : static_cast<double>(static_cast<const A*>(tokens.target_logit)[token]));
+    if (problem.probabilities != nullptr)
+      say(places.target_logit, tokens.target_dot[token]);
+    else if (tokens.target[token] == kElsewhere)
+      say(places.target_logit, NAN);
+    else
+      say(places.target_logit, static_cast<const A*>(tokens.target_logit)[token]);
   }
 }
 
@@ -100,11 +105,19 @@ __global__ void __launch_bounds__(kThreads)
   if (places.smooth >= 0) tokens.smooth[token] = sum_of(places.smooth);
   if (places.target_plain >= 0) tokens.target_plain[token] = sum_of(places.target_plain);
   if (places.target_logit >= 0) {
-    const double logit = sum_of(places.target_logit);
-    if (problem.probabilities != nullptr)
-      tokens.target_dot[token] = logit;
-    else
-      static_cast<A*>(tokens.target_logit)[token] = static_cast<A>(logit);
+    if (problem.probabilities != nullptr) {
+      tokens.target_dot[token] = sum_of(places.target_logit);
+      return;
+    }
+    double logit = 0.0;
+    int64_t known = 0;
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      const double value = said(rank, places.target_logit);
+      if (value == value) logit += value, ++known;
+    }
+    // A token without a target is that on every rank.
+    if (known != (tokens.target[token] == kNoTarget ? ranks : 1)) logit = NAN;
+    static_cast<A*>(tokens.target_logit)[token] = static_cast<A>(logit);
   }
 }
 
