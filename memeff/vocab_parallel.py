@@ -160,7 +160,8 @@ def process_group(user: str, group: Any) -> Any:
             )
         group = group.get_group()
     if isinstance(group, str):
-        group = distributed.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        by_name: Any = torch._C._distributed_c10d._resolve_process_group
+        group = by_name(group)
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
             f"group is {group!r}, expected a torch.distributed.ProcessGroup that this rank belongs "

@@ -60,10 +60,14 @@ def _register(module: ModuleType) -> ModuleType:
 
 @contextlib.contextmanager
 def checked(
-    *, late_delivery: bool = True, schedule: str = "in_order", seed: int = 1
+    emulator: ModuleType | None = None,
+    *,
+    late_delivery: bool = True,
+    schedule: str = "in_order",
+    seed: int = 1,
 ) -> Iterator[None]:
     """Runs what is inside in that order of threads and copies; any report is a failure."""
-    emulator = load()
+    emulator = emulator or load()
     emulator.take_reports()
     emulator.configure(late_delivery=late_delivery, schedule=schedule, seed=seed)
     yield

@@ -5,7 +5,9 @@ Here are the ranks, the list of checks, and those of linear_cross_entropy.
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -183,8 +185,45 @@ def check_plan(ranks: Ranks, dtype: torch.dtype) -> None:
     )
 
 
+def check_collectives(
+    ranks: Ranks, dtype: torch.dtype, backend: str = "auto", tokens: int = 300, **options: Any
+) -> None:
+    """How often ranks exchange something, and how many bytes: what the plan says, and in addition
+    the comparison before each operator."""
+    features, vocab = 16, 40 * ranks.size
+    plan = memeff.plan(
+        tokens, features, vocab, dtype, vocab_parallel=ranks.size,
+        backend="cuda" if backend == "emulated" else backend, **options,
+    )  # fmt: skip
+    x = torch.randn(tokens, features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w = torch.randn(vocab // ranks.size, features).to(dtype)
+    x.requires_grad_(), w.requires_grad_()
+    shared = memeff.VocabParallel(ranks.group)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss = memeff.linear_cross_entropy(
+            x, w, torch.arange(tokens) % vocab, vocab_parallel=shared, backend=backend, **options
+        )
+        loss.sum().backward()
+    events = profile.events()
+    assert events is not None
+    gathers, reduces = (
+        sum(event.name == f"c10d::{name}_" for event in events)
+        for name in ("allgather", "allreduce")
+    )
+    in_forward = dtype != torch.float16 and options.get("reduction") != "none"
+    operators = 1 if in_forward else 2
+    assert (gathers - operators, reduces) == (plan.all_gathers, plan.all_reduces), str(plan)
+    assert gathers > operators and reduces > 0
+
+
 for _size, _dtype in ((2, torch.bfloat16), (4, torch.float32)):
     add(f"plan-{_dtype}-{_size}", _size, check_plan, _dtype)
+for _dtype, _options in (
+    (torch.bfloat16, {}),
+    (torch.float32, {"chunk_size": 64}),
+    (torch.float64, {"reduction": "none"}),
+):
+    add(f"collectives-{_dtype}", 2, check_collectives, _dtype, **_options)
 
 
 # ---- linear_cross_entropy: every option, all dtypes, every number of ranks ----
@@ -333,6 +372,25 @@ add_fault("budget", "ValueError: memory_budget=1 bytes", memory_budget=1)
 add_fault("reference", "NotImplementedError: backend is", backend="reference")
 
 
+def check_top_of_all(ranks: Ranks, backend: str = "auto") -> None:
+    """More classes than a rank has are fine, more than there are on all ranks are an error."""
+    x, w = torch.randn(3, 8), torch.randn((3, 0, 2, 4)[ranks.rank], 8)
+    x = torch.ones(3, 8)
+    shared = memeff.VocabParallel(ranks.group)
+    classes = sum(ranks.gather(len(w)))
+
+    def top(k: int) -> Any:
+        return memeff.linear_token_statistics(x, w, top_k=k, vocab_parallel=shared, backend=backend)
+
+    assert torch.equal(top(classes).top_ids.sort().values, torch.arange(classes).expand(3, -1))
+    message = raised(lambda: top(classes + 1))
+    assert f"top_k={classes + 1}: expected a number of classes in [0, {classes}]" in message
+
+
+for _size in SHARDS:
+    add(f"top-of-all-{_size}", _size, check_top_of_all)
+
+
 def check_start(ranks: Ranks) -> None:
     """Shards in another order than the ranks; and shards that overlap."""
     case = Case((9,), 8, VOCAB, dtype=torch.float64)
@@ -349,11 +407,11 @@ def check_start(ranks: Ranks) -> None:
     assert "the shard of rank 0 starts at class 200, expected 300" in message, message
 
 
-def check_missing_rank(ranks: Ranks) -> None:
+def check_missing_rank(ranks: Ranks, backend: str = "auto") -> None:
     if ranks.rank == 0:
         case = Case((5,), 8, 40)
-        parallel = memeff.VocabParallel(ranks.impatient)
-        message = raised(lambda: run_memeff(case, make_inputs(case), vocab_parallel=parallel))
+        options = {"vocab_parallel": memeff.VocabParallel(ranks.impatient), "backend": backend}
+        message = raised(lambda: run_memeff(case, make_inputs(case), **options))
         assert "expected every rank to make the same call. A rank that is missing" in message
         assert "Timed out" in message or "timeout" in message, message
     ranks.gather(None)
@@ -368,6 +426,17 @@ def check_other_function(ranks: Ranks) -> None:
     assert "rank 0 calls linear_cross_entropy_forward and rank 1 calls linear_token" in message
 
 
+def check_group(ranks: Ranks) -> None:
+    """A changed copy is of the same group, not of that of all ranks; so are pickled ones."""
+    parallel = memeff.VocabParallel(ranks.group, reduce_input_grad=False)
+    changed = replace(parallel, reduce_dtype=torch.bfloat16)
+    assert (changed.group_name, changed.ranks) == (parallel.group_name, ranks.size)
+    assert changed.reduce_dtype == torch.bfloat16 and not changed.reduce_input_grad
+    assert memeff.VocabParallel(parallel.group_name, reduce_input_grad=False) == parallel
+    assert pickle.loads(pickle.dumps(parallel)) == copy.deepcopy(parallel) == parallel
+
+
+add("group", 2, check_group)
 add("order-of-shards", 2, check_start)
 add("fault-function", 2, check_other_function)
 add("fault-missing-rank", 2, check_missing_rank)
@@ -376,19 +445,23 @@ add("fault-missing-rank", 2, check_missing_rank)
 # ---- compile, partial gradients ----
 
 
-def check_compile(ranks: Ranks) -> None:
+def check_compile(ranks: Ranks, backend: str = "auto") -> None:
     case = Case((21,), 16, VOCAB, ignored=0.3, bias=True)
-    start, stop = bounds(SHARDS[2][0], ranks.rank)
+    start, stop = bounds(SHARDS[ranks.size][0], ranks.rank)
     inputs = shard_inputs(case, make_inputs(case), start, stop)
     parallel = memeff.VocabParallel(ranks.group)
 
-    def step(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def step(
+        x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         return memeff.linear_cross_entropy(
-            x * 2, w, inputs.y, linear_bias=b, vocab_parallel=parallel
-        )
+            x * 2, w, inputs.y, linear_bias=b, logit_scale=scale, vocab_parallel=parallel,
+            backend=backend,
+        )  # fmt: skip
 
     def run(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-        leaves = [t.detach().clone().requires_grad_() for t in (inputs.x, inputs.w, inputs.b)]
+        tensors = (inputs.x, inputs.w, inputs.b, torch.tensor(0.8))
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
         loss = function(*leaves)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
@@ -438,7 +511,8 @@ def check_reduce_dtype(
     assert error.max() > 0, "reduce_dtype has no effect"
 
 
-add("compile", 2, check_compile)
+for _size in reversed(SHARDS):  # all processes import the compiler at once
+    add(f"compile-{_size}", _size, check_compile)
 for _size in SHARDS:
     add(f"reduce-float32-{_size}", _size, check_reduce_dtype, torch.float32)
 add("reduce-bfloat16-3", 3, check_reduce_dtype, torch.bfloat16)
@@ -450,7 +524,9 @@ for _dtype in (torch.float64, torch.bfloat16):
 # ---- DTensors ----
 
 
-def check_dtensor(ranks: Ranks, dtype: torch.dtype, sequence_parallel: bool) -> None:
+def check_dtensor(
+    ranks: Ranks, dtype: torch.dtype, sequence_parallel: bool, backend: str = "auto"
+) -> None:
     """A classifier that is Shard(0): loss, and gradients with the placements of the parameters."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -468,7 +544,7 @@ def check_dtensor(ranks: Ranks, dtype: torch.dtype, sequence_parallel: bool) -> 
     weight = distribute_tensor(inputs.class_weights, mesh, [Replicate()])
     leaves = [t.requires_grad_() for t in (x, w, b)]
     loss = memeff.linear_cross_entropy(
-        x, w, inputs.y, linear_bias=b, weight=weight, label_smoothing=0.1
+        x, w, inputs.y, linear_bias=b, weight=weight, label_smoothing=0.1, backend=backend
     )
     gradients = torch.autograd.grad(loss, leaves, inputs.upstream)
     for leaf, gradient in zip(leaves, gradients, strict=True):

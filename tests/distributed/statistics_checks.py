@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -218,6 +219,53 @@ for _size in SHARDS:
             )  # fmt: skip
 
 
+# ---- a logit_scale with a gradient ----
+
+
+def check_scale(
+    ranks: Ranks, dtype: torch.dtype, bias: bool, backend: str = "auto", **options: Any
+) -> None:
+    """Its gradient is that of one process, the same bits on every rank, whether or not the gradient
+    of the hidden states is added up."""
+    case = Case((3, 7), 24, VOCAB, dtype=dtype, bias=bias, ignored=0.2)
+    whole = make_inputs(case)
+    start, stop = bounds(SHARDS[ranks.size][0], ranks.rank)
+
+    def gradients(inputs: Inputs, **more: Any) -> torch.Tensor:
+        x, w, b = (
+            None if t is None else t.clone().requires_grad_()
+            for t in (inputs.x, inputs.w, inputs.b)
+        )
+        found = []
+        for loss_of in (
+            lambda **options: memeff.linear_cross_entropy(x, w, inputs.y, softcap=7.0, **options),
+            lambda **options: memeff.linear_logprobs(x, w, inputs.y, **options).sum(),
+            lambda **options: memeff.linear_loss(
+                lambda s: -(2 * s.logprob).exp(), x, w, inputs.y, **options
+            ),
+        ):
+            scale = torch.tensor(0.8, dtype=dtype, requires_grad=True)
+            loss_of(linear_bias=b, logit_scale=scale, **more).backward()
+            found.append(scale.grad)
+        return torch.stack(found)
+
+    shared = memeff.VocabParallel(ranks.group, **options)
+    own = shard_inputs(case, whole, start, stop)
+    ours = gradients(own, vocab_parallel=shared, backend=backend)
+    assert all(torch.equal(other, ours) for other in ranks.gather(ours)), "ranks differ"
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(ours, gradients(whole), rtol=tolerance, atol=tolerance)
+
+
+for _size in SHARDS:
+    for _bias in (False, True):
+        add(f"scale-{_bias}-{_size}", _size, check_scale, torch.float64, _bias)
+        add(
+            f"scale-partial-{_bias}-{_size}", _size, check_scale, torch.float32, _bias,
+            reduce_input_grad=False,
+        )  # fmt: skip
+
+
 # ---- memeff.losses: of numbers that every rank has ----
 
 
@@ -335,7 +383,53 @@ def check_vocab_size(ranks: Ranks) -> None:
     assert "ValueError: vocab_size is 4, expected None with vocab_parallel" in message, message
 
 
+def check_distillation_faults(ranks: Ranks) -> None:
+    """Ranks about to compute different things, and an error of one of them, end the call of all."""
+    from memeff.losses import linear_distillation_loss
+
+    generator = torch.Generator().manual_seed(ranks.rank)
+    x, w = torch.ones(6, 4), torch.randn(5, 4, generator=generator)
+    shared = memeff.VocabParallel(ranks.group)
+    last = ranks.rank == ranks.size - 1
+    for different, expected in (
+        ({"beta": 0.3}, "beta is 0.5 on rank 0, and beta is 0.3 on rank 1; expected the same"),
+        ({"chunk_size": 3}, "chunk_size is 0 on rank 0, and chunk_size is 3 on rank 1"),
+        ({"student_bias": w[:, 0]}, "student_bias is None on rank 0, and student_bias is torch.f"),
+        ({"num_items": 7}, "1 / num_items is 0.16666667"),
+        ({"mask": torch.arange(6) > 2}, "mask is 6 tokens whose positions add up to 15 on rank 0"),
+        ({"temperature": -1.0}, "ValueError: temperature is -1.0"),
+    ):
+        options = different if last else {}
+        message = raised(
+            partial(linear_distillation_loss, x, w, x, w.flip(0), vocab_parallel=shared, **options)
+        )
+        assert expected in message, message
+    budget = None if last else 3000  # the smallest holds for all
+    loss = linear_distillation_loss(x, w, x, w.flip(0), vocab_parallel=shared, memory_budget=budget)
+    assert all(torch.equal(other, loss) for other in ranks.gather(loss))
+
+
+def check_per_token_fault(ranks: Ranks) -> None:
+    """Also an error that linear_loss finds after the checks of the call itself."""
+    x, w = torch.ones(6, 4, requires_grad=True), torch.randn(5, 4)
+    shared = memeff.VocabParallel(ranks.group)
+    weights = torch.ones(6 if ranks.rank == 0 else 7)
+    message = raised(
+        lambda: memeff.linear_loss(
+            lambda s, weights: -weights * s.logprob,
+            x,
+            w,
+            torch.arange(6),
+            weights,
+            vocab_parallel=shared,
+        )
+    )
+    assert "per_token_tensors[0] has shape (7,)" in message, message
+
+
 add("distillation-vocab-size", 2, check_vocab_size)
+add("distillation-faults", 2, check_distillation_faults)
+add("per-token-fault", 2, check_per_token_fault)
 add(
     "distillation-reduce", 2, check_distillation, torch.float32, SHARDS[2][0], 0.3,
     reduce_dtype=torch.bfloat16,
