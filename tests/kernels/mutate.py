@@ -245,6 +245,8 @@ def main() -> int:
     commit = git("rev-parse", "--short", "HEAD").stdout.strip()
 
     rows = read_table(arguments.table)
+    for place in [place for place in rows if not (ROOT / KERNELS / place.split(":")[0]).exists()]:
+        del rows[place]
     selected = {
         file: find_mutants(file, (ROOT / KERNELS / file).read_text())
         for file in kernel_files(arguments.only)
