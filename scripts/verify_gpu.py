@@ -13,9 +13,10 @@ leaves what was done:
     FOLDER/measured_choices.inc    which kernels were fastest, for csrc/cuda/measured_choices.inc
 
 A second run builds only what has changed; --steps names what it is for, --build-only ARCH builds
-without a GPU, before its clock runs.
+without a GPU, before its clock runs. The steps of least value come last, and one for which too
+little of --seconds is left is skipped, and says so.
 
-Exit status: 0 every step passed or was skipped, 1 some failed, 77 there is no GPU.
+Exit status: 0 no step failed, 1 some failed, 77 there is no GPU.
 """
 
 import argparse
@@ -48,9 +49,6 @@ from memeff.bench.choices import candidates, choices_of
 
 SKIPPED = 77  # exit status of our C++ tests, and of this program, where there is no GPU
 TAIL_LINES = 60
-# Not worth starting anything with less left.
-LEAST_SECONDS = 5.0
-
 # Both shapes of the issue tracker's and the peers' tables; the third is 4 x 4096 tokens.
 SHAPES = ("8192,4096,128256", "4096,4096,128256", "16384,4096,131072")
 # Measured choices serve shapes within a factor of 4: with this one, heads of small models, too.
@@ -60,14 +58,15 @@ SMALL_SHAPES = ("2048,2048,32768", "4096,2048,32768", "8192,2048,50304")
 
 @dataclass
 class Step:
-    """One thing to run. `needs`: programs without which it is skipped; `figures`: a file that it
-    writes, JSON, which becomes part of its outcome; `family`: the kernels that its failure speaks
-    against.
+    """One thing to run. `expected`: seconds that it should take on an H200, with less it does not
+    start; `needs`: programs without which it is skipped; `figures`: a file that it writes, JSON,
+    which becomes part of its outcome; `family`: the kernels that its failure speaks against.
     """
 
     name: str
     command: Sequence[str]
     limit: float  # seconds
+    expected: float
     needs: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     figures: Path | None = None
@@ -76,7 +75,9 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step ("passed", "failed", "timeout" or "skipped"), and its last output."""
+    """What became of a step, and its last output: "passed", "failed", "timeout" (its own limit),
+    "unfinished" (the end of --seconds came first) or "skipped".
+    """
 
     step: str
     status: str
@@ -194,28 +195,30 @@ def sanitizer_command(tool: str, families: Sequence[str]) -> str:
     )
 
 
-def pytest_step(name: str, which: str, limit: float, family: str = "") -> Step:
+def pytest_step(name: str, which: str, limit: float, expected: float, family: str = "") -> Step:
     """The tests of the CUDA extension whose names `which` selects (pytest -k). After an error that
     CUDA does not recover from all that follow fail: hence a process for each family of kernels, and
     an end after some failures. Names come first, so that one that hangs has been named.
     """
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-m", "cuda",
                "-p", "no:cacheprovider", "-k", which, "tests"]  # fmt: skip
-    return Step(name, command, limit, family=family)
+    return Step(name, command, limit, expected, family=family)
 
 
-def ctest_step(name: str, *selection: str, family: str = "") -> Step:
+def ctest_step(name: str, *selection: str, expected: float, family: str = "") -> Step:
     """The C++ tests of the kernels that are so selected."""
     command = ["ctest", "--test-dir", f"{BUILD}/cpp", "--output-on-failure", "-L", "gpu"]
-    return Step(name, [*command, *selection], 90, ["ctest"], family=family)
+    return Step(name, [*command, *selection], 90, expected, ["ctest"], family=family)
 
 
-def bench_step(name: str, shape: str, dtype: str, limit: float, *options: str) -> Step:
+def bench_step(
+    name: str, shape: str, dtype: str, limit: float, expected: float, *options: str
+) -> Step:
     """One run of memeff-bench."""
     file = BUILD / "figures" / f"{name}-{dtype}-{shape.replace(',', 'x')}.json"
     command = [sys.executable, "-m", "memeff.bench.cli", "--device", "cuda", "--shape", shape,
                "--dtype", dtype, "--rounds", "10", "--json", str(file), *options]  # fmt: skip
-    return Step(f"benchmark {name} {shape} {dtype}", command, limit, figures=file)
+    return Step(f"benchmark {name} {shape} {dtype}", command, limit, expected, figures=file)
 
 
 def choice_step(pairs: Sequence[str], shape: str, dtype: str, skips: bool = False) -> Step:
@@ -223,7 +226,7 @@ def choice_step(pairs: Sequence[str], shape: str, dtype: str, skips: bool = Fals
     mass = "~1e-3" if skips else ""
     variants = ",".join(f"memeff{mass}={kernels}" for kernels in pairs)
     options = ["--variants", variants, *(["--peaked"] if skips else [])]
-    return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, *options)
+    return bench_step("choices skipping" if skips else "choices", shape, dtype, 60, 15, *options)
 
 
 def budget_step(pairs: Sequence[str], shape: str, dtype: str) -> Step:
@@ -234,7 +237,7 @@ def budget_step(pairs: Sequence[str], shape: str, dtype: str) -> Step:
         for budget in ("512MiB", "256MiB", "32MiB")
         for kernels in pairs
     ]
-    return bench_step("budgets", shape, dtype, 60, "--variants", ",".join(variants))
+    return bench_step("budgets", shape, dtype, 60, 35, "--variants", ",".join(variants))
 
 
 def tune_step(shapes: Sequence[str], dtype: str, limit: float) -> Step:
@@ -244,7 +247,7 @@ def tune_step(shapes: Sequence[str], dtype: str, limit: float) -> Step:
                "--dtype", dtype, "--seconds", str(limit)]  # fmt: skip
     for shape in shapes:
         command += ["--shape", shape]
-    return Step("memeff-tune", command, limit + 10, figures=file)
+    return Step("memeff-tune", command, limit + 10, expected=100, figures=file)
 
 
 def kernel_step(
@@ -262,7 +265,8 @@ def kernel_step(
     packages = torch.folder.parent / "nvidia" if torch else ROOT / "none"
     folders = [str(folder.parent) for folder in sorted(packages.glob("*/lib/libcublas.so.*"))]
     path = os.pathsep.join([*folders, os.environ.get("LD_LIBRARY_PATH", "")])
-    return Step(name, command, 90, environment={"LD_LIBRARY_PATH": path}, figures=file)
+    environment = {"LD_LIBRARY_PATH": path}
+    return Step(name, command, 90, expected=30, environment=environment, figures=file)
 
 
 # One of each kind: scores and products on tensor cores, and what memory bounds.
@@ -279,7 +283,7 @@ def profile_step(shape: str, dtype: str, families: Sequence[str]) -> Step:
     command += [f"{BUILD}/cpp/bench_cuda_kernels", "--dtype", dtype, "--shape", shape,
                 "--rounds", "1", "--kernels", ",".join(PROFILED),
                 "--families", ",".join(families)]  # fmt: skip
-    return Step("ncu", command, 60, ["ncu"])
+    return Step("ncu", command, 60, 30, ["ncu"])
 
 
 WITH_STAGGER, WITHOUT_STAGGER = "kernels with a stagger", "kernels without a stagger"
@@ -300,7 +304,7 @@ def stagger_steps(
     families = [family for family in families if family.startswith("sm90")]
     part = "linear_,_product"
     return [
-        Step("build without a stagger", ["sh", "-c", build], 180),
+        Step("build without a stagger", ["sh", "-c", build], 180, 60),
         kernel_step([shape], dtype, torch, families, WITHOUT_STAGGER, "cpp-no-stagger", part),
         kernel_step([shape], dtype, torch, families, WITH_STAGGER, "cpp", part),
     ]
@@ -316,8 +320,8 @@ def hang_steps() -> list[Step]:
     )
     test = ["ctest", "--test-dir", folder, "--output-on-failure", "-L", "gpu", "-R", "sm90"]
     return [
-        Step("build that traps hangs", ["sh", "-c", build], 180),
-        Step("C++ kernel tests, sm90, trapping hangs", test, 90, ["ctest"]),
+        Step("build that traps hangs", ["sh", "-c", build], 180, 90),
+        Step("C++ kernel tests, sm90, trapping hangs", test, 90, 20, ["ctest"]),
     ]
 
 
@@ -352,7 +356,7 @@ if driver < toolkit:
 def driver_step(toolkit: Toolkit | None) -> Step:
     """Too old a driver would make tests skip, and skipped tests look like nothing was wrong."""
     major = toolkit.version.split(".")[0] if toolkit else "0"
-    return Step("driver", [sys.executable, "-c", DRIVER_CHECK, major], 60)
+    return Step("driver", [sys.executable, "-c", DRIVER_CHECK, major], 60, 5)
 
 
 def plan_steps(arch: str, torch: Torch | None, banned: Collection[str]) -> Iterator[Step]:
@@ -373,41 +377,42 @@ def plan_steps(arch: str, torch: Torch | None, banned: Collection[str]) -> Itera
     def families() -> list[str]:
         return sorted({"generic", *(name for pair in left() for name in pair.split("+"))})
 
-    yield Step("diagnostics", [python, "-m", "memeff.diagnostics"], 60)
+    yield Step("diagnostics", [python, "-m", "memeff.diagnostics"], 60, 5)
     if new:
-        yield Step("conformance", [f"{BUILD}/conformance/conformance"], 90)
+        yield Step("conformance", [f"{BUILD}/conformance/conformance"], 90, 10)
     yield tune_step([first, SMALL_HEAD], dtype, 120)
-    yield pytest_step("CUDA tests", "not sm80 and not sm90", 90)
-    yield ctest_step("C++ kernel tests", "-E", "sm|bench")
+    yield pytest_step("CUDA tests", "not sm80 and not sm90", 90, 30)
+    yield ctest_step("C++ kernel tests", "-E", "sm|bench", expected=15)
     if "sm80" in families():
-        yield pytest_step("CUDA tests, sm80", "sm80 and not sm90", 90, "sm80")
-        yield ctest_step("C++ kernel tests, sm80", "-R", "sm80", family="sm80")
+        yield pytest_step("CUDA tests, sm80", "sm80 and not sm90", 90, 30, "sm80")
+        yield ctest_step("C++ kernel tests, sm80", "-R", "sm80", expected=15, family="sm80")
     yield kernel_step([first], dtype, torch, [*families(), "cublas"])
     if "sm90" in families():
-        yield pytest_step("CUDA tests, sm90", "sm90 and not sm90x2 and not sm90rs", 60, "sm90")
-        yield ctest_step("C++ kernel tests, sm90", "-R", "sm90", family="sm90")
+        which = "sm90 and not sm90x2 and not sm90rs"
+        yield pytest_step("CUDA tests, sm90", which, 60, 25, "sm90")
+        yield ctest_step("C++ kernel tests, sm90", "-R", "sm90", expected=15, family="sm90")
     for family in ("sm90x2", "sm90rs"):
         if family in families():
-            yield pytest_step(f"CUDA tests, {family}", family, 60, family)
+            yield pytest_step(f"CUDA tests, {family}", family, 60, 20, family)
     if len(left()) > 1:
         yield choice_step(left(), first, dtype)
         yield budget_step(left(), first, dtype)
-    yield bench_step("all", first, dtype, 120)
+    yield bench_step("all", first, dtype, 120, 60)
     if len(left()) > 1:
         for shape in (SMALL_HEAD, second, third):
             yield choice_step(left(), shape, dtype)
         yield choice_step(left(skips=True), first, dtype, skips=True)
     yield profile_step(second, dtype, families())
     for tool in ("memcheck", "racecheck"):
-        yield Step(tool, ["sh", "-c", sanitizer_command(tool, families())], 90,
+        yield Step(tool, ["sh", "-c", sanitizer_command(tool, families())], 90, 60,
                    ["compute-sanitizer"])  # fmt: skip
     if any(family.startswith("sm90") for family in banned):
         yield from hang_steps()
     for shape in (second, third):
-        yield bench_step("all", shape, dtype, 60)
-    yield bench_step("peaked", first, dtype, 60, "--peaked", "--variants",
+        yield bench_step("all", shape, dtype, 60, 40)
+    yield bench_step("peaked", first, dtype, 60, 20, "--peaked", "--variants",
                      "standard,cce,memeff,memeff~1e-3")  # fmt: skip
-    yield bench_step("forward", first, dtype, 60, "--forward")
+    yield bench_step("forward", first, dtype, 60, 20, "--forward")
     if "sm90" in families():
         yield from stagger_steps(first, dtype, torch, families())
 
@@ -476,6 +481,7 @@ class Run:
     """One run: where its results go, and how much of its time is left."""
 
     def __init__(self, folder: Path, environment: dict[str, Any], seconds: float):
+        self._seconds = seconds
         self._deadline = time.monotonic() + seconds
         self._folder = folder
         self._environment = environment
@@ -503,7 +509,7 @@ class Run:
         try:
             build = [sys.executable, "setup.py", "build_ext", "--inplace"]
             switches = {"MEMEFF_CUDA": "1", "MEMEFF_CUDA_ARCHS": arch}
-            self.do(Step("build of the extension", build, 300, environment=switches))
+            self.do(Step("build of the extension", build, 300, 5, environment=switches))
             try:
                 code = cpp.wait(max(1.0, self.left(180)))
                 status = "passed" if code == 0 else "failed"
@@ -520,10 +526,16 @@ class Run:
     def do(self, step: Step) -> Outcome:
         """A step, if there is time for it."""
         limit = self.left(step.limit)
-        if limit < LEAST_SECONDS:
-            outcome = Outcome(step.name, "skipped", 0.0, "", ["no time was left"])
+        if limit < step.expected:
+            reason = (
+                f"expected to take {step.expected:.0f} s, {max(0.0, limit):.0f} s are left of "
+                f"--seconds {self._seconds:.0f}; --steps runs it later"
+            )
+            outcome = Outcome(step.name, "skipped", 0.0, "", [reason])
         else:
             outcome = run(step, limit, self._output)
+            if outcome.status == "timeout" and limit < step.limit:
+                outcome.status = "unfinished"
         self._results.add(outcome)
         for family, reason in newly_banned(outcome, step).items():
             print(f"          {family} is left out from here on: {reason}", flush=True)
@@ -542,7 +554,10 @@ def main() -> int:
     parser.add_argument(
         "folder", type=lambda text: Path(text).resolve(), help="where the results go"
     )
-    parser.add_argument("--seconds", type=float, default=530, help="in all (default %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=550,
+        help="in all; steps that do not fit are skipped (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--steps", metavar="PART,...", help="only steps with one of these in their names"
     )

@@ -219,21 +219,22 @@ def python(code: str) -> list[str]:
 
 class TestVerifyGpu:
     def test_status(self):
-        outcome = verify_gpu.run(Step("a", python("print('well')"), 60), 60)
+        outcome = verify_gpu.run(Step("a", python("print('well')"), 60, 1), 60)
         assert (outcome.status, outcome.log_tail) == ("passed", ["well"])
-        assert verify_gpu.run(Step("b", python("raise SystemExit(3)"), 60), 60).status == "failed"
-        assert verify_gpu.run(Step("c", python("raise SystemExit(77)"), 60), 60).status == "skipped"
+        for code, status in ((3, "failed"), (77, "skipped")):
+            step = Step("b", python(f"raise SystemExit({code})"), 60, 1)
+            assert verify_gpu.run(step, 60).status == status
 
     def test_time_limit_keeps_the_output(self):
         code = "import time; print('so far', flush=True); time.sleep(600)"
-        outcome = verify_gpu.run(Step("d", python(code), 2), 2)
+        outcome = verify_gpu.run(Step("d", python(code), 2, 1), 2)
         assert (outcome.status, outcome.log_tail) == ("timeout", ["so far"])
 
     def test_all_output_is_kept(self, tmp_path):
         file = tmp_path / "output.txt"
         many = "print(*range(500), sep='\\n')"
         for name in ("first", "second"):
-            outcome = verify_gpu.run(Step(name, python(many), 60), 60, file)
+            outcome = verify_gpu.run(Step(name, python(many), 60, 1), 60, file)
             assert len(outcome.log_tail) == verify_gpu.TAIL_LINES
         lines = file.read_text().splitlines()
         assert lines.count("0") == lines.count("499") == 2
@@ -243,7 +244,7 @@ class TestVerifyGpu:
         ]
 
     def test_missing_program_is_named(self):
-        outcome = verify_gpu.run(Step("e", ["true"], 60, ["no-such-program"]), 60)
+        outcome = verify_gpu.run(Step("e", ["true"], 60, 1, ["no-such-program"]), 60)
         assert (outcome.status, outcome.log_tail) == ("skipped", ["no no-such-program"])
 
     def test_results_are_written_at_once(self, tmp_path, capsys):
@@ -264,7 +265,7 @@ class TestVerifyGpu:
     def test_every_step_has_its_name_and_limit(self, arch):
         steps = list(verify_gpu.plan_steps(arch, None, {}))
         assert len({step.name for step in steps}) == len(steps)
-        assert all(step.limit > 0 for step in steps)
+        assert all(step.limit >= step.expected > 0 for step in steps)
         compared = [step for step in steps if "choices" in step.name]
         assert len(compared) == (0 if arch == "75" else 5)
         assert any("memeff@32MiB=sm" in " ".join(step.command) for step in steps) == (arch != "75")
@@ -300,6 +301,64 @@ class TestVerifyGpu:
         monkeypatch.setattr(verify_gpu, "run", run)
         assert gpu("--steps", "conf,memcheck")[0] == 0
         assert ran == ["driver", "build of the extension", "conformance", "memcheck"]
+
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        """Steps that pass, in the time that they are expected to take or in that of `slow`."""
+        now, slow = [0.0], {}
+
+        def run(step, seconds, output=None):
+            takes = slow.get(step.name, step.expected)
+            now[0] += min(takes, seconds)
+            status = "passed" if takes <= seconds else "timeout"
+            return verify_gpu.Outcome(step.name, status, min(takes, seconds), "", [])
+
+        monkeypatch.setattr(verify_gpu, "run", run)
+        monkeypatch.setattr(verify_gpu.time, "monotonic", lambda: now[0])
+        return now, slow
+
+    @pytest.mark.parametrize("seconds", [550, 900])
+    def test_what_fits(self, seconds, gpu, clock, capsys):
+        """By expectation; what comes last is skipped, and says so."""
+        status, steps = gpu("--seconds", str(seconds))
+        (elapsed,), _ = clock
+        assert status == 0 and elapsed <= seconds
+        outcomes = {step["step"]: step["status"] for step in steps}
+        names = list(outcomes)
+        valuable = names[: names.index("ncu") + 1]
+        assert {outcomes[name] for name in valuable} == {"passed"}
+        skipped = {name for name, state in outcomes.items() if state == "skipped"}
+        assert {"memcheck", "racecheck"} <= skipped if seconds == 550 else not skipped
+        if skipped:
+            expected = (
+                "expected to take 60 s, 25 s are left of --seconds 550; --steps runs it later"
+            )
+            assert expected in capsys.readouterr().out
+
+    def test_the_end_of_the_run_speaks_against_no_family(self, gpu, clock, capsys):
+        """A step may hang, or have been given too little time by those before it."""
+        _, slow = clock
+        slow["memeff-tune"] = 120.0
+        slow["CUDA tests, sm80"] = 89.0
+        status, steps = gpu("--seconds", "250")
+        outcomes = {step["step"]: step["status"] for step in steps}
+        assert status == 0 and outcomes["CUDA tests, sm80"] == "unfinished"
+        assert "left out" not in capsys.readouterr().out
+        slow["CUDA tests, sm80"] = 91.0
+        clock[0][0] = 0.0
+        status, steps = gpu("--seconds", "550")
+        outcomes = {step["step"]: step["status"] for step in steps}
+        assert status == 1 and outcomes["CUDA tests, sm80"] == "timeout"
+        assert "sm80 is left out" in capsys.readouterr().out
+
+    def test_the_documentation_has_these_seconds(self):
+        steps = list(verify_gpu.plan_steps("90", None, {}))
+        names = [step.name for step in steps]
+        assert names[0] == "diagnostics"  # seconds that are not worth a line
+        expected = sum(step.expected for step in steps[1 : names.index("racecheck") + 1])
+        section = (ROOT / "docs" / "kernels.md").read_text().split("### `make verify-gpu`")[1]
+        rows = [line.split("|") for line in section.split("\n#")[0].splitlines() if "|" in line]
+        assert sum(int(row[2]) for row in rows if row[2].strip().isdigit()) == expected
 
     def test_rehearsal(self, gpu, monkeypatch, capsys):
         """A run in which families hang, crash and are wrong: the rest is done without them."""
@@ -386,10 +445,10 @@ class TestVerifyGpu:
     def test_figures_become_part_of_the_outcome(self, tmp_path):
         file = tmp_path / "new" / "figures.json"
         writes = f"open({str(file)!r}, 'w').write('[1, 2]')"
-        outcome = verify_gpu.run(Step("f", python(writes), 60, figures=file), 60)
+        outcome = verify_gpu.run(Step("f", python(writes), 60, 1, figures=file), 60)
         assert outcome.figures == [1, 2]
         # Those of an earlier run are not taken for this one's.
-        outcome = verify_gpu.run(Step("g", python("raise SystemExit(3)"), 60, figures=file), 60)
+        outcome = verify_gpu.run(Step("g", python("raise SystemExit(3)"), 60, 1, figures=file), 60)
         assert (outcome.status, outcome.figures) == ("failed", None)
 
     def test_kernels_with_and_without_a_stagger(self, tmp_path):
