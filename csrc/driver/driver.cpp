@@ -1,6 +1,7 @@
 #include "driver/driver.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace memeff {
@@ -27,6 +28,18 @@ class Run {
     tokens_ = backend.select_tokens();
     exchange(Shared::kTotals, {0, tokens_});
   }
+
+  /// After an exception the sums' memory is given back: nothing may be adding up in it any more.
+  ~Run() {
+    if (reduced_.size() == 0) return;
+    try {
+      problem_.shard->group->finish_all_reduce();
+    } catch (...) {
+      // The call ends with the first exception.
+    }
+  }
+  Run(const Run&) = delete;
+  Run& operator=(const Run&) = delete;
 
   void statistics() {
     for_each_block({0, tokens_}, plan_.token_block, [&](Range tokens) {
@@ -135,9 +148,9 @@ class Run {
 
   void finish_reduction() {
     if (reduced_.size() == 0) return;
+    const Range tokens = std::exchange(reduced_, {});
     problem_.shard->group->finish_all_reduce();
-    backend_.finish_grad_input(reduced_);
-    reduced_ = {};
+    backend_.finish_grad_input(tokens);
   }
 
   void score_chunk(const Chunk& chunk) {

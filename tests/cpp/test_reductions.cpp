@@ -1,5 +1,6 @@
 // The order in which the driver works where ranks share a vocabulary: the sums of grad_input are added up
 // over the ranks while grad_weight is computed, and nothing touches them in the meantime.
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,8 @@ class RecordingGroup : public RankGroup {
 /// Writes down what is asked of it, with the tokens.
 class RecordingBackend : public Backend {
  public:
-  RecordingBackend(const Problem& problem, Log* log) : problem_(problem), log_(*log) {}
+  RecordingBackend(const Problem& problem, Log* log, bool fails)
+      : problem_(problem), log_(*log), fails_(fails) {}
 
   int64_t select_tokens() override { return problem_.tokens; }
   void scores(Range tokens, const ScoreBlock*) override { note("scores", tokens); }
@@ -48,6 +50,7 @@ class RecordingBackend : public Backend {
   void finish_grad_input(Range tokens) override { note("write", tokens); }
   void grad_weight(Range, Range tokens, const ScoreBlock&, bool, bool, WeightUpdate) override {
     note("dw", tokens);
+    if (fails_) throw std::runtime_error("dw");
   }
   void finish_gradients() override { log_.push_back("end"); }
   ScoreBlock block_in_gradient() override { return {}; }
@@ -61,10 +64,11 @@ class RecordingBackend : public Backend {
   }
   const Problem& problem_;
   Log& log_;
+  const bool fails_;
 };
 
-/// 8 tokens of 3 features in blocks of 2, one slice of classes.
-Log run(PlanKind kind, bool reduce, bool separate) {
+/// 8 tokens of 3 features in blocks of 2, one slice of classes. `fails`: at the first part of grad_weight.
+Log run(PlanKind kind, bool reduce, bool separate, bool fails = false) {
   Log log;
   RecordingGroup group(&log);
   VocabShard shard;
@@ -77,8 +81,12 @@ Log run(PlanKind kind, bool reduce, bool separate) {
   plan.token_block = plan.score_block = plan.weight_block = 4;
   plan.input_block = plan.input_sweep_block = 2;
   plan.slice_vocab = plan.input_slice = plan.input_sweep_slice = 10;
-  RecordingBackend backend(problem, &log);
-  memeff::run(problem, plan, /*statistics_known=*/false, backend);
+  RecordingBackend backend(problem, &log, fails);
+  try {
+    memeff::run(problem, plan, /*statistics_known=*/false, backend);
+  } catch (const std::runtime_error& error) {
+    log.push_back(std::string("error ") + error.what());
+  }
   return log;
 }
 
@@ -114,5 +122,10 @@ int main() {
       text_of(run(PlanKind::kVocabSlices, true, false)),
       "scores 0, gather, merge 0, scores 4, gather, merge 4, fresh, dx 0, dw 0, fresh, dx 4, dw 4, "
       "start 12, finish, write 0, start 12, finish, write 4, end");
+  // After an exception nothing adds up any more in memory that the caller then frees.
+  CHECK_EQ(
+      text_of(run(PlanKind::kTokenChunks, true, false, true)),
+      "scores 0, gather, merge 0, dx 0, start 6, finish, write 0, dx 2, start 6, dw 0, finish, "
+      "error dw");
   return memeff::test::result();
 }
