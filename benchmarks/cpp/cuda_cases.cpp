@@ -27,6 +27,9 @@ struct Family {
 constexpr int64_t kGenericTokens = 1024;  // whose stored products the planner keeps at a time
 constexpr int64_t kGenericRange = 512;
 constexpr double kSkipMass = 1e-3;
+// A chunk whose grad_input leaves 40 of 132 multiprocessors idle half of the time, at 4096 features, and
+// the classes of a slice of grad_weight (docs/kernels.md, "Overlapping products").
+constexpr int64_t kPairTokens = 1792, kPairClasses = 4096;
 // Codes and exponents of a gradient's element, read and written.
 constexpr double kCompactBytes = 2 * (2 + 1.0 / kCompactBlock);
 
@@ -68,6 +71,7 @@ class Maker {
   std::vector<Case> make() {
     linear_cases();
     product_cases();
+    pair_cases();
     stored_cases();
     generic_cases();
     row_cases();
@@ -338,6 +342,47 @@ class Maker {
         rounded.split = {};
         rounded.split.remainder = remainder_, rounded.split.remainder_stride = d_;
         product("split sums, added", 8, rounded);
+      }
+    }
+  }
+
+  /// Both products of a chunk's gradients, one after the other in plain order, and overlapping.
+  void pair_cases() {
+    const int64_t n = std::min(n_, kPairTokens);
+    for (const KernelSet& one : all_kernel_sets()) {
+      if (!one.architecture->overlaps_launches || one.reads_scores) continue;
+      for (const Family& family : families_) {
+        if (family.name != name_of(one)) continue;
+        ProductOutput of_input, of_weight;
+        of_input.gradient = place_16(n * d_, "gradient of the chunk's hidden states");
+        of_weight.gradient = result_;
+        for (ProductOutput* to : {&of_input, &of_weight}) {
+          to->gradient_stride = d_;
+          to->scale = &tokens_.scalars->output_scale_float;
+        }
+        for (const bool overlap : {false, true})
+          add("gradient_products", family.name, overlap ? "overlapping" : "in plain order",
+              2 * product_flops() * as_double(n) / as_double(n_),
+              2 * as_double(n) * (2 * as_double(v_) + 2 * as_double(d_)) +
+                  2 * 2 * as_double(v_) * as_double(d_),
+              [=, input = of_input, weight = of_weight, kernels = family.kernels,
+               scores = gradient_, stride = stride_, w = w_, x = x_, d = d_, v = v_, dtype = dtype_,
+               stream = stream_] {
+                Status status = kernels.grad_input_product(
+                    {{0, v, n}, {scores, stride, w, d, d, dtype}, input}, stream);
+                for (int64_t begin = 0; status.ok() && begin < v; begin += kPairClasses) {
+                  ProductOutput slice = weight;
+                  slice.overlaps_previous = overlap;
+                  slice.gradient = static_cast<uint16_t*>(weight.gradient) + begin * d;
+                  const int64_t classes = std::min(kPairClasses, v - begin);
+                  status = kernels.grad_weight_product(
+                      {{begin, classes, n},
+                       {scores + begin * stride, stride, x, d, d, dtype},
+                       slice},
+                      stream);
+                }
+                return status;
+              });
       }
     }
   }

@@ -58,7 +58,7 @@ void cluster_wait() {
 // ---- overlapping launches: in truth they follow one another; see global_memory.cpp ----
 
 void launch_dependents() {}
-void wait_for_grid() { block->waited_for_grid = true; }
+void wait_for_grid() { block->waited_for_grid = current->waited_for_grid = true; }
 
 // ---- distributed shared memory ----
 

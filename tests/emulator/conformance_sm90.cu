@@ -234,6 +234,52 @@ Status launch_sharing(const Case& c, uint32_t* in, uint32_t* out) {
   return cuda::launch_status();
 }
 
+// ---- griddepcontrol: grids that overlap ----
+
+constexpr unsigned kGridBlocks = 4, kGridWords = kGridBlocks * 64;  // words that a grid writes
+
+MEMEFF_DEVICE int word_of_grid() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+
+// The first grid: writes some words before it lets the next begin, and others long after.
+__global__ void let_next_begin(const uint32_t* in, uint32_t* out) {
+  const int i = word_of_grid();
+  out[i] = in[i] + 1;
+  ptx::launch_dependents();
+#if defined(__CUDACC__)
+  for (int microseconds = 0; microseconds < 50; ++microseconds) __nanosleep(1000);
+#endif
+  out[kGridWords + i] = in[kGridWords + i] + 2;
+}
+
+// The second: writes what is its own at once. All of its threads wait for the first grid and read what
+// that has written; or its last block alone waits, and nothing is read.
+template <bool kAllWait>
+__global__ void begin_early(const uint32_t* in, uint32_t* out) {
+  const int i = word_of_grid();
+  out[2 * kGridWords + i] = in[2 * kGridWords + i] + 3;
+  if (kAllWait || blockIdx.x + 1 == gridDim.x) ptx::wait_for_grid();
+  if (!kAllWait) return;
+  const int other = (i * 7 + 3) % static_cast<int>(kGridWords);
+  out[3 * kGridWords + i] = out[other] * 5 + out[kGridWords + other];
+}
+
+// The third, in plain order after both.
+__global__ void come_last(const uint32_t*, uint32_t* out) {
+  const int i = word_of_grid(), other = (i * 11 + 5) % static_cast<int>(kGridWords);
+  out[4 * kGridWords + i] =
+      (out[other] * 5 + out[kGridWords + other]) * 5 + out[2 * kGridWords + other];
+}
+
+template <bool kAllWait>
+Status launch_overlapping(const Case& c, uint32_t* in, uint32_t* out) {
+  const dim3 grid(kGridBlocks), block(c.threads);
+  const uint32_t* input = in;
+  MEMEFF_LAUNCH_OVERLAPPED(false, 1, let_next_begin, grid, block, 0, nullptr, input, out);
+  MEMEFF_LAUNCH_OVERLAPPED(true, 1, begin_early<kAllWait>, grid, block, 0, nullptr, input, out);
+  MEMEFF_LAUNCH(come_last, grid, block, 0, nullptr, input, out);
+  return cuda::launch_status();
+}
+
 // ---- wgmma ----
 
 template <class Element, int kN, bool kATransposed, bool kBTransposed, bool kARegisters>
@@ -291,6 +337,10 @@ std::vector<Case> MEMEFF_CASES(sm90)() {
       {"TMA reduce add fp32, managed memory", words, bits, 64, 1024, nullptr,
        launch_store<Store::kSums, kFp32, true>, in_managed},
       {"barrier.cluster", words, bits, 64, 0, nullptr, launch_meeting, run_case},
+      {"griddepcontrol, all blocks wait", words, bits, 64, 0, nullptr, launch_overlapping<true>,
+       run_case},
+      {"griddepcontrol, the last block waits", words, bits, 64, 0, nullptr,
+       launch_overlapping<false>, run_case},
       {"TMA multicast, mapa, remote arrivals", words, bits, 64, 2048, nullptr, launch_sharing,
        run_case},
       // What the kernels multiply with.

@@ -29,15 +29,15 @@
 // A host compiler splits vector accesses, so their alignment has to be checked apart.
 #define MEMEFF_CHECK_ALIGNED(pointer, bytes) ::memeff::emulator::check_alignment(pointer, bytes)
 
-// The stream is evaluated and ignored: launches are complete on return.
+// Launches are complete on return; on another stream than Config::stream they are reported.
 #define MEMEFF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   MEMEFF_LAUNCH_CLUSTERS(1, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define MEMEFF_LAUNCH_CLUSTERS(cluster, kernel, grid, block, shared_bytes, stream, ...) \
   MEMEFF_LAUNCH_OVERLAPPED(false, cluster, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 #define MEMEFF_LAUNCH_OVERLAPPED(overlaps, cluster, kernel, grid, block, shared_bytes, stream, \
                                  ...)                                                          \
-  ((void)(stream), ::memeff::emulator::launch(#kernel, (cluster), (overlaps), (grid), (block), \
-                                              (shared_bytes), [=] { (kernel)(__VA_ARGS__); }))
+  ::memeff::emulator::launch(#kernel, (cluster), (overlaps), (grid), (block), (shared_bytes),  \
+                             (stream), [=] { (kernel)(__VA_ARGS__); })
 
 // A plain __shared__ variable would be invisible to the checks.
 #undef __shared__

@@ -29,6 +29,8 @@ struct Config {
   bool check_races = true;  // happens-before checks of shared and global memory
   std::size_t shared_memory_limit = 227 * 1024;  // bytes per block; 64, 99, 163 KiB on other GPUs
   std::size_t printed_reports = 20;              // further reports are kept, but not printed
+  const void* stream = nullptr;                  // that everything must be launched on
+  int launches_before_refusal = -1;  // the one after these is not accepted; negative: all are
   // Called when all threads of a warpgroup have issued a product; `block` is blockIdx.x.
   void (*on_wgmma)(int block, int warpgroup) = nullptr;
 };
@@ -84,9 +86,15 @@ class GlobalBuffer {
   const void* data_;
 };
 
+// Reports work on another stream than Config::stream. For what is not launched, as a memset.
+void check_stream(const void* stream, const char* what);
+// The error of a launch that was not accepted, or null; clears it, as cudaGetLastError does.
+const char* take_launch_error();
+
 // Work done since the start, for tests of the emulator and for reasoning about a kernel's cost.
 struct Counters {
-  std::uint64_t fiber_switches, checked_accesses, barrier_arrivals, mma, ldmatrix, cp_async;
+  std::uint64_t launches, fiber_switches, checked_accesses, barrier_arrivals, mma, ldmatrix,
+      cp_async;
   std::uint64_t ldmatrix_conflicts;  // extra shared-memory passes because rows share a bank
   std::uint64_t wgmma, tma;
 };
@@ -97,14 +105,14 @@ Counters& counters();
 // `cluster` blocks, neighbours along x, form a cluster. With `overlaps`, the grid may run at the same
 // time as the one before it, and as those that it overlaps: what they write must not meet.
 void launch_erased(const char* kernel_name, int cluster, bool overlaps, dim3 grid, dim3 block,
-                   std::size_t dynamic_shared_bytes, void (*body)(const void*),
+                   std::size_t dynamic_shared_bytes, const void* stream, void (*body)(const void*),
                    const void* arguments, std::size_t argument_bytes);
 
 template <class Closure>
 void launch(const char* kernel_name, int cluster, bool overlaps, dim3 grid, dim3 block,
-            std::size_t dynamic_shared_bytes, const Closure& closure) {
+            std::size_t dynamic_shared_bytes, const void* stream, const Closure& closure) {
   launch_erased(
-      kernel_name, cluster, overlaps, grid, block, dynamic_shared_bytes,
+      kernel_name, cluster, overlaps, grid, block, dynamic_shared_bytes, stream,
       [](const void* erased) { (*static_cast<const Closure*>(erased))(); }, &closure,
       sizeof(Closure));
 }

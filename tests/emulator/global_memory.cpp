@@ -1,7 +1,7 @@
 // Registered global buffers: exact bounds, read-only inputs, and races inside a cluster and between
 // clusters (without clusters: blocks). Clusters of a launch have no order, so any conflict between
-// two of them is a race; so is one between launches that may overlap. All other
-// launches follow one another.
+// two of them is a race; so is one between launches that may overlap, unless the later thread has
+// waited for the grid before. All other launches follow one another.
 #include "emulator/internal.h"
 
 #include <algorithm>
@@ -45,11 +45,17 @@ bool contains(const Buffer& buffer, const unsigned char* pointer, std::size_t by
 
 bool ordered(const Step& earlier) { return earlier.clock <= current->clock.seen(earlier.agent); }
 
+// Whether the cluster is of a launch whose end the current thread has waited for. (Others of its block
+// may not rely on that without a barrier, which is not followed here: each has to wait by itself.)
+bool has_ended(int earlier_cluster) {
+  return earlier_cluster < cluster->first && current != nullptr && current->waited_for_grid;
+}
+
 bool by_this_block(const Step& step) { return &cluster->block_of(step.agent) == block; }
 
 const char* conflict(const Cell& cell, AccessType type) {
   const bool both_atomic = cell.atomic_write && type == AccessType::kAtomic;
-  if (cell.write_cluster >= 0 && !both_atomic) {
+  if (cell.write_cluster >= 0 && !both_atomic && !has_ended(cell.write_cluster)) {
     if (cell.write_cluster != cluster->number) return "written by another block";
     if (!ordered(cell.write))
       return by_this_block(cell.write) ? "written by another thread of this block"

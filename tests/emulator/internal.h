@@ -69,6 +69,7 @@ struct Thread {
   FiberContext fiber;
   char* stack = nullptr;
   Clock clock;
+  bool waited_for_grid = false;            // griddepcontrol.wait
   bool arrived_at_cluster = false;         // and has not waited since
   int cluster_phase = 0;                   // of the last arrival
   AsyncCopyGroup open_copies;              // issued, not yet committed
@@ -127,7 +128,7 @@ struct Block {
   unsigned char* shared = nullptr;
   std::size_t shared_bytes = 0;
   std::vector<Thread> threads;
-  bool waited_for_grid = false;                           // griddepcontrol.wait
+  bool waited_for_grid = false;                           // one of its threads
   Clock exits;                                            // what exited threads knew
   std::map<std::uint32_t, RemoteAccess> remote_accesses;  // by agent
   Barrier barriers[16];
@@ -158,6 +159,7 @@ struct ClusterBarrier {
 struct Cluster {
   dim3 dim, grid;          // of a block, of the launch
   int number = 0;          // among those of all launches that overlap
+  int first = 0;           // number of this launch
   int launches = 0;        // the same for all of these, different for others
   bool abandoned = false;  // a defect after which running on would corrupt the test program
   const char* arguments = nullptr;  // readable: the launched closure, i.e. the kernel's arguments

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <utility>
 
 namespace memeff::emulator {
 
@@ -35,6 +36,7 @@ int launches = 0;
 // Launches that overlap are of a kind, and count their clusters in common.
 int launch_groups = 0, clusters_of_group = 0;
 std::size_t shared_used_before[kMaxClusterSize] = {};
+const char* launch_error = nullptr;
 void (*kernel_body)(const void*) = nullptr;
 
 // Stacks are mapped once and reused by every block; untouched pages cost nothing.
@@ -214,14 +216,27 @@ void abandon_launch() {
   std::abort();
 }
 
+void check_stream(const void* stream, const char* what) {
+  if (stream != config().stream)
+    report(Defect::kBadArgument, nullptr, "%s on stream %p, expected that of the call, %p", what,
+           stream, config().stream);
+}
+
+const char* take_launch_error() { return std::exchange(launch_error, nullptr); }
+
 void launch_erased(const char* kernel_name, int cluster_size, bool overlaps, dim3 grid,
-                   dim3 block_dim, std::size_t dynamic_shared_bytes, void (*body)(const void*),
-                   const void* arguments, std::size_t argument_bytes) {
+                   dim3 block_dim, std::size_t dynamic_shared_bytes, const void* stream,
+                   void (*body)(const void*), const void* arguments, std::size_t argument_bytes) {
   static std::mutex one_launch_at_a_time;  // torch's autograd threads launch kernels too
   const std::lock_guard<std::mutex> guard(one_launch_at_a_time);
   if (!launch_is_legal(kernel_name, cluster_size, grid, block_dim, dynamic_shared_bytes)) return;
+  check_stream(stream, kernel_name);
+  if (config().launches_before_refusal >= 0 && config().launches_before_refusal-- == 0) {
+    launch_error = "a launch that the emulator refuses, as it was told";
+    return;
+  }
 
-  ++launches;
+  ++launches, ++counters().launches;
   if (!overlaps) ++launch_groups, clusters_of_group = 0;
   kernel_body = body;
   random_bits.seed(config().seed * 7919 + static_cast<std::uint64_t>(launches));
@@ -235,7 +250,8 @@ void launch_erased(const char* kernel_name, int cluster_size, bool overlaps, dim
     Cluster c;
     c.dim = block_dim;
     c.grid = grid;
-    c.number = clusters_of_group + number;
+    c.first = clusters_of_group;
+    c.number = c.first + number;
     c.launches = launch_groups;
     c.arguments = static_cast<const char*>(arguments);
     c.argument_bytes = argument_bytes;

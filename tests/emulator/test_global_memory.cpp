@@ -119,7 +119,21 @@ void launch_three() {
   }
 }
 
+// Reads what the grid before wrote, once that has ended: after the wait, or too early.
+template <bool kPlanted>
+__global__ void reader(float* out) {
+  if (!kPlanted) ptx::wait_for_grid();
+  out[32 + threadIdx.x] = out[31 - threadIdx.x] + 1.f;  // planted: read before the wait
+  if (kPlanted) ptx::wait_for_grid();
+}
+template <bool kPlanted>
+void launch_reader() {
+  MEMEFF_LAUNCH(first_of_several, dim3(1), dim3(32), 0, nullptr, data);
+  MEMEFF_LAUNCH_OVERLAPPED(true, 1, reader<kPlanted>, dim3(1), dim3(32), 0, nullptr, data);
+}
+
 __global__ void nothing() {}
+__global__ void fill_kernel(float* out, float value) { out[threadIdx.x] = value; }
 __global__ void much_static_memory() {
   MEMEFF_SHARED_ARRAY(float, tile, 32 * 1024);
   tile[threadIdx.x] = 1.f;
@@ -146,6 +160,40 @@ void test_illegal_launches() {
     emulator::config().shared_memory_limit = 64 * 1024;
     MEMEFF_LAUNCH(much_static_memory, dim3(1), dim3(32), 0, nullptr);
     emulator::config().shared_memory_limit = 227 * 1024;
+  });
+}
+
+// Everything belongs on one stream, whatever the launch.
+void test_streams() {
+  static int ours, other;
+  const auto on = [](const void* stream) {
+    emulator::config().stream = &ours;
+    MEMEFF_LAUNCH(nothing, dim3(1), dim3(32), 0, stream);
+    emulator::config().stream = nullptr;
+  };
+  expect_clean("the stream of the call", [&] { on(&ours); });
+  EXPECT_DEFECT("the default stream", kBadArgument, nullptr, [&] { on(nullptr); });
+  EXPECT_DEFECT("another stream", kBadArgument, nullptr, [&] { on(&other); });
+  EXPECT_DEFECT("clusters elsewhere", kBadArgument, nullptr,
+                [] { MEMEFF_LAUNCH_CLUSTERS(2, nothing, dim3(2), dim3(32), 0, &other); });
+  EXPECT_DEFECT("a memset elsewhere", kBadArgument, nullptr,
+                [] { emulator::check_stream(&other, "a memset"); });
+}
+
+// A launch that is not accepted runs nothing, and its error is seen once.
+void test_refused_launches() {
+  const auto fill = [](float value) {
+    const auto kernel = fill_kernel;
+    MEMEFF_LAUNCH(kernel, dim3(1), dim3(32), 0, nullptr, data, value);
+  };
+  expect_clean("refused launch", [&] {
+    emulator::config().launches_before_refusal = 1;
+    fill(5.f);
+    CHECK(cuda::launch_status().ok() && data[0] == 5.f);
+    fill(6.f);
+    CHECK(!cuda::launch_status().ok() && data[0] == 5.f);
+    fill(7.f);
+    CHECK(cuda::launch_status().ok() && data[0] == 7.f);
   });
 }
 
@@ -181,7 +229,15 @@ int main() {
     EXPECT_DEFECT("they meet", kGlobalRace, nullptr, [] { launch_three<true, false>(); });
     EXPECT_DEFECT("they do not wait", kInFlightAtExit, nullptr,
                   [] { launch_three<false, true>(); });
+    EXPECT_DEFECT("reads too early", kGlobalRace, "read before the wait",
+                  [] { launch_reader<true>(); });
+    expect_clean("reads after the wait", [] {
+      launch_reader<false>();
+      for (int i = 0; i < 32; ++i) CHECK(data[32 + i] == 2.f);
+    });
     test_illegal_launches();
+    test_streams();
+    test_refused_launches();
   }
   delete[] heap;
   return emulator::finish("test_global_memory");

@@ -50,8 +50,10 @@ static inline Status launch_status() {
 #if defined(__CUDACC__)
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) return {cudaGetErrorString(error)};
-#endif
   return {};
+#else
+  return {emulator::take_launch_error()};
+#endif
 }
 
 // Lets `kernel` use more dynamic shared memory than the 48 KiB that every GPU grants.

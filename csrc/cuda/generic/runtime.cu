@@ -39,7 +39,8 @@ const Gpu& current_gpu() {
   return emulated;
 }
 
-Status fill_zeros(void* data, int64_t bytes, void*) {
+Status fill_zeros(void* data, int64_t bytes, void* stream) {
+  emulator::check_stream(stream, "a memset");
   std::memset(data, 0, static_cast<size_t>(bytes));
   return {};
 }

@@ -1,8 +1,9 @@
 // The GPU of the emulator as a device of the operators: the library memeff_emulated has the operators
 // of memeff, takes CPU tensors, and runs the real CUDA kernels on them. Every tensor is registered with
 // the emulator at its exact size, every part of the workspace, too; results and workspace start as NaN.
+// Work on another stream than the call's is reported.
 //
-// Python module _memeff_emulated: configure(), take_reports(), counters().
+// Python module _memeff_emulated: configure(), refuse_launch(), take_reports(), counters().
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -28,6 +29,13 @@ using emulator::BufferAccess;
 using emulator::GlobalBuffer;
 
 constexpr int kPoison = 0xff;  // NaN in every floating type
+
+/// What stands for the current stream.
+void* current_stream() {
+  static char stream;
+  emulator::config().stream = &stream;
+  return &stream;
+}
 
 /// The device buffers of one call.
 class Buffers {
@@ -106,7 +114,7 @@ class EmulatedDevice : public CudaLikeDevice {
     buffers.output(p.grad_input, p.tokens * p.features * size, "grad_input", size);
     buffers.output(p.grad_weight, p.vocab * p.features * size, "grad_weight", 2, p.tokens > 0);
     buffers.output(p.grad_bias, p.vocab * size, "grad_bias", size);
-    return run_on_stream(p, request, like, nullptr);
+    return run_on_stream(p, request, like, current_stream());
   }
 
   void scale(const at::Tensor& from, const at::Tensor& scale, const at::Tensor& to) const override {
@@ -120,7 +128,7 @@ class EmulatedDevice : public CudaLikeDevice {
                    size, !from.is_same(to));
     const Status status = cuda::scale_gradient(from.const_data_ptr(), to.mutable_data_ptr(),
                                                dtype_of(from, "gradient"), from.numel(),
-                                               factor.const_data_ptr<double>(), nullptr);
+                                               factor.const_data_ptr<double>(), current_stream());
     TORCH_CHECK(status.ok(), status.message);
   }
 
@@ -151,6 +159,10 @@ void configure(bool late_delivery, const std::string& schedule, uint64_t seed) {
   config.printed_reports = 0;
 }
 
+void refuse_launch(int launches_before) {
+  emulator::config().launches_before_refusal = launches_before;
+}
+
 std::vector<std::string> take_reports() {
   std::vector<std::string> texts;
   for (const emulator::Report& report : emulator::reports())
@@ -162,7 +174,11 @@ std::vector<std::string> take_reports() {
 
 std::map<std::string, uint64_t> counters() {
   const emulator::Counters& c = emulator::counters();
-  return {{"ldmatrix", c.ldmatrix}, {"mma", c.mma}, {"wgmma", c.wgmma}, {"tma", c.tma}};
+  return {{"launches", c.launches},
+          {"ldmatrix", c.ldmatrix},
+          {"mma", c.mma},
+          {"wgmma", c.wgmma},
+          {"tma", c.tma}};
 }
 
 }  // namespace
@@ -177,6 +193,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("configure", &memeff::configure,
              "schedule: 'in_order', 'reversed' or 'random' (by seed); when copies arrive.",
              pybind11::arg("late_delivery"), pybind11::arg("schedule"), pybind11::arg("seed"));
+  module.def("refuse_launch", &memeff::refuse_launch,
+             "The launch after so many is not accepted; negative: all are.",
+             pybind11::arg("launches_before"));
   module.def("take_reports", &memeff::take_reports, "What the emulator has reported since last.");
   module.def("counters", &memeff::counters, "Instructions executed so far, by name.");
 }
