@@ -6,6 +6,7 @@ options on smaller shapes; these repeat the essential ones at sizes that fill a 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -166,6 +167,26 @@ def test_follows_the_current_stream(kernels: str) -> None:
     side.synchronize()
     for name in ("loss", "dx", "dw"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+def test_several_threads(kernels: str) -> None:
+    """Each with a stream and a shape of its own; results as those of one thread."""
+    cases = [Case((200 + 90 * i,), 64, 1001 + 500 * i, torch.bfloat16) for i in range(4)]
+    inputs = [on_gpu(case) for case in cases]
+    expected = [run_memeff(case, its) for case, its in zip(cases, inputs, strict=True)]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> list[Any]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [run_memeff(cases[i], inputs[i]) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with ThreadPoolExecutor(len(cases)) as threads:
+        for results, one in zip(threads.map(work, range(len(cases))), expected, strict=True):
+            for actual in results:
+                for name in ("loss", "dx", "dw"):
+                    assert torch.equal(getattr(actual, name), getattr(one, name)), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
 
 #include <functional>
 #include <string>
@@ -36,6 +37,22 @@ class CudaLikeDevice : public Device {
     cuda::CallPlan call;
     std::string objection = cuda::plan_call(problem, request, cuda::current_gpu(), &call);
     if (!objection.empty()) return objection;
+    try {
+      run_with_plan(problem, request, call, like, stream);
+    } catch (c10::Error& error) {  // of torch's products, or of its allocator
+      error.add_context("memeff: with " + cuda::in_words(call.traits.kernels) +
+                        " and a workspace of " + std::to_string(call.plan.workspace_bytes) +
+                        " bytes, which memory_budget bounds");
+      throw;
+    }
+    return objection;
+  }
+
+  /// The workspace is of the current stream, as all that works in it: the allocator may give it to the
+  /// stream's next call before this one has run. No other stream gets to see it but that of a process
+  /// group, for which the stream waits before the run ends, whether or not with an exception (driver.cpp).
+  void run_with_plan(const Problem& problem, const PlanRequest& request, const cuda::CallPlan& call,
+                     const at::Tensor& like, void* stream) const {
     const at::Tensor workspace =
         at::empty({call.plan.workspace_bytes}, like.options().dtype(at::kByte));
     const cuda::CudaContext context{&problem, &call,
@@ -43,7 +60,6 @@ class CudaLikeDevice : public Device {
     use_workspace(workspace, call, [&] {
       memeff::run(problem, call.plan, request.statistics_known, *cuda::make_cuda_backend(context));
     });
-    return objection;
   }
 
   /// Calls `run`, which works in the workspace. For devices that want to know of their memory.

@@ -269,8 +269,16 @@ class CudaBackend : public Backend {
 
  private:
   void check(const Status& status) {
-    if (!status.ok()) throw std::runtime_error(std::string("memeff: ") + status.message);
+    if (!status.ok())
+      throw std::runtime_error(std::string("memeff: ") + status.message + ", with " +
+                               in_words(traits_.kernels) + way_out());
     follows_writing_product_ = false;
+  }
+
+  std::string way_out() const {
+    return fused_ || handwritten_
+               ? "; MEMEFF_CUDA_KERNELS=generic,generic runs without handwritten products"
+               : "";
   }
 
   static Block shape_of(Range classes, Range tokens) {
@@ -385,7 +393,8 @@ class CudaBackend : public Backend {
 
   /// Whether the product may overlap those launched just before: they write gradients at once, too,
   /// and other rows. What they read no product writes: a copy moves scores out of grad_weight, a launch in
-  /// between. Slices of classes that share exponents (vocab slices) do not overlap either.
+  /// between. Slices of classes that share exponents (under vocab slices, where all have one buffer) do
+  /// not overlap either: now they are apart anyway, as each slice's gradients are another launch.
   bool overlaps_previous(const ProductTarget& to) {
     const uint8_t* const exponents = to.update.split.exponents;
     const bool shares = exponents != nullptr && exponents == to.written->exponents;

@@ -368,6 +368,7 @@ std::string plan_call(const Problem& problem, const PlanRequest& request, const 
   error = choose_plan(problem, kernels, call);
   call->plan.kernels = name_of(call->traits.kernels);
   call->plan.kernels_reason = reason_of(call->traits.kernels);
+  if (!error.empty()) error += ", with " + in_words(call->traits.kernels);
   return error;
 }
 

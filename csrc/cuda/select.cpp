@@ -1,10 +1,13 @@
 #include "cuda/select.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <list>
+#include <mutex>
 
 namespace memeff::cuda {
 namespace {
@@ -90,9 +93,16 @@ const MeasuredChoice* nearest(const MeasuredChoices& measured, const Problem& p,
   return best;
 }
 
-MeasuredChoices& all_choices() {
-  static MeasuredChoices choices{committed_choices()};
-  return choices;
+/// The choices, and what they were before each addition: calls of other threads may still read that.
+struct KnownChoices {
+  std::mutex adding;
+  std::list<MeasuredChoices> versions{{committed_choices()}};
+  std::atomic<const MeasuredChoices*> newest{&versions.back()};
+};
+
+KnownChoices& known_choices() {
+  static KnownChoices known;
+  return known;
 }
 
 }  // namespace
@@ -110,12 +120,15 @@ int multiprocessors_of(const Gpu& gpu) {
   }
 }
 
-const MeasuredChoices& measured_choices() { return all_choices(); }
+const MeasuredChoices& measured_choices() { return *known_choices().newest; }
 
 void add_tuned(const MeasuredChoices& tuned) {
-  MeasuredChoices& all = all_choices();
+  KnownChoices& known = known_choices();
+  const std::lock_guard<std::mutex> lock(known.adding);
+  MeasuredChoices all = *known.newest;
   all.rows.insert(all.rows.end(), tuned.rows.begin(), tuned.rows.end());
   all.banned.insert(all.banned.end(), tuned.banned.begin(), tuned.banned.end());
+  known.newest = &known.versions.emplace_back(std::move(all));
 }
 
 const std::vector<MeasuredChoice>& committed_choices() {
@@ -210,6 +223,10 @@ std::string reason_of(const Selection& selection) {
   const MeasuredChoice& row = *selection.measured;
   return (row.here ? "tuned on " : "measured on ") + row.gpu + " at " + std::to_string(row.tokens) +
          "x" + std::to_string(row.features) + "x" + std::to_string(row.vocab);
+}
+
+std::string in_words(const Selection& selection) {
+  return name_of(selection) + " kernels (" + reason_of(selection) + ")";
 }
 
 }  // namespace memeff::cuda

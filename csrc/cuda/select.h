@@ -64,7 +64,7 @@ const std::vector<MeasuredChoice>& committed_choices();
 
 /// That table, and what memeff-tune has found on this machine (memeff/tuning.py reads its file).
 const MeasuredChoices& measured_choices();
-/// Adds to it. Called while the library is loaded, before any call is planned.
+/// Adds to it. Other threads may plan calls meanwhile.
 void add_tuned(const MeasuredChoices& tuned);
 
 /// The kernels for the problem on that GPU:
@@ -98,5 +98,7 @@ bool parse_kernels(const std::string& names, Selection* selection);
 /// "default", "default; run memeff-tune to use faster ones", "predicted", "measured on NVIDIA H200 at
 /// 8192x4096x128256", "tuned on ..." or "MEMEFF_CUDA_KERNELS".
 std::string reason_of(const Selection& selection);
+/// For errors: "generic,generic kernels (default; run memeff-tune to use faster ones)".
+std::string in_words(const Selection& selection);
 
 }  // namespace memeff::cuda

@@ -1,5 +1,7 @@
 // Which CUDA kernels a problem gets.
+#include <atomic>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -249,6 +251,30 @@ void what_failed_here_does_not_run() {
   CHECK_EQ(chosen(p, kH200, {rows, {{"NVIDIA H200", "sm90"}, {"NVIDIA H200", "sm80"}}}), kDefault);
 }
 
+/// While others plan calls, and what these have found stays where it is. (For the sanitizers.)
+void choices_are_added_at_any_time() {
+  std::atomic<bool> ends{false};
+  std::string last;
+  std::thread planner([&] {
+    const Problem p = problem(DType::kBFloat16);
+    while (!ends) last = chosen(p, kH200, cuda::measured_choices());
+  });
+  MeasuredChoice own = row("NVIDIA H200", 1, 1, 1, "sm90,sm90");
+  own.here = true;
+  const cuda::MeasuredChoices* before = &cuda::measured_choices();
+  const size_t count = before->rows.size();
+  for (size_t i = 1; i <= 50; ++i) {
+    cuda::add_tuned({{own}, {}});
+    CHECK_EQ(cuda::measured_choices().rows.size(), count + i);
+  }
+  CHECK_EQ(before->rows.size(), count);
+  ends = true;
+  planner.join();
+  const std::string now = chosen(problem(DType::kBFloat16), kH200, cuda::measured_choices());
+  CHECK_EQ(now, "sm90,sm90 tuned on NVIDIA H200 at 64x128x1000");
+  CHECK(last == now || last == kDefault || last.empty());
+}
+
 void rows_of_the_table_make_sense() {
   const cuda::MeasuredChoices table{cuda::committed_choices()};
   for (const MeasuredChoice& measured : table.rows) {
@@ -283,5 +309,6 @@ int main() {
   what_was_tuned_here_comes_first();
   what_failed_here_does_not_run();
   rows_of_the_table_make_sense();
+  choices_are_added_at_any_time();
   return memeff::test::result();
 }
