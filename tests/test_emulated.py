@@ -72,7 +72,8 @@ def test_generic_kernels_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     before = emulated.load().counters()
     for reduction in ("mean", "none"):
         check_emulated(Case((37,), 24, 150, torch.bfloat16, reduction, bias=True, ignored=0.2))
-    assert emulated.load().counters() == before
+    after = emulated.load().counters()
+    assert after == {**before, "launches": after["launches"]} != before
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -197,6 +198,32 @@ def test_compact_sums(
     assert bool(budgets) == can_be
     if budgets:
         check_emulated(case, memory_budget=budgets[0] << 10, **options)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "options"),
+    [
+        ("sm90,sm90", {"chunk_size": 128}),
+        ("sm90x2,sm90x2", {"bias": True, "ignored": 0.2}),
+        ("sm90,sm90rs", {}),
+    ],
+    ids=str,
+)
+def test_grad_input_in_parts(
+    kernels: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So few tiles that parts of their long sums over the classes are computed at the same time."""
+    tokens = 150 if "chunk_size" in options else 40
+    case = Case((tokens,), 48, 2100, torch.bfloat16, **options)
+    launches = {}
+    for one in (kernels, "sm80,sm80"):  # whose launches do not overlap
+        monkeypatch.setenv("MEMEFF_CUDA_KERNELS", one)
+        before = emulated.load().counters()["launches"]
+        run_memeff(case, make_inputs(case), backend="emulated")
+        launches[one] = emulated.load().counters()["launches"] - before
+    monkeypatch.setenv("MEMEFF_CUDA_KERNELS", kernels)
+    check_emulated(case)
+    assert launches[kernels] >= launches["sm80,sm80"] + 3
 
 
 @pytest.mark.parametrize("bias", [False, True])

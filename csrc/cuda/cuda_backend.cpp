@@ -214,6 +214,7 @@ class CudaBackend : public Backend {
     to.smooths = first;
     to.updates = compact;
     wrote_grad_input_ = to.at_once || compact;
+    if (plan_.input_parts > 1) return grad_input_in_parts(to, classes, tokens, block);
     gradient_product(to, classes, tokens, block);
   }
 
@@ -320,6 +321,7 @@ class CudaBackend : public Backend {
     bool accumulate = false;  // added to those of the products before it,
     bool smooths = false;     // and to label smoothing, if gradients of logits leave it out
     bool updates = false;     // then the sums are complete, and enter the gradient
+    bool joins_sums = false;  // it may run while the product before it writes other sums
   };
 
   void gradient_product(const ProductTarget& to, Range classes, Range tokens,
@@ -378,6 +380,7 @@ class CudaBackend : public Backend {
       output.sums = static_cast<float*>(to.sums);
       output.sums_stride = problem_.features;
       output.accumulate = to.accumulate || smooths;
+      output.overlaps_previous = to.joins_sums;
     }
     // Only kept scores have maxima; other blocks hold gradients.
     if (reads_scores_ && block.maxima != nullptr) {
@@ -389,6 +392,24 @@ class CudaBackend : public Backend {
       check(product(call, stream_));
     }
     follows_writing_product_ = to.at_once;
+  }
+
+  /// Parts of the sum over classes (Plan::input_parts), each a product with sums of its own. They overlap,
+  /// and read what was complete before the first of them.
+  void grad_input_in_parts(ProductTarget to, Range classes, Range tokens, const ScoreBlock& block) {
+    const int64_t each = round_up(ceil_div(classes.size(), plan_.input_parts), kStoredTile);
+    to.at_once = false;
+    to.update.part_stride = tokens.size() * problem_.features;
+    to.update.parts = 0;
+    for (int64_t begin = classes.begin; begin < classes.end; begin += each) {
+      const Range part{begin, std::min(begin + each, classes.end)};
+      to.other = memory_.weight_rows(part);
+      to.joins_sums = to.update.parts > 0;
+      multiply_handwritten(to, part, tokens, memory_.part(block, begin - classes.begin, 0));
+      to.sums = static_cast<float*>(to.sums) + to.update.part_stride;
+      ++to.update.parts;
+    }
+    check(update_rows(to.update, stream_));
   }
 
   /// Whether the product may overlap those launched just before: they write gradients at once, too,

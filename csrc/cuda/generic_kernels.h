@@ -73,10 +73,12 @@ Status add_bias_gradient(const Block& block, const void* gradient, int64_t strid
                          const float* factors, void* sums, void* stream);
 
 /// Rows of sums [rows, columns] of A into a gradient of type `dtype`, row i scaled by
-/// scale[i * scale_stride] (A, on the device; null: 1; a stride of 0: one scale for all).
+/// scale[i * scale_stride] (A, on the device; null: 1; a stride of 0: one scale for all). The sums may be in
+/// `parts` of the same shape, part_stride elements apart, which are added in their order.
 struct RowUpdate {
   const void* sums = nullptr;
   int64_t sums_stride = 0;
+  int64_t parts = 1, part_stride = 0;
   void* gradient = nullptr;
   int64_t gradient_stride = 0;
   SplitSums split;

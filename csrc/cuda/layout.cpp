@@ -99,6 +99,10 @@ int64_t summed_while_kept(const PlanRequest& r, const PlanTraits& t, const Plan&
   return sums && kept_tokens(r, plan) > 0 ? std::min(plan.input_block, r.tokens) : 0;
 }
 
+int64_t rows_of_parts(const PlanRequest& r, const Plan& plan) {
+  return plan.input_parts == 1 ? 0 : plan.input_parts * std::min(plan.input_block, r.tokens);
+}
+
 bool products_write_weight(const PlanRequest& r, const PlanTraits& t, const Plan& plan) {
   if (!writes_gradients(t)) return false;
   if (plan.kind == PlanKind::kTokenChunks) return plan.weight_block >= kept_tokens(r, plan);
@@ -200,7 +204,7 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
 
   // Then the sweeps, or the rest of a chunk.
   cursor.move_to(steps);
-  const int64_t sums = summed_tokens(r, t, plan);
+  const int64_t sums = std::max(summed_tokens(r, t, plan), rows_of_parts(r, plan));
   if (sums > 0) at.input_sum = cursor.take(sums * r.features * 4);
   const int64_t input_end = cursor.offset();
   // Sums of a chunk that ranks are adding up stay where they are.

@@ -28,8 +28,9 @@ constexpr int kScales = 7, kWidths = 7;
 // that of its final rounding.
 constexpr int64_t kMostCompactTerms = 256;
 
-// The fewest tokens whose hidden states are copied at a time.
-constexpr int64_t kCopiedTokens = 512;
+// The fewest tokens whose hidden states are copied at a time, and the fewest classes of a part of
+// grad_input's sums.
+constexpr int64_t kCopiedTokens = 512, kClassesOfPart = 512;
 
 // Without a budget the workspace stays below this or a quarter more than the gradients themselves, and
 // is the smallest that costs no more than this much time; below kSmallWorkspace nobody minds.
@@ -148,6 +149,12 @@ class Candidates {
     if (!r_.statistics_known && !r_.grad_weight) return;
     Plan plan = base(PlanKind::kVocabSlices);
     vocab_slices(plan);
+    if (stored_ > 0 && t_.keeps_16_bits && r_.memory_budget >= 0) {
+      // Nothing in grad_weight's memory: in small budgets the maxima of these scores take most of it.
+      Plan keeps_none = plan;
+      keeps_none.stored_in_gradient = 0;
+      vocab_slices(keeps_none);
+    }
     // Partial statistics of fewer tokens at a time leave more room for scores.
     if (r_.statistics_known || plan.score_block <= kSmallScoreBlock) return;
     plan.score_block = kSmallScoreBlock;
@@ -157,7 +164,14 @@ class Candidates {
   void token_chunks(Plan plan) const {
     if (!r_.grad_weight || rest_ <= 0) {
       if (rest_ > 0) plan.chunk_tokens = largest_chunk_of(plan);
-      return consider(plan);
+      consider(plan);
+      // A power of two of tiles: in parts, their sums fill the GPU where others leave some of it idle.
+      int64_t whole = kTokenTile;
+      while (2 * whole <= plan.chunk_tokens) whole *= 2;
+      const bool smaller = r_.chunk_size == 0 && whole < plan.chunk_tokens;
+      plan.chunk_tokens = whole;
+      if (smaller) consider(plan);
+      return;
     }
     if (stored_ == 0 && most_ == rest_) {  // a single chunk needs no sums across chunks
       Plan one = plan;
@@ -193,7 +207,9 @@ class Candidates {
     // Parts of a slice of grad_weight that add up in its own memory. All scores that lie there must
     // be moved out at once.
     const int64_t parts = 2 + ceil_div(r_.tokens, plan.token_block);
-    if (!writes_gradients(t_) || plan.token_block < stored_ || parts > kMostCompactTerms) return;
+    if (!writes_gradients(t_) || plan.token_block < plan.stored_in_gradient ||
+        parts > kMostCompactTerms)
+      return;
     plan.accumulation = Accumulation::kCompact;
     slices_with_more_scores(plan);
   }
@@ -202,6 +218,7 @@ class Candidates {
   void slices_with_more_scores(Plan plan) const {
     consider(plan);
     if (r_.statistics_known || rest_ <= 0 || r_.chunk_size > 0) return;
+    if (plan.stored_in_gradient < stored_) return;  // there is no room
     plan.stored_chunks = 1;
     plan.chunk_tokens = largest_chunk(r_, t_, budget_, std::min(rest_, kTokenTile), rest_, plan);
     if (plan.chunk_tokens > 0) consider(plan);
@@ -227,9 +244,22 @@ class Candidates {
     return std::max(least_, largest_chunk(r_, t_, budget_, least_, most_, plan));
   }
 
+  /// The same with grad_input in parts.
+  void divide_input_sums(Plan plan) const {
+    const bool can = r_.grad_input && plan.kind == PlanKind::kTokenChunks && writes_input(r_, t_) &&
+                     !t_.skips && t_.kernels.products.architecture->overlaps_launches;
+    if (!can) return;
+    const int64_t rows = std::min(plan.input_block, kept_tokens(r_, plan));
+    const int64_t tiles = ceil_div(rows, kTileRows) * ceil_div(r_.features, kTileColumns);
+    const int64_t most =
+        std::min(r_.multiprocessors / std::max<int64_t>(1, tiles), r_.vocab / kClassesOfPart);
+    for (plan.input_parts = most; plan.input_parts > 1; plan.input_parts /= 2) visit_(plan);
+  }
+
   void consider(Plan plan) const {
     finish(r_, t_, &plan);
     visit_(plan);
+    divide_input_sums(plan);
     if (t_.copies_input) copy_otherwise(plan);
     if (!t_.keeps_16_bits || summed_while_kept(r_, t_, plan) == 0) return;
     plan.input_block = round_up(plan.input_block / 2, kTokenTile);

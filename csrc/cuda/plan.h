@@ -47,6 +47,9 @@ PlanTraits plan_traits(const Problem& problem, const PlanRequest& request,
 struct Plan : memeff::Plan {
   bool products_from_scores = false;  // kept scores go into the products of gradients as they are
   int64_t copied_tokens = 0;          // whose hidden states are copied at a time, if they are
+  // Parts of grad_input's sums over classes that are computed at the same time, where the product of kept
+  // scores has fewer tiles than the GPU multiprocessors; fp32, added up afterwards.
+  int64_t input_parts = 1;
 };
 
 /// A plan with what it was made for: all that a backend must know.

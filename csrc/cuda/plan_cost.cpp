@@ -9,17 +9,17 @@
 namespace memeff::cuda {
 namespace {
 
-// A multiprocessor has one tile of this size in flight, or two of half of it.
-constexpr int64_t kTileRows = 128, kTileColumns = 256;  // of a product's result
 // The part of a tile's epilogue that no tile's products hide, as so many more terms of its sums: some
-// 1250 cycles of 2048 multiply-adds for 32768 sums.
-constexpr int64_t kEpilogueDepth = 80;
+// 1250 cycles of 2048 multiply-adds for 32768 sums, and 3700 where these are compact ones.
+constexpr int64_t kEpilogueDepth = 80, kCompactEpilogueDepth = 230;
 // Multiply-adds that a GPU with tensor cores does while it moves one byte: about 80 on H100 and H200,
 // 75 on A100, 100 on T4; and while it starts a kernel and waits for its last tiles, about 4 us.
 constexpr double kMultiplyAddsPerByte = 80;
 constexpr double kMultiplyAddsPerLaunch = 1.4e9;
 // While the last blocks of products that overlap end: half of their 75 us.
 constexpr double kMultiplyAddsPerLastBlocks = 1.3e10;
+// Of a launch that overlaps the one before it.
+constexpr double kMultiplyAddsPerOverlappedLaunch = 0.5e9;
 // Sums that are added to again and again, and what one kernel leaves to the next, stay in the L2 cache
 // up to about this size, which moves about three times as many bytes in a second as memory does.
 constexpr int64_t kCachedBytes = int64_t{24} << 20;
@@ -37,7 +37,8 @@ Rounds rounds_of(const KernelSet& kernels) {
 /// Multiply-adds in the time of a product [rows, columns] whose sums are over `depth`, launched in
 /// parts, and each part `pieces` times. Tiles at the edges count in full, as do the last rounds.
 double product_cost(const GpuPlanRequest& r, int64_t rows, int64_t row_part, int64_t columns,
-                    int64_t column_part, int64_t depth, int64_t pieces, Rounds rounds) {
+                    int64_t column_part, int64_t depth, int64_t pieces, Rounds rounds,
+                    int64_t epilogue = kEpilogueDepth) {
   double cost = 0;
   // Parts of one size, and what is left over.
   const auto for_each_part = [](int64_t size, int64_t part, const auto& visit) {
@@ -54,7 +55,7 @@ double product_cost(const GpuPlanRequest& r, int64_t rows, int64_t row_part, int
       const int64_t elements = round_up(4 * tiles, round) / 4 * kTileRows * kTileColumns;
       cost +=
           static_cast<double>(vertical * horizontal) *
-          (static_cast<double>(elements) * static_cast<double>(depth + pieces * kEpilogueDepth) +
+          (static_cast<double>(elements) * static_cast<double>(depth + pieces * epilogue) +
            static_cast<double>(rounds == Rounds::kShared ? 0 : pieces) * kMultiplyAddsPerLaunch);
     });
   });
@@ -100,6 +101,9 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   const int64_t fresh = fresh_tokens(r, plan), kept = n - fresh;
   const int64_t stored = plan.stored_in_gradient, rest = n - stored;
   const bool direct = products_write_weight(r, t, plan);
+  const int64_t epilogue = direct && plan.accumulation == Accumulation::kCompact
+                               ? kCompactEpilogueDepth
+                               : kEpilogueDepth;
   // Tokens of one product, of those that pass together.
   const bool in_pieces = t.copies_input && !t.kernels.products.fused();
   const auto at_once = [&](int64_t block) {
@@ -115,13 +119,13 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
     passes = std::max<int64_t>(1, (stored > 0 ? 1 : 0) + others);
     products = passes * blocks;
     const Rounds rounds = products_overlap(r, t, plan) ? Rounds::kShared : alone;
-    cost = product_cost(r, v, slice, d, d, stored, stored > 0 ? blocks : 0, alone) +
-           product_cost(r, v, slice, d, d, rest, others * blocks, rounds);
+    cost = product_cost(r, v, slice, d, d, stored, stored > 0 ? blocks : 0, alone, epilogue) +
+           product_cost(r, v, slice, d, d, rest, others * blocks, rounds, epilogue);
     if (rounds == Rounds::kShared) cost += static_cast<double>(others) * kMultiplyAddsPerLastBlocks;
   } else {
     const int64_t block = at_once(plan.token_block);
     products = parts_of(kept, block) + parts_of(fresh, block);
-    cost = product_cost(r, v, slice, d, d, n, products, alone);
+    cost = product_cost(r, v, slice, d, d, n, products, alone, epilogue);
     if (direct) passes = std::max<int64_t>(1, products);
   }
   // An fp32 sum that is added to moves 8 bytes, its halves back and forth; a compact one 4.
@@ -147,6 +151,25 @@ double weight_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& pla
   return cost;
 }
 
+/// grad_input of token chunks in parts, as so many tiles more with so much shorter sums.
+double parts_cost(const GpuPlanRequest& r, const Plan& plan, int64_t* bytes) {
+  const int64_t parts = plan.input_parts, stored = plan.stored_in_gradient;
+  const int64_t columns = round_up(r.features, kTileColumns) * parts;
+  double cost = 0;
+  const auto add = [&](int64_t tokens, int64_t block) {
+    if (tokens == 0) return;
+    const double blocks = static_cast<double>(parts_of(tokens, block));
+    cost += product_cost(r, tokens, block, columns, columns, ceil_div(r.vocab, parts), 1,
+                         Rounds::kWhole) +
+            blocks * (static_cast<double>(parts - 1) * kMultiplyAddsPerOverlappedLaunch +
+                      kMultiplyAddsPerLaunch);  // and that which adds them up
+  };
+  add(stored, plan.input_block);
+  add(r.tokens - stored, std::min(plan.chunk_tokens, plan.input_block));
+  *bytes += traffic(r.tokens * r.features * parts * 8, rows_of_parts(r, plan) * r.features * 4);
+  return cost;
+}
+
 /// Likewise of grad_input.
 double input_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan, int64_t* bytes) {
   const int64_t d = r.features, v = r.vocab, stored = plan.stored_in_gradient;
@@ -154,6 +177,7 @@ double input_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan
   const Rounds alone = rounds_of(t.kernels.products);
   if (plan.kind == PlanKind::kTokenChunks) {
     const int64_t rest = kept - stored, block = std::min(plan.chunk_tokens, plan.input_block);
+    if (plan.input_parts > 1) return parts_cost(r, plan, bytes);
     const double first = product_cost(r, stored, plan.input_block, d, d, v, 1, alone);
     const double others = product_cost(r, rest, block, d, d, v, 1, alone);
     if (!products_overlap(r, t, plan)) return first + others;
@@ -167,7 +191,9 @@ double input_cost(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan
   if (summed_tokens(r, t, plan) * d * 4 > kCachedBytes) *bytes += 8 * slices * fresh * d;
   if (plan.compact_input_sums && fresh * d * 2 > kCachedBytes) *bytes += 4 * slices * fresh * d;
   return product_cost(r, kept, plan.input_block, d, d, v, 1, alone) +
-         product_cost(r, fresh, plan.input_sweep_block, d, d, v, slices, alone);
+         product_cost(r, fresh, plan.input_sweep_block, d, d, v, slices, alone,
+                      plan.compact_input_sums && t.kernels.products.fused() ? kCompactEpilogueDepth
+                                                                            : kEpilogueDepth);
 }
 
 }  // namespace

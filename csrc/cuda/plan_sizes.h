@@ -30,6 +30,9 @@ int64_t fresh_tokens(const PlanRequest& request, const Plan& plan);
 int64_t summed_tokens(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 int64_t summed_while_kept(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);
 
+/// Rows of the parts of grad_input's sums (Plan::input_parts); 0: there is one.
+int64_t rows_of_parts(const PlanRequest& request, const Plan& plan);
+
 /// Whether products write grad_weight by themselves, slice by slice: one product the whole slice, or
 /// several that add up in its own memory. No other sums are needed then.
 bool products_write_weight(const PlanRequest& request, const PlanTraits& traits, const Plan& plan);

@@ -222,6 +222,7 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
   const DType a = accumulation_dtype(dtype);
   const int64_t sums_stride = columns + 5, gradient_stride = columns + 3;
   const int64_t remainder_stride = columns + 1;
+  const int64_t parts = 1 + columns % 3, part_stride = rows * sums_stride + 2 * offset;
   Array gradient(dtype, rows * gradient_stride, "gradient", BufferAccess::kReadWrite, offset);
   // Every other row has one of the two scales, or all have the first one.
   Array scale(a, rows, "scale", BufferAccess::kReadOnly);
@@ -231,7 +232,7 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
   const int64_t scale_stride = rows % 3 == 0 ? 0 : 1;
   std::vector<double> expected(rows * columns), tolerance(rows * columns);
   for (const WeightUpdate update : updates) {
-    Array sums(a, rows * sums_stride, "sums", BufferAccess::kReadOnly, offset);
+    Array sums(a, parts * part_stride, "sums", BufferAccess::kReadOnly, offset);
     const bool last = update == WeightUpdate::kSplitLast;
     const bool split =
         last || update == WeightUpdate::kSplitFirst || update == WeightUpdate::kSplitNext;
@@ -239,11 +240,16 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t d = 0; d < columns; ++d) {
         const double factor = scaled ? scale.at(r * scale_stride) : 1.0;
-        sums.set(r * sums_stride + d, normal(random));
         double& value = expected[r * columns + d];
         double& error = tolerance[r * columns + d];
-        const double sum = sums.at(r * sums_stride + d);
         if (starts) value = error = 0;
+        double sum = 0;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t at = part * part_stride + r * sums_stride + d;
+          sums.set(at, normal(random));
+          sum += sums.at(at);
+          error += 4 * unit_roundoff(a) * std::abs(sums.at(at)) * (scaled ? 1.7 : 1);
+        }
         value += split ? sum : sum * factor;
         error += 4 * unit_roundoff(a) * (std::abs(value) + std::abs(sum));
         if (last) value *= factor;
@@ -252,6 +258,7 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
       }
     RowUpdate rows_of;
     rows_of.sums = sums.data(), rows_of.sums_stride = sums_stride;
+    rows_of.parts = parts, rows_of.part_stride = part_stride;
     rows_of.gradient = gradient.data(), rows_of.gradient_stride = gradient_stride;
     if (split)
       rows_of.split.remainder = remainder.data(), rows_of.split.remainder_stride = remainder_stride;
@@ -273,7 +280,7 @@ void test_update(const std::vector<WeightUpdate>& updates, DType dtype, bool sca
           std::memcpy(&joined, &bits, 4);
           got = joined;
           // The first sum is kept bit by bit.
-          if (starts) CHECK(got == sums.at(r * sums_stride + d));
+          if (starts && parts == 1) CHECK(got == sums.at(r * sums_stride + d));
         }
         compare(got, expected[r * columns + d], tolerance[r * columns + d], "update", dtype);
       }

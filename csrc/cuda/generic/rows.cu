@@ -1,6 +1,7 @@
 // Elementwise work on rows of gradients, any architecture: sums into a gradient, copies, scaling.
 //
-//   update_rows     gradient <- scale * sums, or another update of core/weight_update.h
+//   update_rows     gradient <- scale * sums, or another update of core/weight_update.h; the sums may be
+//                   in parts, which are added one after the other
 //   copy_rows       to <- from, of the same type or to fp32                        [rows, columns]
 //   multiply_rows   to[row] <- factors[row] * from[row]                            [rows, columns]
 //   find_non_finite_rows   found <- 1 if a row whose factor is 0 is not finite     [rows, columns]
@@ -59,8 +60,15 @@ __global__ void __launch_bounds__(kThreads)
   const bool scaled = scales != nullptr && at.count > 0;
   const A scale = scaled ? scales[at.row * update.scale_stride] : A(1);
   A sums[kColumns];
-  load(sums, static_cast<const A*>(update.sums) + at.row * update.sums_stride + at.column,
-       at.count);
+  const A* from = static_cast<const A*>(update.sums) + at.row * update.sums_stride + at.column;
+  load(sums, from, at.count);
+  for (int64_t part = 1; part < update.parts; ++part) {
+    A more[kColumns];
+    from += update.part_stride;
+    load(more, from, at.count);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) sums[i] += more[i];
+  }
   update_gradient(update.update, sums, scale, static_cast<G*>(update.gradient),
                   update.gradient_stride, update.split, at.row, at.column, at.count);
 }

@@ -12,7 +12,9 @@
 // 32. First each warp makes words of 32 marks of all of these rows, reading along whatever is adjacent
 // in memory. Through shared memory (4 KiB) a warp then gets the words of one row, a lane each, and
 // writes the numbers of their bits from where the lanes before end. A row's rank is how many come
-// before it; every thread counts that for a row, which is quadratic, but 1 M comparisons for 1002 rows.
+// before it; every thread counts that for a row, which is quadratic, but plans have few rows: at most 128
+// of classes (slices of 16384), and one per 128 tokens of a block. Several blocks would pay from about a
+// thousand rows on.
 #include <algorithm>
 
 #include "core/math.h"
