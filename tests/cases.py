@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tolerances import Result, assert_result
+from tolerances import Comparison, Result, assert_all_hold, compare_results
 
 import memeff
 from memeff._options import LossOptions, Options
@@ -291,8 +291,10 @@ def run_memeff(case: Case, inputs: Inputs, **overrides: Any) -> Result:
     return _differentiated(case, loss, inputs, leaves)
 
 
-def check(case: Case, *, device: str = "cpu", **overrides: Any) -> Result:
-    """Runs `case` three ways, applies the tolerance rule, returns memeff's result.
+def compare(
+    case: Case, *, device: str = "cpu", **overrides: Any
+) -> tuple[Result, list[Comparison]]:
+    """Runs `case` three ways: memeff's result, and how it compares.
 
     memeff and plain PyTorch run on `device`, the float64 reference on the CPU.
     """
@@ -305,7 +307,13 @@ def check(case: Case, *, device: str = "cpu", **overrides: Any) -> Result:
         gradient = getattr(ours, name)
         assert gradient is None or gradient.dtype == case.dtype, f"{name} is {gradient.dtype}"
     exact = run_plain(replace(case, dtype=torch.float64), cpu_inputs.in_float64())
-    assert_result(ours, run_plain(case, inputs).cpu(), exact)
+    return ours, compare_results(ours, run_plain(case, inputs).cpu(), exact)
+
+
+def check(case: Case, *, device: str = "cpu", **overrides: Any) -> Result:
+    """Runs `case` three ways, applies the tolerance rule, returns memeff's result."""
+    ours, comparisons = compare(case, device=device, **overrides)
+    assert_all_hold(comparisons)
     return ours
 
 

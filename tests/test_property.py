@@ -1,10 +1,17 @@
-"""Random shapes, dtypes, strides and option combinations, under the tolerance rule."""
+"""Random shapes, dtypes, strides and option combinations, under the tolerance rule.
+
+Hypothesis also draws constants that it finds in the loaded modules, so the examples depend on which
+tests are collected with these. The rule holds for all of them (assert_over_draws).
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import DTYPES, INPUT_LAYOUTS, WEIGHT_LAYOUTS, Case, check, make_inputs, run_memeff
+from cases import DTYPES, INPUT_LAYOUTS, WEIGHT_LAYOUTS, Case, compare, make_inputs, run_memeff
+from tolerances import assert_over_draws
 
 pytest.importorskip("hypothesis")
 
@@ -91,7 +98,7 @@ def _note(case: Case) -> None:
 @given(cases())
 def test_any_call_is_as_close_as_plain_pytorch(case: Case) -> None:
     _note(case)
-    check(case)
+    assert_over_draws(lambda i: compare(replace(case, seed=case.seed + i))[1])
 
 
 @given(cases())
