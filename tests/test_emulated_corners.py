@@ -1,5 +1,6 @@
 """Corners of the CUDA kernels, emulated: hidden states of ignored tokens that are not finite,
-numbers beyond what fp16 holds, saturated soft caps, logits that are infinite or not a number.
+numbers beyond what fp16 holds, saturated soft caps, logits that are infinite or not a number,
+gradients that all round alike.
 """
 
 from __future__ import annotations
@@ -286,3 +287,38 @@ def test_saturated_softcap(reach: float, reduction: str, monkeypatch: pytest.Mon
         )  # fmt: skip
         for ours, wanted in zip(mine[1:], exact[1:], strict=True):
             assert (ours - wanted).abs().max() <= tolerance * wanted.abs().max(), (kernels, dtype)
+
+
+# ---- gradients of the logits that all round alike ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {"reduction": "sum", "softcap": 4.0},
+        {"reduction": "sum", "chunk_size": 64},
+        {"reduction": "sum", "label_smoothing": 0.5},
+    ],
+    ids=str,
+)
+def test_bias_gradient_of_a_flat_softmax(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """It is rounded once, as its exact value is. If each token's part was rounded first, as it is
+    for the products, the sum would have other bits in bf16 and in fp16."""
+    tokens, vocab, upstream = 140, 300, 1.25 if options["reduction"] == "none" else 1.0
+    x, w = torch.zeros(tokens, 24, dtype=dtype), torch.randn(vocab, 24).to(dtype)
+    b = torch.zeros(vocab, dtype=dtype)
+    target = torch.randint(10, (tokens,))
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    loss = memeff.linear_cross_entropy(x, w, target, linear_bias=b, backend="emulated", **options)
+    *_, gradient = torch.autograd.grad((loss * upstream).sum(), leaves)
+    scale = upstream * (1 - options.get("label_smoothing", 0.0))
+    counts = torch.bincount(target, minlength=vocab).double()
+    exact = scale * (tokens / vocab - counts)
+    if dtype == torch.float32:
+        torch.testing.assert_close(gradient, exact.float(), rtol=1e-6, atol=1e-6)
+        return
+    assert torch.equal(gradient, exact.to(dtype))
+    rounded = torch.tensor(scale / vocab, dtype=torch.float64).to(dtype).double() * tokens
+    assert rounded.to(dtype) != gradient[-1], "this test sees no rounding"

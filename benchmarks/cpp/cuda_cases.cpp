@@ -389,15 +389,20 @@ class Maker {
 
   void stored_cases() {
     const double tiles = as_double(ranges_) * as_double(n_);
-    add(
-        "stored_gradient", "generic", "in place", 0, all_scores(4) + 4 * tiles,
-        [=, shape = block(), scores = kept(scratch_), dtype = dtype_, targets = targets_,
-         c = coefficients_, target_gradient = tokens_.target_gradient, stream = stream_] {
-          return stored_gradient({shape, scores, dtype, {}, targets, c, target_gradient}, stream);
-        },
-        [=, memory = &memory_, to = scratch_, from = scores_, bytes = v_ * stride_ * 2] {
-          memory->copy(to, from, bytes);
-        });
+    auto* const bias = place<float>(v_, "sums of the bias");
+    for (const bool sums : {false, true})
+      add(
+          "stored_gradient", "generic", sums ? "in place, sums of the bias" : "in place", 0,
+          all_scores(4) + 4 * tiles,
+          [=, shape = block(), scores = kept(scratch_), dtype = dtype_, targets = targets_,
+           c = coefficients_, target_gradient = tokens_.target_gradient, stream = stream_] {
+            return stored_gradient(
+                {shape, scores, dtype, {}, targets, c, target_gradient, {sums ? bias : nullptr}},
+                stream);
+          },
+          [=, memory = &memory_, to = scratch_, from = scores_, bytes = v_ * stride_ * 2] {
+            memory->copy(to, from, bytes);
+          });
     add("merge_statistics", "generic", "", 0, 8 * tiles,
         [problem = problem_, tokens = tokens_, n = n_, partials = partials_, ranges = ranges_,
          stream = stream_] {
@@ -419,11 +424,6 @@ class Maker {
                 of_input ? ProductOfGradient::kGradInput : ProductOfGradient::kGradWeight;
             return make_work_list({product, v, n, marks}, memory, &unused, stream);
           });
-    add("add_bias_gradient", "generic", "16 bits", 0, all_scores(2),
-        [=, shape = block(), g = gradient_, stride = stride_, dtype = dtype_,
-         sums = place<float>(v_, "sums of the bias"), stream = stream_] {
-          return add_bias_gradient(shape, g, stride, dtype, nullptr, sums, stream);
-        });
     add("copy_rows", "generic", "gradients out of grad_weight", 0, all_scores(4),
         [=, from = gradient_, to = scratch_, stride = stride_, dtype = dtype_, rows = v_,
          columns = n_, stream = stream_] {

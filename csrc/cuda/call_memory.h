@@ -60,6 +60,11 @@ class CallMemory {
   ScoreBlock slice_block(int64_t tokens) const;
   /// Room for the products of a slice of classes, of scores that are kept elsewhere or not at all.
   ScoreBlock product_block(int64_t tokens) const;
+  /// Of the classes and tokens of a slice's gradients.
+  BiasPartials bias_partials(Range tokens) const {
+    return {place<float>(layout_.bias_partials), bias_partial_stride(tokens.size()),
+            bias_factors(tokens)};
+  }
   ScoreBlock part(const ScoreBlock& block, int64_t classes, int64_t tokens) const;
 
   static StoredScores stored_scores(const ScoreBlock& block) {
@@ -109,6 +114,10 @@ class CallMemory {
   /// Factor of the rows of a 16-bit grad_input from a token on: one for all, or fp16, one each.
   const float* input_scale(int64_t token) const {
     return tokens_.input_scale == nullptr ? output_scale() : tokens_.input_scale + token;
+  }
+  /// Factors of gradients in the sums of the bias, null: ones.
+  const float* bias_factors(Range tokens) const {
+    return scales_rows() ? input_factors(tokens) : nullptr;
   }
   bool scales_rows() const { return tokens_.input_scale != nullptr; }
   /// Factor of the sums of other 16-bit gradients; null for those of full precision.

@@ -171,28 +171,36 @@ class CudaBackend : public Backend {
       return to_gradient(classes, tokens, block, add_bias);
     }
     const Block shape = shape_of(classes, tokens);
+    BiasPartials bias;
+    if (add_bias && problem_.grad_bias != nullptr) bias = memory_.bias_partials(tokens);
     check(scores_.linear_gradient(
         {shape, memory_.linear_operands(tokens, classes.begin), terms_, memory_.targets(tokens),
-         memory_.coefficients(tokens), block.data, block.stride, marks_of(block)},
+         memory_.coefficients(tokens), block.data, block.stride, marks_of(block), bias},
         stream_));
-    if (add_bias) add_to_bias(shape, tokens, block);
+    if (bias.sums != nullptr)
+      add_to_bias({classes.begin, classes.size(), ceil_div(tokens.size(), kBiasTokens)}, bias.sums,
+                  bias.stride);
   }
 
   void to_gradient(Range classes, Range tokens, const ScoreBlock& block, bool add_bias) override {
     if (reads_scores_) return;
+    add_bias = add_bias && problem_.grad_bias != nullptr;
     const Block shape = shape_of(classes, tokens);
+    BiasSums bias;
+    if (add_bias && is_16_bit(problem_.dtype))
+      bias = {static_cast<float*>(memory_.bias_sum()), memory_.bias_factors(tokens)};
     if (block.maxima != nullptr) {  // scores kept in 16 bits
       check(stored_gradient(
           {shape, CallMemory::stored_scores(block), problem_.dtype, terms_, memory_.targets(tokens),
-           memory_.coefficients(tokens), tokens_.target_gradient + tokens.begin},
+           memory_.coefficients(tokens), tokens_.target_gradient + tokens.begin, bias},
           stream_));
     } else {
       check(block_gradient(
           {shape, block.data, block.stride, sum_dtype_, problem_.dtype, terms_,
-           memory_.targets(tokens), memory_.coefficients(tokens), token_scale(tokens)},
+           memory_.targets(tokens), memory_.coefficients(tokens), token_scale(tokens), bias},
           stream_));
     }
-    if (add_bias) add_to_bias(shape, tokens, block);
+    if (add_bias && bias.sums == nullptr) add_to_bias(shape, block.data, block.stride);
   }
 
   void add_grad_input(Range classes, Range tokens, const ScoreBlock& block, bool first) override {
@@ -453,11 +461,9 @@ class CudaBackend : public Backend {
                : nullptr;
   }
 
-  void add_to_bias(const Block& shape, Range tokens, const ScoreBlock& block) {
-    if (problem_.grad_bias == nullptr) return;
-    check(add_bias_gradient(shape, block.data, memory_.gradient_stride(block), problem_.dtype,
-                            memory_.scales_rows() ? memory_.input_factors(tokens) : nullptr,
-                            memory_.bias_sum(), stream_));
+  /// Sums of the accumulation type, of gradients or of their partial sums.
+  void add_to_bias(const Block& shape, const void* gradient, int64_t stride) {
+    check(add_bias_gradient(shape, gradient, stride, sum_dtype_, memory_.bias_sum(), stream_));
   }
 
   /// Products that leave rows of hidden states out by themselves (RowMask) learn whether they have to:

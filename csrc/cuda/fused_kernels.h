@@ -37,6 +37,14 @@ struct LinearStatistics {
   StoredScores scores;
 };
 
+/// Where gradients that are rounded to 16 bits are added up before that, for the gradient of the bias:
+/// sums over kBiasTokens tokens at a time, each times its factor. add_bias_gradient adds them up further.
+struct BiasPartials {
+  float* sums = nullptr;  // [classes, ceil(tokens / kBiasTokens)]; null: not requested
+  int64_t stride = 0;
+  const float* factors = nullptr;  // [tokens]; null: ones
+};
+
 /// The gradient with respect to u of x W^T computed again: `gradient` [classes, tokens] of the
 /// operands' type. Marks its tiles where that is requested. No probabilities.
 struct LinearGradient {
@@ -48,6 +56,7 @@ struct LinearGradient {
   void* gradient = nullptr;
   int64_t stride = 0;
   TileMarks marks;
+  BiasPartials bias = {};
 };
 
 // ---- gradient products ----

@@ -38,6 +38,14 @@ struct KeptScores {
 };
 Status keep_scores(const KeptScores& call, void* stream);
 
+/// The gradient of the bias from gradients that are rounded to 16 bits, added up before that:
+/// sums[v] += sum over tokens of factors[token] * gradient[v, token]. Where all tokens have about the same
+/// gradient the roundings do not average out.
+struct BiasSums {
+  float* sums = nullptr;           // [V]; null: not requested
+  const float* factors = nullptr;  // [tokens]; null: ones
+};
+
 /// Replaces u by the gradient with respect to u, in place. The gradient's type is that of u, or a
 /// 16-bit type for float u; its rows then start where those of u start, 2 stride elements apart.
 struct BlockGradient {
@@ -49,6 +57,7 @@ struct BlockGradient {
   Targets targets;
   Coefficients coefficients;
   const double* token_scale = nullptr;  // as in BlockStatistics; the coefficients contain it, too
+  BiasSums bias = {};                   // of 16-bit gradients alone
 };
 Status block_gradient(const BlockGradient& call, void* stream);
 
@@ -64,13 +73,14 @@ struct StoredGradient {
   Targets targets;
   Coefficients coefficients;
   const float* target_gradient = nullptr;
+  BiasSums bias = {};
 };
 Status stored_gradient(const StoredGradient& call, void* stream);
 
-/// sums[v] += sum over tokens of factors[token] * gradient[v, token], sums [V] of A: the gradient of the
-/// bias; no factors: ones.
+/// sums[v] += sum over tokens of gradient[v, token], [V] and [classes, tokens] of A: the gradient of the bias
+/// from gradients that are not rounded, or from their sums over some tokens each (BiasPartials).
 Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
-                         const float* factors, void* sums, void* stream);
+                         void* sums, void* stream);
 
 /// Rows of sums [rows, columns] of A into a gradient of type `dtype`, row i scaled by
 /// scale[i * scale_stride] (A, on the device; null: 1; a stride of 0: one scale for all). The sums may be in

@@ -99,6 +99,8 @@ struct StoredScores {
 };
 constexpr int64_t kStoredTile = 128;
 
+constexpr int64_t kBiasTokens = 64;  // of the partial sums of the bias's gradient (BiasPartials)
+
 /// What split sums (kSplit*, core/weight_update.h) of a 16-bit gradient keep in addition to it. One is given:
 /// `remainder` [rows, columns], the lower halves of fp32 sums (bf16 only), or `exponents` of compact
 /// sums (core/compact_sum.h) [rows, ceil(columns / kCompactBlock)]. For sm90 the latter and their rows

@@ -176,6 +176,10 @@ Layout layout(const GpuPlanRequest& r, const PlanTraits& t, const Plan& plan,
     if (t.skips)
       at.slice_tiles = cursor.take(larger(tiles(slices[0]) * token_tiles(blocks[0]),
                                           tiles(slices[1]) * token_tiles(blocks[1])));
+    if (fused && r.grad_bias)
+      at.bias_partials = cursor.take(larger(slices[0] * bias_partial_stride(blocks[0]),
+                                            slices[1] * bias_partial_stride(blocks[1])) *
+                                     4);
   };
   const bool early = maxima_end_early(r, t, plan);
   if (!early) take_maxima(), take_slice();

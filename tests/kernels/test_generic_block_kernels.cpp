@@ -243,6 +243,18 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
 
   const double roundoff = unit_roundoff(dtype);
   std::vector<double> expected(c.classes * c.tokens), tolerance(c.classes * c.tokens);
+  // The gradient of the bias, from gradients before they are rounded; fp16 has factors of tokens.
+  const bool sums_bias = is_16_bit(gradient_dtype), has_factors = gradient_dtype == DType::kFloat16;
+  Array bias(DType::kFloat32, c.first_class + c.classes + 1, "bias"),
+      factors(DType::kFloat32, c.tokens, "factors", BufferAccess::kReadOnly);
+  for (int64_t n = 0; n < c.tokens; ++n) factors.set(n, has_factors ? std::ldexp(1.0, n % 3) : 1.0);
+  std::vector<double> bias_expected(c.classes), bias_tolerance(c.classes);
+  for (int64_t v = 0; v < c.classes; ++v) {
+    bias_expected[v] = normal(e.random);
+    bias.set(c.first_class + v, bias_expected[v]);
+    bias_expected[v] = bias.at(c.first_class + v);
+    bias_tolerance[v] = std::ldexp(8.0, -24) * std::abs(bias_expected[v]);
+  }
   for (int64_t v = 0; v < c.classes; ++v)
     for (int64_t n = 0; n < c.tokens; ++n) {
       if (left_out(n)) continue;
@@ -264,14 +276,25 @@ void test_gradient(const Case& c, DType dtype, DType gradient_dtype) {
       expected[i] = dz * e.slope(z);
       // Below its normal range fp16 has a fixed spacing.
       const double tiny = gradient_dtype == DType::kFloat16 ? std::ldexp(1.0, -25) : 0;
-      tolerance[i] = 1.01 * unit_roundoff(gradient_dtype) * std::abs(expected[i]) + tiny +
-                     16 * roundoff * magnitude * (1 + std::abs(z) + std::abs(k.shift.at(n)));
+      const double unrounded =
+          16 * roundoff * magnitude * (1 + std::abs(z) + std::abs(k.shift.at(n)));
+      tolerance[i] =
+          1.01 * unit_roundoff(gradient_dtype) * std::abs(expected[i]) + tiny + unrounded;
+      bias_expected[v] += factors.at(n) * expected[i];
+      bias_tolerance[v] +=
+          factors.at(n) * (unrounded + std::ldexp(8.0, -24) * std::abs(expected[i]));
     }
 
-  CHECK(block_gradient({e.block(), e.products.data(), e.stride, dtype, gradient_dtype, e.terms(),
-                        e.targets(), k.of(c)},
-                       nullptr)
-            .ok());
+  BlockGradient call{e.block(),      e.products.data(), e.stride,    dtype,
+                     gradient_dtype, e.terms(),         e.targets(), k.of(c)};
+  if (sums_bias) call.bias.sums = static_cast<float*>(bias.data());
+  if (has_factors) call.bias.factors = static_cast<const float*>(factors.data());
+  CHECK(block_gradient(call, nullptr).ok());
+  for (int64_t v = 0; sums_bias && v < c.classes; ++v)
+    compare(bias.at(c.first_class + v), bias_expected[v], bias_tolerance[v], "bias sum",
+            gradient_dtype);
+  for (int64_t v = 0; v < c.first_class; ++v) CHECK(bias.untouched(v));
+  CHECK(bias.untouched(c.first_class + c.classes));
   const int64_t stride = e.stride * size_of(dtype) / size_of(gradient_dtype);
   for (int64_t v = 0; v < c.classes; ++v) {
     for (int64_t n = 0; n < c.tokens; ++n)
@@ -541,6 +564,9 @@ void test_statuses() {
   CHECK(!gradient(e.block(), DType::kFloat64, DType::kFloat32).ok());
   CHECK(!gradient(e.block(), DType::kBFloat16, DType::kBFloat16).ok());
   CHECK(gradient({}, DType::kFloat32, DType::kFloat32).ok());
+  BlockGradient unrounded{e.block(), e.products.data(), e.stride, DType::kFloat32, DType::kFloat32};
+  unrounded.bias.sums = static_cast<float*>(sum.data());
+  CHECK(!block_gradient(unrounded, nullptr).ok());
 }
 
 }  // namespace

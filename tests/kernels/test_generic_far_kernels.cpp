@@ -144,7 +144,9 @@ void test_gradients() {
   NearRows near(DType::kFloat16, 4);
   FarRows far(DType::kFloat16);
   far.copy_from(near.data());
+  Array bias[2] = {{DType::kFloat32, kRows, "bias"}, {DType::kFloat32, kRows, "bias of far rows"}};
   for (const bool is_far : {false, true}) {
+    for (int64_t v = 0; v < kRows; ++v) bias[is_far].set(v, 0.0);
     const StoredScores scores{is_far ? far.data() : near.data(), is_far ? kFarStride : kColumns,
                               static_cast<float*>(shift.data()), kColumns};
     CHECK(stored_gradient({kBlock,
@@ -153,22 +155,28 @@ void test_gradients() {
                            {},
                            {index.data()},
                            coefficients,
-                           static_cast<const float*>(target_gradient.data())},
+                           static_cast<const float*>(target_gradient.data()),
+                           {static_cast<float*>(bias[is_far].data())}},
                           nullptr)
               .ok());
   }
+  for (int64_t v = 0; v < kRows; ++v) CHECK(bias[0].at(v) == bias[1].at(v));
+  CHECK(bias[0].at(kRows - 1) == 0.25 * kColumns);
   CHECK(far.equals(near.data(), kColumns * 2));
   CHECK(near.at((kRows - 1) * kColumns, DType::kBFloat16) == 0.25);
 
+  NearRows near_floats(DType::kFloat32, 8);
+  FarRows far_floats(DType::kFloat32);
+  far_floats.copy_from(near_floats.data());
   Array sums(DType::kFloat32, kRows, "sums");
   for (int64_t v = 0; v < kRows; ++v) sums.set(v, 0.0);
-  CHECK(add_bias_gradient(kBlock, far.data(), kFarStride, DType::kBFloat16, nullptr, sums.data(),
+  CHECK(add_bias_gradient(kBlock, far_floats.data(), kFarStride, DType::kFloat32, sums.data(),
                           nullptr)
             .ok());
   for (int64_t v = 0; v < kRows; ++v) {
     double expected = 0;
-    for (int64_t n = 0; n < kColumns; ++n) expected += near.at(v * kColumns + n, DType::kBFloat16);
-    emulator::compare(sums.at(v), expected, 1e-5, "bias sum", DType::kBFloat16);
+    for (int64_t n = 0; n < kColumns; ++n) expected += near_floats.at(v * kColumns + n);
+    emulator::compare(sums.at(v), expected, 1e-5, "bias sum", DType::kFloat32);
   }
 }
 

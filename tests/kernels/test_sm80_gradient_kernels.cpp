@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "core/math.h"
 #include "cuda/sm80/kernels.h"
 #include "kernels/linear_case.h"
 #include "kernels/work_list.h"
@@ -104,24 +105,42 @@ void check_gradient(LinearCase<T>& c, const GradientOptions& options) {
     (*values)[c.shape.tokens / 2] = 0;
   GuardedMatrix<T> gradient("gradient", c.shape.classes, c.shape.tokens, options.padding,
                             options.offset, BufferAccess::kReadWrite);
-  const Status status = sm80::linear_gradient({c.block(),
-                                               c.operands(),
-                                               c.terms(),
-                                               c.targets(),
-                                               pass<T>(coefficients, options),
-                                               gradient.data(),
-                                               gradient.stride,
-                                               {}},
-                                              nullptr);
-  CHECK(status.ok());
+  // The gradient of the bias, from gradients before they are rounded; fp16 has factors of tokens.
+  constexpr bool kHasFactors = std::is_same_v<T, __half>;
+  const int64_t parts = ceil_div(c.shape.tokens, kBiasTokens);
+  GuardedMatrix<float> partials("partials", c.shape.classes, parts, 1, 0, BufferAccess::kReadWrite);
+  GuardedArray<float> factors("factors", c.shape.tokens);
   for (int64_t n = 0; n < c.shape.tokens; ++n)
-    for (int64_t v = 0; v < c.shape.classes; ++v) {
-      double tolerance = 0;
-      const double wanted = wanted_gradient(c, coefficients, options, n, v, &tolerance);
-      const double found = to_double(gradient.at(v, n));
-      CHECK(std::isnan(wanted) ? std::isnan(found) : std::abs(found - wanted) <= tolerance);
+    factors[n] = kHasFactors ? static_cast<float>(1 << n % 3) : 1.f;
+  const Status status = sm80::linear_gradient(
+      {c.block(),
+       c.operands(),
+       c.terms(),
+       c.targets(),
+       pass<T>(coefficients, options),
+       gradient.data(),
+       gradient.stride,
+       {},
+       {partials.data(), partials.stride, kHasFactors ? factors.data() : nullptr}},
+      nullptr);
+  CHECK(status.ok());
+  for (int64_t v = 0; v < c.shape.classes; ++v)
+    for (int64_t part = 0; part < parts; ++part) {
+      double sum = 0, sum_tolerance = 0;
+      for (int64_t n = part * kBiasTokens; n < std::min(c.shape.tokens, (part + 1) * kBiasTokens);
+           ++n) {
+        double tolerance = 0;
+        const double wanted = wanted_gradient(c, coefficients, options, n, v, &tolerance);
+        const double found = to_double(gradient.at(v, n));
+        CHECK(std::isnan(wanted) ? std::isnan(found) : std::abs(found - wanted) <= tolerance);
+        sum += factors[n] * wanted;
+        const double unrounded = tolerance - std::abs(wanted) * rounding<T>() - kSmallestHalf;
+        sum_tolerance += factors[n] * std::max(0.0, unrounded);  // a token left out has none
+      }
+      const double found = partials.at(v, part);
+      CHECK(std::isnan(sum) ? std::isnan(found) : std::abs(found - sum) <= sum_tolerance);
     }
-  CHECK(gradient.padding_is_untouched());
+  CHECK(gradient.padding_is_untouched() && partials.padding_is_untouched());
 }
 
 template <class T>

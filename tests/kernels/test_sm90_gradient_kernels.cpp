@@ -51,6 +51,12 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
   Matrix<T> gradient(c.classes, c.tokens, (8 - c.tokens % 8) % 8 + c.padding,
                      BufferAccess::kReadWrite, RowEnd::kPiece);
   Matrix<uint8_t> tiles(class_tiles, token_tiles, 2);
+  // The gradient of the bias, from gradients before they are rounded; fp16 has factors of tokens.
+  constexpr bool kHasFactors = std::is_same_v<T, __half>;
+  const int64_t parts = ceil_div(c.tokens, kBiasTokens);
+  Matrix<float> partials(c.classes, parts, 1), factors(1, c.tokens, 0, kInput);
+  for (int64_t n = 0; n < c.tokens; ++n)
+    factors.at(0, n) = kHasFactors ? static_cast<float>(1 << n % 3) : 1.f;
   const Status status = family.kernels.linear_gradient(
       {linear.block(),
        linear.operands(),
@@ -59,11 +65,13 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
        coefficients,
        gradient.data,
        gradient.stride,
-       {marks ? tiles.data : nullptr, tiles.stride, skip_mass, kVocab}},
+       {marks ? tiles.data : nullptr, tiles.stride, skip_mass, kVocab},
+       {partials.data, partials.stride, kHasFactors ? factors.data : nullptr}},
       nullptr);
   CHECK(status.ok());
-  CHECK(gradient.padding_is_intact() && tiles.padding_is_intact());
+  CHECK(gradient.padding_is_intact() && tiles.padding_is_intact() && partials.padding_is_intact());
 
+  std::vector<double> sums(c.classes * parts), sum_tolerances(c.classes * parts);
   for (int64_t n = 0; n < c.tokens; ++n)
     for (int64_t v = 0; v < c.classes; ++v) {
       const double z = linear.z[n][v], p = std::exp(z - shift.at(0, n));
@@ -80,7 +88,11 @@ void test_gradient(const Case& c, bool marks, bool smoothing, double skip_mass =
       if (n == ignored) wanted = terms = 0;
       const double got = to_double(gradient.at(v, n));
       CHECK(std::abs(got - wanted) <= std::abs(wanted) * rounding<T>() + terms * 3e-5 + 0x1p-25);
+      sums[v * parts + n / kBiasTokens] += factors.at(0, n) * wanted;
+      sum_tolerances[v * parts + n / kBiasTokens] += factors.at(0, n) * terms * 3e-5;
     }
+  for (int64_t i = 0; i < c.classes * parts; ++i)
+    CHECK(std::abs(partials.at(i / parts, i % parts) - sums[i]) <= sum_tolerances[i] + 1e-7);
   if (!marks) return;
   int skipped = 0;
   for (int64_t i = 0; i < class_tiles; ++i)

@@ -1,4 +1,4 @@
-// The sum, or the maximum, of one number per thread over a thread block.
+// The sum of one number per thread over a warp; the sum, or the maximum, over a thread block.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -6,6 +6,13 @@
 namespace memeff::cuda {
 
 constexpr int kMaxWarpsPerBlock = 32;
+
+// All lanes call it and get the same sum, in an order that is always the same.
+template <class A>
+MEMEFF_DEVICE A warp_sum(A value) {
+  for (int mask = 16; mask > 0; mask /= 2) value += __shfl_xor_sync(~0u, value, mask);
+  return value;
+}
 
 // For one-dimensional blocks of whole warps. All threads call it and get the same result, combined in
 // an order that depends on blockDim alone. `scratch` is shared memory, one element per warp.

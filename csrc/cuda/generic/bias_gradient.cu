@@ -1,11 +1,12 @@
-// Sums over the tokens of a block of gradients, any architecture: the gradient of the bias.
+// Sums over the tokens of a block of unrounded gradients, any architecture: the gradient of the bias.
 //
-//   G [classes, tokens] -> sums[v] += sum_t f[t] G[v,t]
+//   G [classes, tokens] -> sums[v] += sum_t G[v,t]
 //
 // One warp per class, 8 per thread block: each lane sums every 32nd vector of 16 bytes, then the
 // lanes meet by shuffles. No shared memory. Reads G once, bound by memory. Sums in the accumulation
 // type, in an order that the number of tokens alone determines.
 #include "core/math.h"
+#include "cuda/common/block_sum.cuh"
 #include "cuda/common/vector_io.cuh"
 #include "cuda/generic_kernels.h"
 
@@ -15,56 +16,47 @@ namespace {
 
 constexpr int kLanes = 32, kWarps = 8;
 
-template <class T>
+template <class A>
 __global__ void __launch_bounds__(kLanes* kWarps)
-    bias_gradient_kernel(const T* gradient, int64_t stride, int64_t classes, int64_t tokens,
-                         const float* factors, Accumulation<T>* sums) {
-  using A = Accumulation<T>;
-  constexpr int kTokens = kPerVector<T>;
+    bias_gradient_kernel(const A* gradient, int64_t stride, int64_t classes, int64_t tokens,
+                         A* sums) {
+  constexpr int kTokens = kPerVector<A>;
   const int64_t v = int64_t{blockIdx.x} * kWarps + threadIdx.y;
   if (v >= classes) return;
   A sum = A(0);
 #pragma unroll 4  // loads in flight
   for (int64_t token = int64_t{threadIdx.x} * kTokens; token < tokens; token += kLanes * kTokens) {
-    T values[kTokens];
-    const int count = count_left<kTokens>(token, tokens);
-    load(values, gradient + v * stride + token, count);
-    if (factors == nullptr) {
+    A values[kTokens];
+    load(values, gradient + v * stride + token, count_left<kTokens>(token, tokens));
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i) sum += widen(values[i]);
-    } else {
-      float factor[kTokens];
-      load(factor, factors + token, count);
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) sum += static_cast<A>(factor[i]) * widen(values[i]);
-    }
+    for (int i = 0; i < kTokens; ++i) sum += values[i];
   }
-  for (int lane_mask = kLanes / 2; lane_mask > 0; lane_mask /= 2)
-    sum += __shfl_xor_sync(~0u, sum, lane_mask);
+  sum = warp_sum(sum);
   if (threadIdx.x == 0) sums[v] += sum;
 }
 
-template <class T>
-Status launch(const Block& block, const void* gradient, int64_t stride, const float* factors,
-              void* sums, void* stream) {
-  const auto* from = static_cast<const T*>(gradient);
-  auto* to = static_cast<Accumulation<T>*>(sums) + block.first_class;
+template <class A>
+Status launch(const Block& block, const void* gradient, int64_t stride, void* sums, void* stream) {
+  const auto* from = static_cast<const A*>(gradient);
+  auto* to = static_cast<A*>(sums) + block.first_class;
   const int64_t classes = block.classes, tokens = block.tokens;
   const auto blocks = static_cast<unsigned>(ceil_div(classes, kWarps));
-  MEMEFF_LAUNCH(bias_gradient_kernel<T>, dim3(blocks), dim3(kLanes, kWarps), 0, stream, from,
-                stride, classes, tokens, factors, to);
+  MEMEFF_LAUNCH(bias_gradient_kernel<A>, dim3(blocks), dim3(kLanes, kWarps), 0, stream, from,
+                stride, classes, tokens, to);
   return launch_status();
 }
 
 }  // namespace
 
 Status add_bias_gradient(const Block& block, const void* gradient, int64_t stride, DType dtype,
-                         const float* factors, void* sums, void* stream) {
+                         void* sums, void* stream) {
   if (block.tokens == 0 || block.classes == 0) return {};
-  return dispatch(dtype, [&](auto* type) {
-    return launch<std::remove_pointer_t<decltype(type)>>(block, gradient, stride, factors, sums,
-                                                         stream);
-  });
+  switch (dtype) {
+    case DType::kFloat32: return launch<float>(block, gradient, stride, sums, stream);
+    case DType::kFloat64: return launch<double>(block, gradient, stride, sums, stream);
+    default:
+      return {"add_bias_gradient: gradients of 16 bits are added up before they are rounded"};
+  }
 }
 
 }  // namespace memeff::cuda

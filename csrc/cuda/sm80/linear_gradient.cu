@@ -7,7 +7,8 @@
 //
 // One thread block per tile of 128 tokens x 128 classes (logits_tile.cuh). The epilogue stores through
 // shared memory, where 4 tokens of one class become the work of one thread: their coefficients stay
-// in its registers while it walks over classes, and 16 lanes store 128 bytes of adjacent tokens.
+// in its registers while it walks over classes, and 16 lanes store 128 bytes of adjacent tokens; for the
+// gradient of the bias they add up the 64 before they are rounded.
 // (Made in the accumulators, the same arithmetic is unrolled 128 times: 250 KB of code.) With
 // `tiles`, sums of p per token and tile decide whether products may skip the tile.
 //
@@ -15,7 +16,8 @@
 // the masses. Two blocks of 128 threads per SM. x is read once per 128 classes, W once per 128
 // tokens, mostly from L2; 2 tokens features classes FLOPs on tensor cores, 2 tokens classes bytes
 // written. Numerics: everything in fp32, G rounded once to nearest; the entry of a target has a form
-// of its own (logit_gradient.cuh) and is stored after the others.
+// of its own (logit_gradient.cuh).
+#include "cuda/common/token_sum.cuh"
 #include "cuda/sm80/logits_tile.cuh"
 
 namespace memeff::cuda::sm80 {
@@ -38,11 +40,26 @@ constexpr int kTokens = 4;
 constexpr int kTokenThreads = kWarpRows / kTokens, kClassThreads = kThreads / kTokenThreads;
 static_assert(2 * kTokenThreads == 32, "a warp has two threads for each token");
 
+// The sum of a class over the 64 tokens from `first` on, of which each of 16 adjacent lanes has a part.
+static_assert(kWarpRows == kBiasTokens);
+MEMEFF_DEVICE void put_partial(const BiasPartials& partials, int64_t in_block, int64_t first,
+                               int64_t tokens, float part) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // The other lanes may have no class left.
+  const unsigned mask = lane < kTokenThreads ? 0xffffu : 0xffff0000u;
+#pragma unroll
+  for (int other = kTokenThreads / 2; other > 0; other /= 2)
+    part += __shfl_xor_sync(mask, part, other);
+  if (lane % kTokenThreads == 0 && first < tokens)
+    partials.sums[in_block * partials.stride + first / kBiasTokens] = part;
+}
+
 // Gradients of 64 tokens, from `half` of the tile on; sums of their probabilities to `masses`.
 template <class T>
 MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const LogitBlock& logits,
                                  Coefficients coefficients, int64_t first_token,
-                                 int64_t first_class, int half, T* gradient, int64_t stride) {
+                                 int64_t first_class, int half, T* gradient, int64_t stride,
+                                 const BiasPartials& partials) {
   const LogitTransform<float>& transform = logits.transform;
   const int thread = static_cast<int>(threadIdx.x);
   const int staged_token = thread % kTokenThreads * kTokens;
@@ -50,9 +67,12 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
   const int count = count_left<kTokens>(token, logits.block.tokens);
   TokenCoefficients<float> of_token[kTokens];
   load_coefficients(of_token, coefficients, token, count);
+  int target[kTokens];  // of tokens that have a gradient
+  load_targets(target, logits.target, logits.block, token, count);
   unsigned left_out = 0;  // bit e: token e has no gradient, whatever its logits
 #pragma unroll
-  for (int e = 0; e < kTokens; ++e) left_out |= (of_token[e].all_zero() ? 1u : 0u) << e;
+  for (int e = 0; e < kTokens; ++e)
+    if (of_token[e].all_zero()) left_out |= 1u << e, target[e] = -1;
 
   float mass[kTokens] = {};
 #pragma unroll 1
@@ -60,6 +80,7 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
     const int in_block = static_cast<int>(first_class) + v;
     if (in_block >= logits.block.classes) break;
     const float bias = transform.bias_of(in_block), weight = transform.weight_of(in_block);
+    float du[kTokens];
     T values[kTokens];
 #pragma unroll
     for (int e = 0; e < kTokens; ++e) {
@@ -67,27 +88,23 @@ MEMEFF_DEVICE void put_gradients(const float* staged, Masses& masses, const Logi
       const float scaled = transform.scaled(staged[staged_at(staged_token + e, v)], bias);
       const float z = transform.capped(scaled);
       mass[e] += exponential(z - c.shift);
-      const float du = c.gradient(z, weight) * transform.slope(scaled);
-      values[e] = narrow<T>((left_out >> e & 1) != 0 ? 0.f : du);
+      du[e] = (left_out >> e & 1) != 0 ? 0.f : c.gradient(z, weight) * transform.slope(scaled);
     }
-    store(gradient + int64_t{in_block} * stride + token, values, count);
-  }
-  // Entries of targets replace those just stored. What they alone need is loaded down here: above, it
-  // would take registers that there are not.
-  int target[kTokens];
-  load_targets(target, logits.target, logits.block, token, count);
 #pragma unroll
-  for (int e = 0; e < kTokens; ++e) {
-    const int v = target[e] - static_cast<int>(first_class);
-    if (target[e] < 0 || v < 0 || v >= kColumns || (left_out >> e & 1) != 0) continue;
-    if (v % kClassThreads != thread / kTokenThreads) continue;  // another thread's class
-    TokenCoefficients<float> c[1];
-    load_coefficients(c, coefficients, token + e, 1);
-    const float scaled =
-        transform.scaled(staged[staged_at(staged_token + e, v)], transform.bias_of(target[e]));
-    const float dz = c[0].target_gradient(transform.capped(scaled), transform.weight_of(target[e]));
-    const float du = dz * transform.slope(scaled);
-    gradient[target[e] * stride + token + e] = narrow<T>(du);
+    for (int e = 0; e < kTokens; ++e) {
+      if (target[e] != in_block) continue;
+      // What targets alone need is loaded here: above, it would take registers that there are not.
+      TokenCoefficients<float> c[1];
+      load_coefficients(c, coefficients, token + e, 1);
+      const float scaled = transform.scaled(staged[staged_at(staged_token + e, v)], bias);
+      du[e] = c[0].target_gradient(transform.capped(scaled), weight) * transform.slope(scaled);
+    }
+#pragma unroll
+    for (int e = 0; e < kTokens; ++e) values[e] = narrow<T>(du[e]);
+    store(gradient + int64_t{in_block} * stride + token, values, count);
+    if (partials.sums != nullptr)
+      put_partial(partials, in_block, first_token + half, logits.block.tokens,
+                  sum_of_tokens(du, partials.factors, token, count));
   }
 #pragma unroll
   for (int e = 0; e < kTokens; ++e) {
@@ -124,7 +141,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     linear_gradient_kernel(Matrix<T> x, Matrix<T> w, LogitBlock logits, unsigned token_tiles,
                            unsigned class_tiles, Coefficients coefficients, T* gradient,
-                           int64_t stride, GradientMarks marks) {
+                           int64_t stride, GradientMarks marks, BiasPartials partials) {
   MEMEFF_DYNAMIC_SHARED(shared);
   const TileIndex index = tile_of_block(token_tiles, class_tiles);
   const int64_t first_token = int64_t{index.row} * kRows;
@@ -143,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     });
     __syncthreads();
     put_gradients(staged, masses, logits, coefficients, first_token, first_class, half, gradient,
-                  stride);
+                  stride, partials);
   }
   if (marks.tiles != nullptr) mark_tile(shared, masses, logits, first_token, first_class, marks);
 }
@@ -161,7 +178,7 @@ Status launch(const LinearMatrices<T>& of, const LinearGradient& call, void* str
   const GradientMarks marks = call.marks.of_gradient();
   MEMEFF_LAUNCH(kernel, dim3(token_tiles * class_tiles), dim3(kThreads), kPipelineBytes, stream,
                 of.x, of.w, logits, token_tiles, class_tiles, call.coefficients,
-                static_cast<T*>(call.gradient), call.stride, marks);
+                static_cast<T*>(call.gradient), call.stride, marks, call.bias);
   return launch_status();
 }
 

@@ -14,6 +14,9 @@
 // than mass_per_class * classes, and no target lies in it. The quad sums a token's mass; the 8
 // consumer warps vote through shared memory.
 //
+// The gradient of the bias: before a box of 64 classes x 64 tokens is rounded each warp sums its 16 tokens
+// by shuffles, and the 4 warps of the group meet in shared memory, between the box's barriers.
+//
 // Numerics: fp32, rounded once. The exponential's relative error, 2^-22 near p = 1 and 2^-18 at
 // e^-60, is far below the rounding of the result; the target's entry is target_gradient's.
 //
@@ -29,7 +32,9 @@ namespace {
 // Votes of the consumer warps on two halves, two sets: the next tile's may come before the last
 // have been counted.
 using Votes = uint32_t[2][kHalves][kConsumerWarps];
-static_assert(sizeof(Votes) <= kScratchBytes);
+// Sums of 16 tokens each, of the classes of a box.
+using WarpSums = float[kConsumerWarps][kPanel];
+static_assert(sizeof(Votes) + sizeof(WarpSums) <= kScratchBytes);
 
 // What the soft cap is applied to (Scores::to_scaled), of a half from the thread's first class on, becomes
 // gradients. Returns whether the warp
@@ -91,6 +96,18 @@ MEMEFF_DEVICE bool to_gradient(float (&z)[kHalfCount], int first,
   return __any_sync(~0u, keep) != 0;
 }
 
+// What the warps of this warpgroup have put into `sums` goes to the partial sums of the classes from
+// `first_class` on.
+MEMEFF_DEVICE void write_partials(const BiasPartials& partials, const WarpSums& sums,
+                                  int first_token, int first_class, const Scores& scores) {
+  static_assert(kGroupM == kBiasTokens && kGroupThreads >= kPanel);
+  const int column = static_cast<int>(threadIdx.x) % kGroupThreads, v = first_class + column;
+  if (column >= kPanel || v >= scores.classes || first_token >= scores.tokens) return;
+  float sum = 0.f;
+  for (int warp = 0; warp < 4; ++warp) sum += sums[4 * consumer_group() + warp][column];
+  partials.sums[v * partials.stride + first_token / kBiasTokens] = sum;
+}
+
 // Once per tile, all consumers: who has voted for the marks of its two halves.
 MEMEFF_DEVICE void write_marks(Votes& votes, int set, const GradientMarks& marks, int token_tile,
                                int first_class, const Scores& scores) {
@@ -105,12 +122,44 @@ MEMEFF_DEVICE void write_marks(Votes& votes, int set, const GradientMarks& marks
   marks.tiles[class_tile * marks.stride + token_tile] = static_cast<uint8_t>(keep);
 }
 
+// Of 2 kLeft sums of this lane's classes, half go to a lane with other tokens, whose other half comes here.
+template <int kLeft>
+MEMEFF_DEVICE void halve(float (&sums)[kPanel / 4]) {
+  constexpr int kOther = 2 * kLeft;  // lane 16, 8 or 4 away
+  const bool upper = (lane_index() & kOther) != 0;
+#pragma unroll
+  for (int k = 0; k < kLeft; ++k) {
+    const float kept = upper ? sums[k + kLeft] : sums[k];
+    const float given = upper ? sums[k] : sums[k + kLeft];
+    sums[k] = kept + __shfl_xor_sync(~0u, given, kOther);
+  }
+}
+
+// Of the gradients of a box, sums over the warp's 16 tokens: each lane gets those of classes 2 lane and
+// the next of 64.
+MEMEFF_DEVICE void sum_over_warp(float* to, const float* z, const float* factors, int first_token,
+                                 int tokens) {
+  constexpr int kCount = kPanel / 4;
+  float factor[2], sums[kCount];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int token = first_token + row_in_tile(r);
+    factor[r] = factors == nullptr || token >= tokens ? 1.f : factors[token];
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k)
+    sums[k] = factor[0] * z[accumulator(0, k)] + factor[1] * z[accumulator(1, k)];
+  halve<8>(sums), halve<4>(sums), halve<2>(sums);
+  const float pair[2] = {sums[0], sums[1]};
+  store(to + 2 * lane_index(), pair);
+}
+
 template <class T, int kCluster>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_gradient_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
                            const __grid_constant__ TensorMap gradient, Scores scores, int features,
                            TileOrder<kCluster> order, Coefficients coefficients,
-                           GradientMarks marks) {
+                           GradientMarks marks, BiasPartials partials) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   MEMEFF_DYNAMIC_SHARED(shared_memory);
   using Classes = ClassesOperand<kCluster>;
@@ -127,6 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::increase_registers<kConsumerRegisters>();
   BoxStore boxes(shared_memory);
   auto& votes = *reinterpret_cast<Votes*>(shared_memory + kScratchAt);
+  auto& sums = *reinterpret_cast<WarpSums*>(shared_memory + kScratchAt + sizeof(Votes));
   int set = 0;
   for (int number = order.first(); number < order.count(); number += order.stride(), set ^= 1) {
     int row, column;
@@ -157,8 +207,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (lane_index() == 0) votes[set][half][threadIdx.x / 32 - kGroupThreads / 32] = keep ? 1 : 0;
 #pragma unroll
       for (int part = 0; part < kHalfN / kPanel; ++part) {
-        fill_box_transposed<T>(boxes.begin(), z + part * kPanel / 2);
-        boxes.end(&gradient, row * kTileM + consumer_group() * kGroupM, first + part * kPanel);
+        const int first_token = row * kTileM + consumer_group() * kGroupM;
+        const int first_of_box = first + part * kPanel;
+        unsigned char* const box = boxes.begin();  // and all have read the last sums
+        if (partials.sums != nullptr)
+          sum_over_warp(sums[threadIdx.x / 32 - kGroupThreads / 32], z + part * kPanel / 2,
+                        partials.factors, row * kTileM, scores.tokens);
+        fill_box_transposed<T>(box, z + part * kPanel / 2);
+        boxes.end(&gradient, first_token, first_of_box);  // and all have written theirs
+        if (partials.sums != nullptr)
+          write_partials(partials, sums, first_token, first_of_box, scores);
       }
     }
     if (marks.tiles != nullptr) write_marks(votes, set, marks, row, first_class, scores);
@@ -171,7 +229,7 @@ template <class T, int kCluster>
 Status launch(const LinearGradient& call, void* stream) {
   return launch_on_scores<T, kCluster>(linear_gradient_kernel<T, kCluster>, call, call.gradient,
                                        call.stride, map_element<T>(), stream, call.coefficients,
-                                       call.marks.of_gradient());
+                                       call.marks.of_gradient(), call.bias);
 }
 
 }  // namespace
