@@ -2,6 +2,7 @@
 
     python benchmarks/distributed.py                            1 and 2 ranks, one thread each
     python benchmarks/distributed.py --shape 2048,512,32768 --ranks 1 2 4 --json results.json
+    python benchmarks/distributed.py --ranks 1 2 --larger 4 8   and larger groups, extrapolated
     python benchmarks/distributed.py --model                    the table of docs/distributed.md
 
 A step is the loss with both gradients. Every rank times it with its rows of the classifier, in
@@ -80,6 +81,16 @@ def run(ranks: int, shape: Shape, dtype: str, rounds: int) -> Row:
     }
 
 
+def extrapolate(row: Row, ranks: int) -> Row:
+    """A larger group, from what one of at least two ranks has measured: a rank computes its share
+    of the classes, and the bytes of a ring go by (R - 1) / R. Latencies stay as they were."""
+    measured = row["ranks"]
+    alone = row["alone_s"] * measured / ranks
+    share = (ranks - 1) / ranks * measured / (measured - 1)
+    exchange = max(0.0, row["shared_s"] - row["alone_s"]) * share
+    return row | {"ranks": ranks, "alone_s": alone, "shared_s": alone + exchange}
+
+
 # ---- the model ----
 
 # Liger's published figures: TFLOP/s per GPU, by TP, for this shape.
@@ -131,6 +142,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", type=parse_shape, default=Shape(2048, 512, 32768))
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--larger", type=int, nargs="+", default=[], help="extrapolate the largest group to these"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write results and environment to this file")
     parser.add_argument("--model", action="store_true", help="print the model's table, and end")
@@ -138,25 +152,35 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model:
         print(model_table())
         return
+    if options.larger and max(options.ranks) < 2:
+        parser.error(f"--larger extrapolates a group, expected one in --ranks {options.ranks}")
     warn_if_busy()
     print("ranks  shared ms  alone ms  exchange ms  MiB gathered  MiB reduced, per rank")
     rows = []
     for ranks in options.ranks:
-        row = run(ranks, options.shape, options.dtype, options.rounds)
-        rows.append(row)
-        shared, alone = 1e3 * row["shared_s"], 1e3 * row["alone_s"]
-        sent = row["gathered_bytes"] / MIB, row["reduced_bytes"] / MIB
-        print(
-            f"{ranks:5d}  {shared:9.1f}  {alone:8.1f}  {shared - alone:11.1f}  "
-            f"{sent[0]:12.2f}  {sent[1]:11.2f}",
-            flush=True,
-        )
+        rows.append(run(ranks, options.shape, options.dtype, options.rounds))
+        show(rows[-1])
+    largest = max(rows, key=lambda row: row["ranks"])
+    larger = [extrapolate(largest, ranks) for ranks in options.larger]
+    for row in larger:
+        show(row, "extrapolated")
     if options.json is not None:
         result: dict[str, Any] = {
             "environment": describe_environment(1, "cpu"), "shape": str(options.shape),
             "dtype": options.dtype, "rounds": options.rounds, "rows": rows,
+            "extrapolated": larger,
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show(row: Row, note: str = "") -> None:
+    shared, alone = 1e3 * row["shared_s"], 1e3 * row["alone_s"]
+    sent = row["gathered_bytes"] / MIB, row["reduced_bytes"] / MIB
+    print(
+        f"{row['ranks']:5.0f}  {shared:9.1f}  {alone:8.1f}  {shared - alone:11.1f}  "
+        f"{sent[0]:12.2f}  {sent[1]:11.2f}  {note}".rstrip(),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ SCRIPT = ROOT / "benchmarks" / "distributed.py"
 
 def test_it_measures(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    command = ["--shape", "64,8,101", "--rounds", "1", "--ranks", "2", "--json", str(results)]
+    command = ["--shape", "64,8,101", "--rounds", "1", "--ranks", "2", "--larger", "4"]
+    command += ["--json", str(results)]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *command],
         capture_output=True,
@@ -24,7 +25,11 @@ def test_it_measures(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (row,) = json.loads(results.read_text())["rows"]
+    found = json.loads(results.read_text())
+    (row,), (larger,) = found["rows"], found["extrapolated"]
+    assert larger["ranks"] == 4 and larger["alone_s"] == row["alone_s"] / 2
+    exchange = max(0, row["shared_s"] - row["alone_s"])
+    assert abs(larger["shared_s"] - larger["alone_s"] - 1.5 * exchange) < 1e-9
     assert row["ranks"] == 2 and row["shared_s"] > 0 and row["alone_s"] > 0
     assert (row["gathered_bytes"], row["reduced_bytes"]) == (16 * 64, 4 * 64 * 8)
 
