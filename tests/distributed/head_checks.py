@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -257,9 +260,10 @@ def check_fsdp(ranks: Ranks) -> None:
         assert not report.left_dense and report.without_logits["cross_entropy"] == 2, str(report)
 
 
-def check_transformers(ranks: Ranks) -> None:
-    """Its own tensor-parallel plan, which gathers the logits."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+@contextmanager
+def saved_llama(ranks: Ranks) -> Iterator[str]:
+    """A folder with a tiny model, on every rank."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folders: list[Any] = [None]
     if ranks.rank == 0:
@@ -271,15 +275,34 @@ def check_transformers(ranks: Ranks) -> None:
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folders[0])
     dist.broadcast_object_list(folders, src=0, group=ranks.group)
-    ids = ids_of()
-    whole = AutoModelForCausalLM.from_pretrained(folders[0])
-    expected = whole(input_ids=ids, labels=ids).loss
-    expected.backward()
-    model = AutoModelForCausalLM.from_pretrained(folders[0], tp_plan="auto")
-    report = memeff.patch(model, strict=True)
-    loss = model(input_ids=ids, labels=ids).loss
+    yield folders[0]
+    ranks.gather(None)
+    if ranks.rank == 0:
+        shutil.rmtree(folders[0])
+
+
+def check_transformers(ranks: Ranks, fsdp: str | None = None) -> None:
+    """Its own tensor-parallel plan, which gathers the logits; alone, or with FSDP2 over another
+    dimension of the mesh, whose ranks have sequences of their own and average gradients. The head
+    is in the "root" unit, or by transformers' plan in one of its "own", which has plain logits."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    options: dict[str, Any] = {"tp_plan": "auto"}
+    if fsdp is not None:
+        distributed = DistributedConfig(tp_plan="auto", tp_size=ranks.size // 2, fsdp_size=2)
+        options = {"distributed_config": distributed}
+    plan = {} if fsdp == "root" else LlamaForCausalLM._fsdp_plan
+    with saved_llama(ranks) as folder, mock.patch.object(LlamaForCausalLM, "_fsdp_plan", plan):
+        whole = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    data, parts = (ranks.rank // (ranks.size // 2), 2) if fsdp else (0, 1)
+    losses = [whole(input_ids=ids_of(part), labels=ids_of(part)).loss for part in range(parts)]
+    torch.stack(losses).mean().backward()
+    report = memeff.patch(model, strict=fsdp != "own")
+    loss = model(input_ids=ids_of(data), labels=ids_of(data)).loss
     loss.backward()
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, losses[data])
     for (name, one), (_, other) in zip(
         model.named_parameters(), whole.named_parameters(), strict=True
     ):
@@ -289,12 +312,10 @@ def check_transformers(ranks: Ranks) -> None:
         assert other.grad is not None
         assert (gradient - other.grad).norm() <= 1e-5 * other.grad.norm(), name
     assert hasattr(model.lm_head.weight, "full_tensor"), "the head is not sharded"
-    assert not report.left_dense and report.without_logits["cross_entropy"] == 1, str(report)
-    ranks.gather(None)
-    if ranks.rank == 0:
-        for file in Path(folders[0]).iterdir():
-            file.unlink()
-        Path(folders[0]).rmdir()
+    if fsdp == "own":
+        assert "FSDP shards it as a unit of its own" in report.left_dense["lm_head"]
+    else:
+        assert not report.left_dense and report.without_logits["cross_entropy"] == 1, str(report)
 
 
 def check_documentation(ranks: Ranks) -> None:
@@ -321,4 +342,6 @@ add("head-order", 2, check_order)
 add("head-fsdp", 4, check_fsdp)
 if importlib.util.find_spec("transformers") is not None:
     add("head-transformers", 4, check_transformers)
+    add("head-transformers-fsdp", 4, check_transformers, "root")
+    add("head-transformers-fsdp-own", 4, check_transformers, "own")
 add("documentation", 4, check_documentation)
