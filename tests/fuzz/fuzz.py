@@ -73,13 +73,14 @@ def _size(rng: random.Random, most: int) -> int:
     return max(1, min(size, most))
 
 
-def draw(seed: int, backend: str) -> Call:
-    """The call of that seed."""
+def draw(seed: int, backend: str, most_work: float | None = None) -> Call:
+    """The call of that seed. ``most_work``: N D V, MOST_WORK where it is None."""
     rng = random.Random(seed)
+    work = most_work or MOST_WORK[backend]
     features, vocab = _size(rng, MOST_FEATURES), _size(rng, MOST_CLASSES)
-    while features * vocab > MOST_WORK[backend]:
+    while features * vocab > work:
         features, vocab = (features + 1) // 2, vocab * 2 // 3
-    tokens = max(1, min(_size(rng, MOST_TOKENS), int(MOST_WORK[backend]) // (features * vocab)))
+    tokens = max(1, min(_size(rng, MOST_TOKENS), int(work) // (features * vocab)))
     dtype = rng.choice(DTYPES)
     probabilities = vocab > 1 and rng.random() < 0.1
     impossible = rng.choice([0.0, 0.0, 0.0, 0.2]) if vocab > 10 and not probabilities else 0.0
@@ -232,14 +233,15 @@ def check(call: Call, backend: str) -> None:
     assert_over_draws(draw_inputs)
 
 
-def check_seed(seed: int, backend: str) -> None:
+def check_seed(seed: int, backend: str, most_work: float | None = None) -> None:
     """A failure says how to repeat it."""
-    call = draw(seed, backend)
+    call = draw(seed, backend, most_work)
     try:
         check(call, backend)
     except BaseException as error:
         if not isinstance(error, KeyboardInterrupt):
             command = f"python tests/fuzz/fuzz.py --backend {backend} --only {seed}"
+            command += f" --most-work {most_work:g}" if most_work else ""
             print(f"FAILED: {command}\n  {call}\n  {type(error).__name__}: {error}", flush=True)
         raise
 
@@ -249,6 +251,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60, help="time limit (default 60)")
     parser.add_argument("--backend", choices=sorted(KERNELS), default="cpu")
     parser.add_argument("--seed", type=int, default=None, help="the first; default: the time")
+    parser.add_argument("--most-work", type=float, default=None, help="tokens x features x classes")
     parser.add_argument("--only", type=int, default=None, help="this one, with its traceback")
     arguments = parser.parse_args()
     if arguments.backend == "emulated":
@@ -256,15 +259,15 @@ def main() -> int:
 
         emulated.load()
     if arguments.only is not None:
-        print(draw(arguments.only, arguments.backend))
-        check_seed(arguments.only, arguments.backend)
+        print(draw(arguments.only, arguments.backend, arguments.most_work))
+        check_seed(arguments.only, arguments.backend, arguments.most_work)
         return 0
     first = int(time.time()) * 1000 if arguments.seed is None else arguments.seed
     end = time.monotonic() + arguments.seconds
     seed, failures = first, 0
     while time.monotonic() < end:
         try:
-            check_seed(seed, arguments.backend)
+            check_seed(seed, arguments.backend, arguments.most_work)
         except Exception:
             failures += 1
         seed += 1
