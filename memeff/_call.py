@@ -70,7 +70,6 @@ class Call(NamedTuple):
         own = torch.full((), here, dtype=torch.int64, device=self.input.device)
         return shared.add_up(own)
 
-    @property
     def scale_number(self) -> Tensor | None:
         """The scale as operators take it: see memeff/_logit_scale.py."""
         return None if self.scale is None else self.scale.detach()
@@ -86,7 +85,6 @@ class Call(NamedTuple):
         input = self.input.reshape(tokens, self.input.shape[-1])
         return self._replace(input=input, target=target, temperature=temperature)
 
-    @property
     def needs_reference(self) -> bool:
         """Whether plain PyTorch computes it. Without classes there are no logits to avoid, and the
         kernels need not know the case, unless other ranks have the classes."""
@@ -105,7 +103,7 @@ class Call(NamedTuple):
 
 @remember
 def _values(options: Options, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in names}
+    return {name: options.of_operators(name) for name in names}
 
 
 def _parameters(function: Callable[..., Any], fields: tuple[str, ...]) -> list[str]:
@@ -345,7 +343,7 @@ def call_loss(call: Call) -> RowResults:
         call.weight,
         call.token_weight,
         call.num_items,
-        call.scale_number,
+        call.scale_number(),
         **call.keywords(library.loss_options),
     )
     return RowResults(*results[:4])

@@ -198,24 +198,20 @@ class Options(NamedTuple):
     top_k: Annotated[int, _parse_top_k] = 0
     skip_ignored: Annotated[bool, _parse_flag] = False
 
-    # What operators take of vocab_parallel.
+    # Methods only: of a NamedTuple's properties torch.compile makes graph breaks in torch 2.10.
 
-    @property
-    def vocab_group(self) -> str:
-        return "" if self.vocab_parallel is None else self.vocab_parallel.group_name
-
-    @property
-    def vocab_start(self) -> int:
+    def of_operators(self, name: str) -> Any:
+        """An option by the name that the operators have for it, which take vocab_parallel apart."""
         shared = self.vocab_parallel
-        return -1 if shared is None or shared.start is None else shared.start
-
-    @property
-    def reduce_input_grad(self) -> bool:
-        return self.vocab_parallel is None or self.vocab_parallel.reduce_input_grad
-
-    @property
-    def reduce_dtype(self) -> torch.dtype | None:
-        return None if self.vocab_parallel is None else self.vocab_parallel.reduce_dtype
+        if name == "vocab_group":
+            return "" if shared is None else shared.group_name
+        if name == "vocab_start":
+            return -1 if shared is None or shared.start is None else shared.start
+        if name == "reduce_input_grad":
+            return shared is None or shared.reduce_input_grad
+        if name == "reduce_dtype":
+            return None if shared is None else shared.reduce_dtype
+        return getattr(self, name)
 
 
 _PARSERS: dict[str, Callable[[str, Any], Any]] = {

@@ -167,7 +167,7 @@ def linear_cross_entropy(
         vocab_parallel=vocab_parallel,
         backend=backend,
     )
-    if call.needs_reference:
+    if call.needs_reference():
         return call.of_reference(reference.linear_cross_entropy)
     loss, statistics = _rows.compute(call)
     return loss if statistics is None else (loss, statistics)

@@ -225,7 +225,7 @@ class _Run:
                 weight.detach(),
                 target,
                 None if bias is None else bias.detach(),
-                call.scale_number,
+                call.scale_number(),
                 call.temperature,
                 handle=self.handle,
                 **call.keywords(library.loss_options),

@@ -171,7 +171,7 @@ def compute_statistics(call: Call) -> LogitStatistics:
         target = _rows.pull_forward(target, time, options.shift, options.ignore_index)
         call = call._replace(target=target)
 
-    fields = _of_reference(call) if call.needs_reference else _of_rows(call)
+    fields = _of_reference(call) if call.needs_reference() else _of_rows(call)
     if kept is None:
         return fields
     time = input.dim() - 2
@@ -281,7 +281,7 @@ def _call_op(call: Call) -> Sequence[Tensor]:
         call.linear_weight,
         call.target,
         call.linear_bias,
-        call.scale_number,
+        call.scale_number(),
         call.temperature,
         **call.keywords(library.statistics_options),
     )
