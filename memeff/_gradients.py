@@ -41,6 +41,15 @@ def is_batch(upstream: Tensor) -> bool:
     return batched or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
+def refuse_vmap(*_: Any) -> None:
+    """What an autograd.Function does under torch.vmap."""
+    raise RuntimeError(
+        "torch.vmap over a function of memeff that records gradients is not implemented; these "
+        "functions take leading dimensions themselves: pass all hidden states [B, ..., D] and "
+        "targets [B, ...] at once, or loop over B"
+    )
+
+
 def is_last_backward(upstream: Tensor) -> bool:
     """Whether the saved tensors are freed after this backward, and may be overwritten: no
     retain_graph, no tracing, and one upstream gradient."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from memeff import _positions, ops, statistics_ops
+from memeff import _positions, statistics_ops
 from memeff._call import Call, denominator_of, statistics_call
 from memeff._checks import check_callable
 from memeff._gradient_sums import ReadyGradients
@@ -30,6 +30,7 @@ from memeff._gradients import (
     node_number,
     outside_of_graphs,
     refuse_tangents,
+    refuse_vmap,
 )
 from memeff._operands import check_per_token
 from memeff.statistics import LogitStatistics
@@ -216,7 +217,7 @@ class _Run:
         if not torch.compiler.is_compiling() and any(
             t is not None and is_batchedtensor(t) for t in (x, weight, bias, target)
         ):
-            ops.refuse_vmap()
+            refuse_vmap()
         self.handle = next(self._numbers)
         self.running[self.handle] = self
         try:

@@ -151,6 +151,26 @@ def test_second_backward_of_a_compiled_loss() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_autograd(reduction: str) -> None:
+    """The backward of an eager loss, traced by torch._dynamo.compiled_autograd."""
+    from torch._dynamo import compiled_autograd
+
+    leaves, target = leaves_of(6), target_of(6)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        x, w, b = leaves
+        loss = memeff.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+        logprob = memeff.linear_logprobs(x, w, target, linear_bias=b)
+        return torch.autograd.grad((loss * 3).sum() + logprob.square().sum(), leaves)
+
+    expected = gradients()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradients()
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sequence_lengths_do_not_recompile(reduction: str, shift: int) -> None:
     """One graph for the first length, one with a symbolic length, and no more."""

@@ -27,6 +27,7 @@ from memeff import _flops, ops
 from memeff._gradient_sums import GradientSum, row_slices
 from memeff._gradients import first_derivatives_only, is_last_backward
 from memeff._heads import BLOCKS_PER_CHUNK, Head, choose_chunk_size
+from memeff.losses.operator_autograd import call, check_flags, function_of
 from memeff.vocab_parallel import VocabParallel, add_up, agree, gather
 
 __all__ = ["Distillation", "Side", "Transform", "distill"]
@@ -118,7 +119,7 @@ def distill(
         "weight_grad": weight_grad,
         "bias_grad": bias_grad,
     }
-    loss: Tensor = ops.call(_OP, _FUNCTIONS, tensors, options)[0]
+    loss: Tensor = call(_OP, _FUNCTION, tensors, options)[0]
     return loss
 
 
@@ -366,9 +367,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         options = ctx.options | {
             "input_grad": input_grad, "weight_grad": weight_grad, "bias_grad": bias_grad,
         }  # fmt: skip
-        gradients = ops.call(_OP, _FUNCTIONS, tuple(tensors), options)[1:]
+        gradients = call(_OP, _FUNCTION, tensors, options)[1:]
     else:
-        ops.check_flags(_OP.name(), needed, ops.wanted_gradients(ctx.options))
+        check_flags(_OP.name(), needed, ops.wanted_gradients(ctx.options))
         last = is_last_backward(grad_loss)
         gradients = [_scaled(gradient, grad_loss, last) for gradient in ctx.saved_tensors[1:]]
     wanted = (gradient if need else None for gradient, need in zip(gradients, needed, strict=True))
@@ -393,4 +394,4 @@ _OP = torch.ops.memeff.linear_distillation.default
 torch.library.register_fake(_OP.name(), _fake)
 torch.library.register_autograd(_OP.name(), _backward, setup_context=_setup_context)
 _flops.register(_OP, _forward_flops)
-_FUNCTIONS = {_OP: ops.function_of(_OP, _setup_context, _backward)}
+_FUNCTION = function_of(_OP, _setup_context, _backward)

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/autograd.h"
 #include "bindings/call.h"
 #include "bindings/cuda_device.h"
 #include "bindings/ops.h"
@@ -184,6 +185,7 @@ std::map<std::string, uint64_t> counters() {
 }  // namespace
 
 TORCH_LIBRARY(memeff_emulated, m) { define_operators(m); }
+TORCH_LIBRARY_IMPL(memeff_emulated, Autograd, m) { implement_autograd(m); }
 TORCH_LIBRARY_IMPL(memeff_emulated, CPU, m) { implement_operators<EmulatedDevice>(m); }
 
 }  // namespace memeff
