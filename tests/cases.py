@@ -155,8 +155,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def op_options(op: Any, **given: Any) -> dict[str, Any]:
     """The keyword arguments of an op: of ``given`` those that it has, and else the defaults; of the
     flags that say which gradients are wanted, all."""
-    defaults = Options()
-    return {name: given.get(name, getattr(defaults, name, True)) for name in option_names(op)}
+    defaults = dict.fromkeys(("input_grad", "weight_grad", "bias_grad"), True) | given
+    names = option_names(op)
+    return {n: defaults[n] if n in defaults else Options().of_operators(n) for n in names}
 
 
 def make_inputs(case: Case) -> Inputs:
