@@ -205,6 +205,25 @@ def test_double_backward_is_an_error(reduction: str, dtype: torch.dtype) -> None
         first(x).square().sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_derivative_of_a_gradient_in_the_upstream_gradient_is_an_error(reduction: str) -> None:
+    leaves, keywords = problem()
+    factor = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = factor * loss_of(leaves, keywords, reduction=reduction).sum()
+    (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    message = "second derivatives of memeff.linear_cross_entropy"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(gradient.square().sum(), factor, allow_unused=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        gradient.square().sum().backward(inputs=[factor])
+
+    def of_input(x: torch.Tensor) -> torch.Tensor:
+        return loss_of((x, *leaves[1:]), keywords, reduction=reduction)
+
+    with pytest.raises(RuntimeError, match=message):  # by two backwards
+        torch.autograd.functional.jvp(of_input, leaves[0].detach(), leaves[0].detach())
+
+
 def test_reference_has_second_derivatives() -> None:
     leaves, keywords = problem()
     assert torch.autograd.gradgradcheck(

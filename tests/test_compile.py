@@ -152,22 +152,30 @@ def test_second_backward_of_a_compiled_loss() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_autograd(reduction: str) -> None:
-    """The backward of an eager loss, traced by torch._dynamo.compiled_autograd."""
+    """The backward of eager calls, traced by torch._dynamo.compiled_autograd: the second call has
+    other options, which the first one's trace must not keep."""
     from torch._dynamo import compiled_autograd
 
-    leaves, target = leaves_of(6), target_of(6)
+    (x, w, b), target = leaves_of(6), target_of(6)
+    others: list[dict[str, Any]] = [
+        {"softcap": None, "logit_scale": 1.0},
+        {"softcap": 2.0, "logit_scale": 0.7, "ignore_index": int(target[1])},
+    ]
 
-    def gradients() -> tuple[torch.Tensor, ...]:
-        x, w, b = leaves
-        loss = memeff.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
-        logprob = memeff.linear_logprobs(x, w, target, linear_bias=b)
-        return torch.autograd.grad((loss * 3).sum() + logprob.square().sum(), leaves)
+    def gradients(options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        options = options | {"linear_bias": b}
+        loss = memeff.linear_cross_entropy(
+            x, w, target.clamp(min=0), reduction=reduction, **options
+        )
+        logprob = memeff.linear_logprobs(x, w, target.clamp(min=0), **options)
+        return torch.autograd.grad((loss * 3).sum() + logprob.square().sum(), (x, w, b))
 
-    expected = gradients()
+    expected = [gradients(options) for options in others]
     with compiled_autograd._enable(torch.compile(backend="eager")):
-        found = gradients()
+        found = [gradients(options) for options in others]
     for ours, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=0)
+        for a, e in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -108,6 +108,41 @@ def test_the_error_names_the_tensor(call: str) -> None:
         )  # fmt: skip
 
 
+SECOND_ORDER: dict[str, Callable[..., Any]] = {
+    "hessian": lambda loss, x, p: torch.func.hessian(lambda x: loss(x, p))(x),
+    "jvp of grad": lambda loss, x, p: torch.func.jvp(
+        torch.func.grad(lambda x: loss(x, p)), (x,), (x,)
+    ),
+    "jvp of grad, in a factor": lambda loss, x, p: torch.func.jvp(
+        lambda p: torch.func.grad(lambda x: loss(x, p))(x), (p,), (p,)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SECOND_ORDER)
+@pytest.mark.parametrize("call", ["cross_entropy", "cross_entropy, per token", "statistics"])
+def test_tangents_of_gradients(call: str, how: str) -> None:
+    """Second derivatives by forward mode over reverse mode are an error, too."""
+    given = inputs()
+
+    def loss(x: Tensor, p: Tensor) -> Tensor:
+        return (p * CALLS[call](**given | {"x": x})).sum()
+
+    with pytest.raises(NotImplementedError, match="has a tangent"):
+        SECOND_ORDER[how](loss, given["x"], torch.tensor(2.0).double())
+
+
+@pytest.mark.parametrize("call", ["cross_entropy", "cross_entropy, per token", "statistics"])
+def test_a_tangent_of_the_upstream_gradient(call: str) -> None:
+    given = inputs()
+    x = given["x"].requires_grad_()
+    result = CALLS[call](**given)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones_like(result), torch.ones_like(result))
+        with pytest.raises(NotImplementedError, match="has a tangent"):
+            torch.autograd.grad(result, x, upstream)
+
+
 def test_the_reference_has_tangents() -> None:
     given = inputs()
 

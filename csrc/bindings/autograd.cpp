@@ -78,8 +78,24 @@ OperatorHandle sibling(const OperatorHandle& op, const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((library + "::" + name).c_str(), "");
 }
 
+/// Forward-mode AD: the kernels have no tangents, and would lose those of the arguments.
+void refuse_tangents(const c10::FunctionSchema& schema, const Stack& stack) {
+  const size_t count = schema.arguments().size();
+  const auto arguments = torch::jit::last(stack, count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor tensor = tensor_of(arguments[i]);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !tensor.defined() || !torch::autograd::isFwGradDefined(tensor),
+        schema.arguments()[i].name(), " of ", schema.name(),
+        " has a tangent of forward-mode AD (torch.autograd.forward_ad, torch.func.jvp), which "
+        "memeff's "
+        "kernels do not have, expected none; backend=\"reference\" has them");
+  }
+}
+
 /// Runs the operator without autograd; its arguments on the stack become its results.
 void run_below_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  refuse_tangents(op.schema(), *stack);
   const at::AutoDispatchBelowAutograd guard;
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
@@ -156,7 +172,8 @@ struct ScaleGradients final : Gradients {
     const c10::DispatchKeySet keys = upstream.key_set();
     const bool batch =
         keys.has(c10::DispatchKey::FuncTorchBatched) || keys.has(c10::DispatchKey::Batched);
-    return !batch && !torch::autograd::get_current_graph_task_keep_graph() &&
+    const bool tangent = torch::autograd::isFwGradDefined(upstream);
+    return !batch && !tangent && !torch::autograd::get_current_graph_task_keep_graph() &&
            c10::impl::TorchDispatchModeTLS::stack_len() == 0;
   }
 
@@ -177,7 +194,12 @@ struct ScaleGradients final : Gradients {
       (in_place ? *scale_in_place : *scale).callBoxed(&stack);
       results[i] = in_place ? tensors[i] : stack[0].toTensor();
     }
-    if (recorded) refuse_second_derivative(kLossFunction, next_edges(), results);
+    if (recorded) {
+      torch::autograd::edge_list edges = next_edges();
+      if (upstream[0].requires_grad())
+        edges.push_back(torch::autograd::impl::gradient_edge(upstream[0]));
+      refuse_second_derivative(kLossFunction, std::move(edges), results);
+    }
     return results;
   }
 };
@@ -189,7 +211,8 @@ struct Recompute final : Gradients {
 
   void compiled_args(torch::autograd::CompiledNodeArgs& args) const override {
     Gradients::compiled_args(args);
-    for (const IValue& option : options) args.collect(option);
+    // By value: as lifted arguments they would not tell calls with other options apart.
+    for (const IValue& option : options) args.collect(option, /*nested=*/true);
   }
 
  protected:
@@ -252,8 +275,9 @@ void forward(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   };
 
   if constexpr (&derivative == &kOfLoss) {
-    const std::string& reduction = arguments[position_of(schema, "reduction")].toStringRef();
-    if (reduction != "none" && leaves[0].scalar_type() != at::kHalf) {
+    Arguments read;
+    set_argument(&read, "reduction", arguments[position_of(schema, "reduction")]);
+    if (gradient_in_forward(read.reduction, dtype_of(leaves[0], "input"))) {
       auto node = make_node<ScaleGradients>();
       complete(*node);
       node->scale = sibling(op, "scale_gradient");

@@ -1,9 +1,9 @@
 // What autograd does with the operators, on any device.
 //
 // The loss's forward operator has its gradients already where the loss is a scalar (not in fp16): backward
-// scales them. Everywhere else backward is the second operator, which computes the scores again. Kernels of the
-// dispatcher's Autograd key, as those of torch's own operators: torch.func, torch.compile and export see nothing
-// else. Second derivatives are an error.
+// scales them. Everywhere else backward is the second operator, which computes the scores again. These are kernels
+// of the dispatcher's Autograd key, as torch's own operators have them: torch.func, torch.compile and export see
+// nothing else. Second derivatives and tangents are an error.
 #pragma once
 
 #include <torch/library.h>

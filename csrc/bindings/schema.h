@@ -1,4 +1,5 @@
-// Schemas of the operators. Python adds fake kernels and autograd to them (memeff/ops.py).
+// Schemas of the operators. Python adds fake kernels to them (memeff/ops.py), autograd.h
+// their derivatives.
 //
 // They are functional. Gradients of the forward operator are those of the reduced loss with upstream
 // gradient 1; outputs that are not wanted are empty tensors of shape (0,).
