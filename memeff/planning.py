@@ -78,12 +78,12 @@ class Plan:
     floor_flops: float
     """The matrix products that no implementation can do without."""
     predicted_flops: float
-    """Of products that would run for as long as the plan is predicted to take. What exceeds
+    """FLOPs of products that would run for as long as the plan is predicted to take. What exceeds
     ``flops`` is for memory traffic, the softmax, and on GPUs for launches and tiles that stay
     empty. 0 where nothing is predicted: on the CPU for vocabulary slices and the bf16 kernels."""
     all_gathers: int
     """Shared vocabulary: how many, one per block of tokens, forward and backward. One more per
-    operator, of about 2 KiB, compares what the ranks compute; class weights take one more each."""
+    operator, of about 3 KiB, compares what the ranks compute; class weights take one more each."""
     gathered_bytes: int
     """What this rank gives to those of blocks; with class weights it is 8 bytes more per token and
     operator."""

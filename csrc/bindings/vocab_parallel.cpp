@@ -116,7 +116,7 @@ class RankCall::Group : public RankGroup {
 
 /// What a rank says before a call.
 struct RankCall::Record {
-  static constexpr size_t kMessage = 512, kKernels = 64;
+  static constexpr size_t kMessage = 1024, kKernels = 64;
 
   int64_t failed = 0;
   int64_t op = 0;
@@ -211,7 +211,7 @@ RankCall::Agreement RankCall::compare_once(const Record& own) {
     c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
     std::map<std::string, Agreement> agreements;  // by this rank's record
   };
-  constexpr size_t kMost = 4096;  // of 2 KiB each; ranks forget them at the same call
+  constexpr size_t kMost = 4096;  // of 3 KiB each; ranks forget them at the same call
   static std::mutex mutex;
   static std::map<std::string, Known> groups;
   const std::string key(reinterpret_cast<const char*>(&own), sizeof own);

@@ -407,6 +407,16 @@ def check_distillation_faults(ranks: Ranks) -> None:
     budget = None if last else 3000  # the smallest holds for all
     loss = linear_distillation_loss(x, w, x, w.flip(0), vocab_parallel=shared, memory_budget=budget)
     assert all(torch.equal(other, loss) for other in ranks.gather(loss))
+    # Much to compare: every option, with numbers of many digits.
+    loss = linear_distillation_loss(
+        x.bfloat16(), w.bfloat16(), x.bfloat16(), w.flip(0).bfloat16(),
+        student_bias=w[:, 0].bfloat16(), teacher_bias=w[:, 1].bfloat16(), mask=torch.arange(6) > 2,
+        beta=1 / 3, temperature=1 / 0.7, student_softcap=100 / 3, teacher_softcap=200 / 3,
+        student_logit_scale=-1 / 7e-11, teacher_logit_scale=-1 / 3e-11,
+        memory_budget=10**12, num_items=1 / 3,
+        vocab_parallel=memeff.VocabParallel(ranks.group, reduce_dtype=torch.bfloat16),
+    )  # fmt: skip
+    assert all(torch.equal(other, loss) for other in ranks.gather(loss))
 
 
 def check_per_token_fault(ranks: Ranks) -> None:
