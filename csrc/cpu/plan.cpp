@@ -198,7 +198,7 @@ int64_t other_chunks(const CpuPlanRequest& r, const Plan& plan) {
 }
 
 /// What token chunks take, as the FLOPs that products could do in that time. A chunk is a pass over grad_weight
-/// and packs the weight anew. Measured where a BLAS computes the products (benchmarks/plans.py).
+/// and packs the weight anew. Fitted to an AMD EPYC with AVX2 and MKL's products; benchmarks/plans.py measures them.
 struct ChunkCosts {
   double work;  // products and softmax of all tokens
   double pass;  // of each chunk

@@ -423,7 +423,7 @@ class CudaBackend : public Backend {
   /// Whether the product may overlap those launched just before: they write gradients at once, too,
   /// and other rows. What they read no product writes: a copy moves scores out of grad_weight, a launch in
   /// between. Slices of classes that share exponents (under vocab slices, where all have one buffer) do
-  /// not overlap either: now they are apart anyway, as each slice's gradients are another launch.
+  /// not overlap either: the launch that makes each slice's gradients keeps them apart.
   bool overlaps_previous(const ProductTarget& to) {
     const uint8_t* const exponents = to.update.split.exponents;
     const bool shares = exponents != nullptr && exponents == to.written->exponents;
