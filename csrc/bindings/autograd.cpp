@@ -88,8 +88,7 @@ void refuse_tangents(const c10::FunctionSchema& schema, const Stack& stack) {
         !tensor.defined() || !torch::autograd::isFwGradDefined(tensor),
         schema.arguments()[i].name(), " of ", schema.name(),
         " has a tangent of forward-mode AD (torch.autograd.forward_ad, torch.func.jvp), which "
-        "memeff's "
-        "kernels do not have, expected none; backend=\"reference\" has them");
+        "memeff's kernels do not have, expected none; backend=\"reference\" has them");
   }
 }
 

@@ -244,9 +244,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       [](const std::string& group, const std::string& facts, int64_t classes, int64_t budget) {
         return memeff::RankCall(group).agree(facts, classes, budget);
       },
-      "Compares what ranks that share a vocabulary are about to compute. Returns the most classes "
-      "of "
-      "a rank and the smallest budget.",
+      "Compares what ranks that share a vocabulary are about to compute. Returns the most "
+      "classes of a rank and the smallest budget.",
       py::arg("group"), py::arg("facts"), py::arg("classes"), py::arg("memory_budget"),
       py::call_guard<py::gil_scoped_release>());
   module.def("build_info", &memeff::build_info,
